@@ -1,0 +1,104 @@
+"""The affine grid: w ~ scale * (code - zero_point), with 0 <= code < 2**bits.
+
+Arithmetic is float32 (float64 for float64 weights) whatever the weight's dtype. The scale is rounded
+to the dtype it has on disk *before* codes are chosen, so what is stored is what was optimized.
+"""
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import InputError
+from fewbits.scheme import QuantScheme
+
+
+def choose_qparams(
+    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that just cover each part of the weight that shares them.
+
+    Symmetric: `absmax / (2**(bits-1) - 1)`, so that the largest weight lies on the grid, not between
+    two codes. Asymmetric: the range of the weights, widened to contain zero, in `2**bits - 1` steps.
+
+    Args:
+        weight: (out, in), floating point.
+        scale_dtype: of the scale on disk; the weight's own by default.
+
+    Returns:
+        scale (out, groups) in `scale_dtype` and zero_point (out, groups) uint8; one group per row for
+        granularity "channel"; (1, 1) for "tensor".
+
+    Raises:
+        InputError: the weight is not a finite floating-point matrix, or groups do not fit.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise InputError(
+            f"a weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be "
+            "quantized; accepted are floating-point matrices (out, in)"
+        )
+    low, high = torch.aminmax(_parts(weight, scheme), dim=-1)
+    low, high = low.to(_working(weight)), high.to(_working(weight))
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise InputError("the weight contains NaN or infinity; accepted are finite weights")
+    absmax = torch.maximum(low.abs(), high.abs())
+    low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid
+    if scheme.symmetric:
+        steps = scheme.middle - 1
+        scale = _round_scale(absmax / steps, absmax / (steps + 0.5), scale_dtype or weight.dtype)
+        return scale, torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
+    span, steps = high - low, scheme.max_code
+    scale = _round_scale(span / steps, span / (steps + 0.5), scale_dtype or weight.dtype)
+    zero_point = (-low / scale.to(low.dtype)).round().clamp(0, scheme.max_code)
+    return scale, zero_point.to(torch.uint8)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+    """The nearest code of each weight, clamped to the grid; ties go to the even multiple of scale.
+
+    Args:
+        weight: (out, in). Not modified.
+        scale, zero_point: as `choose_qparams` returns them.
+
+    Returns:
+        codes (out, in), uint8.
+    """
+    parts = _parts(weight, scheme).to(_working(weight), copy=True)
+    parts.div_(scale.to(parts.dtype)[..., None]).round_()
+    parts.add_(zero_point.to(parts.dtype)[..., None]).clamp_(0, scheme.max_code)
+    return parts.to(torch.uint8).reshape(weight.shape)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`scale * (code - zero_point)`, computed in float32 and then rounded to `dtype`: (out, in)."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    parts = _parts(codes, scheme).to(working, copy=True)
+    parts.sub_(zero_point.to(working)[..., None]).mul_(scale.to(working)[..., None])
+    return parts.reshape(codes.shape).to(dtype)
+
+
+def _parts(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """View (out, in) as (out, groups, columns), or (1, 1, out * in) for granularity "tensor"."""
+    if scheme.granularity == "tensor":
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _round_scale(exact: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
+    """`exact` in `dtype`, one step up where it fell below `least` and would clip; 1 where it is 0.
+
+    Only a subnormal float16 has steps so coarse that rounding down can clip a weight.
+    """
+    scale = exact.to(dtype)
+    steps = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    above = (scale.view(steps) + 1).view(dtype)  # the next positive float of the dtype
+    scale = torch.where(scale.to(least.dtype) < least, above, scale)
+    return torch.where(exact == 0, torch.ones_like(scale), scale)

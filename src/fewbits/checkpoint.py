@@ -1,0 +1,458 @@
+"""Checkpoint folders: what is in one, without reading its weights; and a new one, all or nothing.
+
+Headers of safetensors are parsed here, and strictly, because everything that can be said about a model
+before the hours are spent is in them. Tensors stay memory-mapped: reading one costs page cache, not
+memory of our own.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbits.errors import InputError, ResourceError
+from fewbits.tensor import Note
+
+CONFIG, LEDGER = "config.json", "fewbits.json"
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# What a client needs beside weights and config. Model cards describe the source, so they stay behind.
+_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_CARRIED_FOLDERS = ("additional_chat_templates",)
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+MAX_SHARD_BYTES = 2**28  # buffered before a shard is written; bounds memory, not tuned
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its values."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        """Of its elements."""
+        product = 1
+        for n in self.shape:
+            product *= n
+        return product
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A folder of weights, with its headers read and its tensors not.
+
+    `tensors` maps names to headers, `file_bytes` weight files to their sizes, `header_bytes` the part
+    of each that is not tensor values (0 for torch files, whose container is not accounted for).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    file_bytes: dict[str, int]
+    header_bytes: dict[str, int]
+    notes: list[Note] = field(default_factory=list)
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, memory-mapped where the file allows it. Do not modify.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        info = self.tensors[name]
+        path = self.folder / info.file
+        if info.file not in self._open:
+            self._open[info.file] = (
+                _open_torch(path, self.notes) if path.suffix == ".bin" else _open_safetensors(path)
+            )
+        source = self._open[info.file]
+        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        """Drop the mappings; they are made again when needed."""
+        self._open.clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of its values: what the model computes in, unless told otherwise."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.count
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder, or the local snapshot of a hub id, downloaded if needed.
+
+    Raises:
+        InputError: neither exists.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{model} is a file; accepted are a folder and a hub id like owner/name")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        raise InputError(f"{model}: no such folder; accepted are a folder and a hub id like owner/name")
+    return _download(str(model))
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    plain = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+    try:
+        with contextlib.suppress(OSError):  # fully cached: no question to the hub
+            cached = Path(snapshot_download(repository, local_files_only=True))
+            if _weight_files(cached):
+                return cached
+        files = HfApi().list_repo_files(repository)
+        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
+        return Path(snapshot_download(repository, allow_patterns=[*plain, weights]))
+    except Exception as error:  # the client raises many kinds; each means that we have no model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repository}: no such folder, and the hub did not give it ({reason}); "
+            "accepted are a folder and a hub id like owner/name"
+        ) from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config and headers, in a moment even for the largest models.
+
+    Raises:
+        InputError: no config, no weights, a missing shard, a corrupt header; names the file.
+    """
+    config = read_json(folder / CONFIG)
+    files = _weight_files(folder)
+    if not files:
+        raise InputError(
+            f"{folder} has no weights; accepted are {SAFETENSORS} or {TORCH}, whole or sharded "
+            "with an index"
+        )
+    checkpoint = Checkpoint(folder, config, {}, {}, {})
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            raise InputError(f"{path} is missing; the index lists it")
+        infos, header = (
+            _torch_infos(path, checkpoint) if path.suffix == ".bin" else read_header(path)
+        )
+        for info in infos:
+            if info.name in checkpoint.tensors:
+                other = checkpoint.tensors[info.name].file
+                raise InputError(f"{path}: tensor {info.name} is also in {other}")
+            checkpoint.tensors[info.name] = info
+        checkpoint.file_bytes[file] = path.stat().st_size
+        checkpoint.header_bytes[file] = header
+    _check_index(folder, checkpoint)
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: missing, unreadable, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}; accepted is a JSON object")
+    return value
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
+        if (folder / index).is_file():
+            weights = read_json(folder / index).get("weight_map")
+            if not isinstance(weights, dict) or not weights:
+                raise InputError(f"{folder / index} has no weight_map")
+            files = sorted({str(file) for file in weights.values()})
+            outside = [file for file in files if Path(file).name != file]
+            if outside:
+                raise InputError(f"{folder / index}: {outside[0]!r} is not the name of a file beside it")
+            return files
+        if (folder / single).is_file():
+            return [single]
+    return []
+
+
+def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
+    suffix = next(iter(checkpoint.file_bytes)).rpartition(".")[2]
+    path = folder / (TORCH_INDEX if suffix == "bin" else SAFETENSORS_INDEX)
+    if not path.is_file():
+        return
+    for name, file in read_json(path)["weight_map"].items():
+        if name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
+            raise InputError(f"{folder / file} does not hold tensor {name}, which the index lists")
+
+
+def read_header(path: Path) -> tuple[list[TensorInfo], int]:
+    """Tensors of a safetensors file, and how many of its bytes are header.
+
+    Layout: 8 bytes N, N bytes of JSON, then the values; offsets count from the values' start.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise InputError(f"{path} is truncated or corrupt: its header does not fit in {size} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [
+            (name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"])
+            for name, entry in header.items()
+        ]
+        spans = sorted((int(begin), int(end)) for *_, (begin, end) in entries)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has a corrupt header: {type(error).__name__} {error}") from None
+    infos = [TensorInfo(name, dtype, shape, path.name) for name, dtype, shape, _ in entries]
+    for info, (*_, (begin, end)) in zip(infos, entries, strict=True):
+        if any(not isinstance(n, int) or n < 0 for n in info.shape) or end - begin != info.size_bytes:
+            raise InputError(f"{path} has a corrupt header: {info.name} does not fit its offsets")
+    starts, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), size - 8 - length]
+    if starts != ends:
+        raise InputError(f"{path} is truncated or corrupt: its tensors do not fill its {size} bytes")
+    return infos, 8 + length
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _open_torch(path: Path, notes: list[Note]) -> dict[str, Tensor]:
+    """Tensors of a torch file, unpickled with `weights_only`."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            notes.append(Note("fallback", path.name, "an old torch file: read into memory as a whole"))
+    except Exception as error:  # a corrupt or hostile pickle can raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise InputError(f"{path} does not hold a plain dictionary of tensors")
+    return state
+
+
+def _torch_infos(path: Path, checkpoint: Checkpoint) -> tuple[list[TensorInfo], int]:
+    state = checkpoint._open[path.name] = _open_torch(path, checkpoint.notes)
+    infos = [TensorInfo(name, t.dtype, tuple(t.shape), path.name) for name, t in state.items()]
+    return infos, 0
+
+
+# -- hashes ------------------------------------------------------------------------------------
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """sha256 of the values, in row-major order."""
+    return hash_tensors([tensor])
+
+
+def hash_tensors(tensors: list[Tensor]) -> str:
+    """sha256 of the values of several tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: dict[str, Any]) -> str:
+    """sha256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# -- a new checkpoint ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor that was written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    sha256: str
+
+
+class CheckpointWriter:
+    """Builds a checkpoint beside its place and moves it there when it is whole.
+
+    Use as a context: leaving it by an exception, Ctrl-C included, removes everything written.
+
+    Args:
+        out: the folder to be; must not exist.
+        max_shard_bytes: tensors are buffered up to this size, then written as one shard.
+
+    Raises:
+        InputError: `out` exists, or its parent does not and cannot be made.
+        ResourceError: the disk is full or cannot be written.
+    """
+
+    def __init__(self, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.out = out
+        self.max_shard_bytes = max_shard_bytes
+        self.shard_names: list[str] = []
+        self._buffer: dict[str, Tensor] = {}
+        self._places: dict[str, int] = {}
+        self._sizes: list[int] = []
+
+    def __enter__(self) -> Self:
+        if self.out.exists():
+            raise InputError(f"{self.out} exists; accepted is a folder that does not exist yet")
+        with disk_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{self.out.name}.partial-"
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> Written:
+        """Queue one tensor; the buffered ones are written when they fill a shard."""
+        if name in self._places:
+            raise InputError(f"two tensors would be written as {name}")
+        tensor = tensor.detach().contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in self._buffer.values()):
+            tensor = tensor.clone()  # torch files keep tied weights once; safetensors refuses that
+        if self._buffer and self._buffered + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        self._buffer[name] = tensor
+        self._places[name] = len(self._sizes)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
+
+    @property
+    def _buffered(self) -> int:
+        return sum(tensor.nbytes for tensor in self._buffer.values())
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._sizes)}"
+        with disk_errors(self.out):
+            save_file(self._buffer, path, metadata={"format": "pt"})
+        self._sizes.append(self._buffered)
+        self._buffer = {}
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """A JSON file of the checkpoint."""
+        with disk_errors(self.out):
+            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            (self.folder / name).write_text(text, encoding="utf-8")
+
+    def carry_over(self, source: Path) -> list[str]:
+        """Copy what clients need beside weights: tokenizer, generation config, chat template."""
+        taken = {CONFIG, LEDGER, SAFETENSORS_INDEX, TORCH_INDEX}
+        names = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - taken
+        with disk_errors(self.out):
+            for name in sorted(names):
+                shutil.copyfile(source / name, self.folder / name)
+            for name in _CARRIED_FOLDERS:
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, self.folder / name)
+        return sorted(names)
+
+    def finish_weights(self) -> None:
+        """Write the last shard, give the shards their names, and write the index if there are several."""
+        if self._buffer:
+            self._flush()
+        total = len(self._sizes)
+        names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+        self.shard_names = [SAFETENSORS] if total == 1 else names
+        for i, name in enumerate(self.shard_names):
+            (self.folder / f"shard-{i}").rename(self.folder / name)
+        if total > 1:
+            places = {name: self.shard_names[i] for name, i in self._places.items()}
+            index = {"metadata": {"total_size": sum(self._sizes)}, "weight_map": places}
+            self.write_json(SAFETENSORS_INDEX, index)
+
+    def commit(self) -> None:
+        """Force everything to the disk and move the folder to its place."""
+        with disk_errors(self.out):
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            _sync(self.folder)
+            self.folder.chmod(0o777 & ~_umask())  # mkdtemp made it private
+            self.folder.rename(self.out)
+            _sync(self.out.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn a failing disk into one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise ResourceError(f"{out} could not be written: {reason}; nothing was left behind") from error

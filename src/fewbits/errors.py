@@ -1,0 +1,33 @@
+"""Every failure that fewbits reports on purpose, and the exit code of each.
+
+    FewbitsError
+    ├── InputError           the arguments or the model are wrong              2
+    ├── ResourceError        the machine failed: a full disk, no memory        1
+    └── VerificationError    a checkpoint is not what its ledger says          3
+
+The message is one line: what is wrong, which value, and what would be accepted.
+"""
+
+
+class FewbitsError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(FewbitsError, ValueError):
+    """The arguments, the model or a file of the user are wrong."""
+
+    exit_code = 2
+
+
+class ResourceError(FewbitsError, OSError):
+    """The machine failed: the disk is full, memory is short."""
+
+    exit_code = 1
+
+
+class VerificationError(FewbitsError):
+    """A written checkpoint differs from its ledger."""
+
+    exit_code = 3

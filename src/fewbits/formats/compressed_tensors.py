@@ -1,0 +1,154 @@
+"""compressed-tensors, `pack-quantized`: the format of vLLM and llm-compressor, read by transformers.
+
+    X.weight_packed        codes + nothing: they are stored unsigned, q + 2**(bits-1), as ours are
+    X.weight_scale         in the model's dtype
+    X.weight_zero_point    likewise unsigned
+    X.weight_shape
+
+    config.json  "quantization_config": {"quant_method": "compressed-tensors",
+      "config_groups": {"group_0": {"format": "pack-quantized", "targets": ["Linear"], "weights": {
+         "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128}}},
+      "ignore": ["lm_head"]}
+
+Weight-only INT8 is pack-quantized with 8 bits: as `int-quantized` transformers loads it with weights
+missing. Every group carries its own `format`. A dequantized weight is `(q - zero_point) * scale`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fewbits.errors import InputError
+from fewbits.formats.packed import on_disk, read_packed, write_packed
+from fewbits.formats.placement import Placement
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """`pack-quantized`, weight-only."""
+
+    @property
+    def name(self) -> str:
+        """As in `--format`."""
+        return "compressed-tensors"
+
+    def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
+        """Transposed or stacked weights, which it has no layout for; asymmetric experts."""
+        if placement.stacked:
+            return "experts that are fused in one tensor on disk have no layout in it"
+        if placement.transposed:
+            return "weights stored (in, out) have no layout in it"
+        if placement.expert and not scheme.symmetric:
+            return "its clients do not load asymmetric experts"
+        return None
+
+    def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """`X.weight` -> `X.weight_packed`, `X.weight_scale`, ..."""
+        return write_packed(name, "_packed", weight)
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """The inverse of `write`."""
+        return read_packed(name, "_packed", tensors, scheme)
+
+    def packed_name(self, name: str) -> str:
+        """`X.weight_packed`."""
+        return f"{name}_packed"
+
+    def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
+        """One config group per scheme; with several, their modules are named by pattern."""
+        modules: dict[QuantScheme, set[str]] = defaultdict(set)
+        for source, placement in placements.items():
+            modules[on_disk(placement.scheme)].add(source.removesuffix(".weight"))
+        if len({on_disk(p.scheme) for p in placements.values() if p.expert}) > 1:
+            raise InputError(
+                "compressed-tensors: its clients load all experts in one scheme; use --format fewbits"
+            )
+        groups = {}
+        for i, (scheme, members) in enumerate(modules.items()):
+            others = {m for other in modules if other != scheme for m in modules[other]}
+            targets = ["Linear"] if len(modules) == 1 else _patterns(members, others)
+            groups[f"group_{i}"] = {
+                "format": "pack-quantized",
+                "targets": targets,
+                "weights": _weights(scheme),
+                "input_activations": None,
+                "output_activations": None,
+            }
+        return {
+            "quant_method": self.name,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": floats,
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
+        """By exact name first, then by pattern, then by the class "Linear", as its clients do."""
+        names = {module, name.removesuffix(".weight")}
+        found = [
+            (rank, group)
+            for group in config.get("config_groups", {}).values()
+            for target in group["targets"]
+            if (rank := _match(target, names)) is not None
+        ]
+        if not found:
+            raise InputError(f"{name}: quantization_config names no scheme for it")
+        group = min(found, key=lambda item: item[0])[1]
+        return _scheme(group, group.get("format") or config.get("format"))
+
+
+def _weights(scheme: QuantScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+
+
+def _scheme(group: dict[str, Any], layout: str | None) -> QuantScheme:
+    weights = group["weights"]
+    if layout != "pack-quantized" or weights["type"] != "int" or group.get("input_activations"):
+        raise InputError(
+            f"compressed-tensors format {layout!r} of type {weights['type']!r} is not read; "
+            "accepted is weight-only 'pack-quantized' of type 'int'"
+        )
+    if weights.get("actorder") in ("group", "weight"):
+        raise InputError(
+            f"compressed-tensors with actorder {weights['actorder']!r} is not read; "
+            "accepted are null and 'static'"
+        )
+    strategy = "channel" if weights["strategy"] == "tensor" else weights["strategy"]
+    size = weights.get("group_size") if strategy == "group" else None
+    return QuantScheme(weights["num_bits"], strategy, size, weights["symmetric"])
+
+
+def _match(target: str, names: set[str]) -> int | None:
+    if target in names:
+        return 0
+    if target.startswith("re:"):
+        return 1 if any(re.match(target[3:], name) for name in names) else None
+    return 2 if target == "Linear" else None
+
+
+def _patterns(members: set[str], others: set[str]) -> list[str]:
+    """Members with their numbers as `\\d+`, where that catches no other module; else one by one."""
+    patterns: set[str] = set()
+    for member in members:
+        parts = [r"\d+" if part.isdigit() else re.escape(part) for part in member.split(".")]
+        general = re.compile(r"\.".join(parts))
+        clash = any(general.fullmatch(other) for other in others)
+        patterns.add(f"re:^{re.escape(member) if clash else general.pattern}$")
+    return sorted(patterns)

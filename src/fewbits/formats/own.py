@@ -1,0 +1,68 @@
+"""`quant_method: fewbits`: for weights that compressed-tensors cannot hold or its clients cannot load.
+
+The same tensors as compressed-tensors writes, except that the codes take the *source's own name*, so a
+client that does not know the format meets a tensor of the wrong shape and stops, instead of filling in
+random weights. `(out, in)` on disk whatever the source's orientation; experts that the source keeps
+in one 3-D tensor keep their axis in front. Promised for `fewbits.load` only.
+
+    X.weight   X.weight_scale   X.weight_zero_point   X.weight_shape
+
+    config.json  "quantization_config": {"quant_method": "fewbits", "version": 1,
+                                         "weights": {"X.weight": "w4-g32-asym", ...}}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fewbits.errors import InputError
+from fewbits.formats.packed import on_disk, read_packed, write_packed
+from fewbits.formats.placement import Placement
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import QuantizedTensor
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Holds every scheme and placement."""
+
+    @property
+    def name(self) -> str:
+        """As in `--format`."""
+        return "fewbits"
+
+    def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
+        """Nothing."""
+        return None
+
+    def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """`X.weight` -> `X.weight` (packed), `X.weight_scale`, ..."""
+        return write_packed(name, "", weight)
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """The inverse of `write`."""
+        return read_packed(name, "", tensors, scheme)
+
+    def packed_name(self, name: str) -> str:
+        """The name itself."""
+        return name
+
+    def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
+        """Every weight by name."""
+        weights = {name: on_disk(p.scheme).label for name, p in placements.items()}
+        return {"quant_method": self.name, "version": VERSION, "weights": weights}
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
+        """By name."""
+        if config.get("version") != VERSION:
+            raise InputError(
+                f"quant_method fewbits, version {config.get('version')} is not read; "
+                f"accepted is {VERSION}"
+            )
+        if name not in config["weights"]:
+            raise InputError(f"{name}: quantization_config names no scheme for it")
+        return QuantScheme.parse(config["weights"][name])

@@ -1,0 +1,133 @@
+"""PyTorch's own CPU kernels: int4pack for 2, 3 and 4 bits, int8pack for 8 bits.
+
+int4pack computes `(c - 8) * scale + zero` for 4-bit c, groups of 32, 64, 128 or 256 columns, and rows
+in multiples of 16. Fewer bits fit by moving the codes to the middle of its grid; rows, and columns of
+whole-row scales, are padded with weights that are zero. int8pack computes `q * scale` for int8 q and
+one scale per row; a zero point is added as `sum(x) * scale * (128 - zero_point)`. Its columns are padded
+to a multiple of 32: it reads whole vectors, and past the end of shorter rows (it crashed at 172).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.kernels.reference import Kernel
+from fewbits.tensor import QuantizedTensor
+
+_GROUP_SIZES = (256, 128, 64, 32)
+_ROWS = 16
+_INT8_COLUMNS = 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_group(group_size: int | None, columns: int, sizes: tuple[int, ...]) -> int | None:
+    """The largest of `sizes` that divides a group; for whole rows, the one that pads least."""
+    if group_size is not None:
+        return next((size for size in sizes if group_size % size == 0), None)
+    return min(sizes, key=lambda size: (-columns % size, -size))
+
+
+def int4_operands(
+    weight: QuantizedTensor, group: int, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes around 8, padded to (rows, columns), int32; and (columns / group, rows, 2) scale, zero."""
+    weight = weight.per_row()
+    out, inputs = weight.shape
+    middle = weight.scheme.middle
+    codes = weight.codes.to(torch.int32) + (8 - middle)
+    codes = F.pad(codes, (0, columns - inputs, 0, rows - out), value=8)
+    scale = weight.scale.float()
+    zero = scale * (middle - weight.zero_point.float())
+    both = torch.stack([scale, zero], -1)  # (out, groups, 2)
+    groups = columns // group
+    if weight.scheme.group_size is None:
+        both = both.expand(out, groups, 2)
+    else:
+        both = both.repeat_interleave(groups // both.shape[1], 1)
+    both = F.pad(both, (0, 0, 0, 0, 0, rows - out))
+    return codes, both.transpose(0, 1).contiguous().to(dtype)
+
+
+class Int4Pack(Kernel):
+    """`torch._weight_int4pack_mm_for_cpu`."""
+
+    codes: Tensor
+    scale_and_zero: Tensor
+
+    @classmethod
+    def refuses(
+        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """More than 4 bits, another device, or groups that are no multiple of 32."""
+        if device.type != "cpu":
+            return f"is for the CPU, not {device.type}"
+        if dtype not in _DTYPES:
+            return f"has no {dtype}"
+        if weight.scheme.bits > 4:
+            return f"holds at most 4 bits, not {weight.scheme.bits}"
+        if kernel_group(weight.scheme.group_size, weight.shape[1], _GROUP_SIZES) is None:
+            return f"needs groups of a multiple of 32 columns, not {weight.scheme.group_size}"
+        return None
+
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(weight, dtype, device)
+        out, columns = weight.shape
+        group = kernel_group(weight.scheme.group_size, columns, _GROUP_SIZES)
+        assert group is not None
+        self.group, self.out, self.padding = group, out, -columns % group
+        codes, both = int4_operands(
+            weight, group, out + -out % _ROWS, columns + self.padding, dtype
+        )
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.register_buffer("codes", packed)
+        self.register_buffer("scale_and_zero", both)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T`."""
+        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.codes, self.group, self.scale_and_zero
+        )
+        return y[:, : self.out].reshape(*x.shape[:-1], self.out)
+
+
+class Int8Pack(Kernel):
+    """`torch._weight_int8pack_mm`."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+    @classmethod
+    def refuses(
+        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Other than 8 bits, another device, or groups."""
+        if device.type != "cpu":
+            return f"is for the CPU, not {device.type}"
+        if dtype not in _DTYPES:
+            return f"has no {dtype}"
+        if weight.scheme.bits != 8:
+            return f"holds 8 bits, not {weight.scheme.bits}"
+        if weight.scheme.group_size is not None:
+            return f"needs one scale per row, not groups of {weight.scheme.group_size}"
+        return None
+
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(weight, dtype, device)
+        weight = weight.per_row()
+        signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
+        self.padding = -weight.shape[1] % _INT8_COLUMNS
+        self.register_buffer("codes", F.pad(signed, (0, self.padding)).contiguous())
+        self.register_buffer("scale", weight.scale[:, 0].to(dtype))
+        offset = weight.scale[:, 0].float() * (128 - weight.zero_point[:, 0].float())
+        self.register_buffer("offset", None if weight.scheme.symmetric else offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T`."""
+        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
+        if self.offset is not None:
+            total = rows.float().sum(1, keepdim=True)
+            y = (y.float() + total * self.offset).to(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)

@@ -1,0 +1,71 @@
+"""The definition of correct: unpack, dequantize to the dtype of x, multiply.
+
+Slow for one row, and never wrong: it takes every scheme, shape, dtype and device. The float weights
+exist for a few rows at a time only.
+"""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.affine import dequantize
+from fewbits import packing
+from fewbits.tensor import QuantizedTensor
+
+_SLICE = 2**22  # weights dequantized at a time: 16 MB in float32; not tuned
+
+
+class Kernel(nn.Module):
+    """A weight in the layout that one implementation multiplies by. Called as `kernel(x)`."""
+
+    @classmethod
+    @abstractmethod
+    def refuses(
+        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Why this kernel cannot hold the weight for inputs of `dtype`; None if it can."""
+
+    @abstractmethod
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T`: (..., in) -> (..., out), in the dtype of x."""
+
+
+class Reference(Kernel):
+    """Codes stay packed; each call dequantizes slices of rows and multiplies by them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def refuses(
+        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Never."""
+        return None
+
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(weight, dtype, device)
+        weight = weight.per_row()
+        self.scheme, self.shape = weight.scheme, weight.shape
+        self.register_buffer("codes", packing.pack(weight.codes, weight.scheme.bits).to(device))
+        self.register_buffer("scale", weight.scale.to(device))
+        self.register_buffer("zero_point", weight.zero_point.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T`, slice by slice of output rows."""
+        rows, columns = self.shape
+        step = max(1, _SLICE // columns)
+        parts = [F.linear(x, self._rows(i, i + step, x.dtype)) for i in range(0, rows, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        codes = packing.unpack(self.codes[start:stop], self.scheme.bits, self.shape[1])
+        scale, zero_point = self.scale[start:stop], self.zero_point[start:stop]
+        return dequantize(codes, scale, zero_point, self.scheme, dtype)

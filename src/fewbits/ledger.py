@@ -1,0 +1,144 @@
+"""The ledger, `fewbits.json`: what became of every source tensor, and what every file must hold.
+
+Hashes of codes, scales and zero points are taken before packing, so that whoever reads the files back
+through a decoder of their own can prove that the integers are those that were chosen.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from fewbits.checkpoint import LEDGER, TensorInfo, Written, hash_json, hash_tensors, read_json
+from fewbits.errors import InputError
+from fewbits.tensor import Note, QuantizedTensor
+
+Outcome = Literal["quantized", "copied", "folded", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Of a quantized weight: its scheme, how many matrices it holds, and sha256 of their parts."""
+
+    scheme: str
+    matrices: int
+    shape: tuple[int, ...]  # (out, in), experts in front where they are stacked
+    codes: str
+    scale: str
+    zero_point: str
+
+    @classmethod
+    def of(cls, weights: list[QuantizedTensor], stacked: bool) -> Self:
+        """Hash the parts of one weight, or of a stack of experts."""
+        return cls(
+            weights[0].scheme.label,
+            len(weights),
+            (len(weights), *weights[0].shape) if stacked else weights[0].shape,
+            hash_tensors([w.codes for w in weights]),
+            hash_tensors([w.scale for w in weights]),
+            hash_tensors([w.zero_point for w in weights]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What became of one source tensor.
+
+    An entry with an `origin` is not a source tensor: it was made from the one of that name (a head
+    quantized apart from the embeddings it was tied to).
+    """
+
+    outcome: Outcome
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    sha256: str
+    written: list[Written]
+    quantized: Codes | None = None
+    reason: str | None = None
+    origin: str | None = None
+
+    @classmethod
+    def of(
+        cls, info: TensorInfo, sha256: str, written: list[Written], quantized: Codes | None, **more: Any
+    ) -> Self:
+        """An entry for a source tensor with the given header."""
+        dtype = str(info.dtype).removeprefix("torch.")
+        outcome: Outcome = "copied" if quantized is None else "quantized"
+        size = info.size_bytes
+        return cls(outcome, dtype, info.shape, size, sha256, written, quantized, **more)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Everything that `fewbits.json` says; see the module."""
+
+    version: str
+    request: dict[str, Any]
+    source: dict[str, Any]
+    tensors: dict[str, Entry] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over the entries; the files must add up to them."""
+        own = [e for e in self.tensors.values() if e.origin is None]
+        linears = [e for e in self.tensors.values() if e.quantized is not None]
+        return {
+            "source_tensors": len(own),
+            "quantized": sum(e.outcome == "quantized" for e in own),
+            "copied": sum(e.outcome == "copied" for e in own),
+            "folded": sum(e.outcome == "folded" for e in own),
+            "dropped": sum(e.outcome == "dropped" for e in own),
+            "source_bytes": sum(e.size_bytes for e in own),
+            "written_bytes": sum(w.size_bytes for e in self.tensors.values() for w in e.written),
+            "quantized_source_bytes": sum(e.size_bytes for e in linears),
+            "quantized_written_bytes": sum(w.size_bytes for e in linears for w in e.written),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready to be written; holds a hash of itself."""
+        value = {
+            "fewbits": self.version,
+            "request": self.request,
+            "source": self.source,
+            "totals": self.totals,
+            "notes": [asdict(note) for note in self.notes],
+            "tensors": {name: asdict(entry) for name, entry in self.tensors.items()},
+            "files": self.files,
+        }
+        return value | {"sha256": hash_json(plain(value))}
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """The ledger of a checkpoint.
+
+    Raises:
+        InputError: there is none, it is not a ledger, or it was changed after it was written.
+    """
+    value = read_json(folder / LEDGER)
+    stated = value.pop("sha256", None)
+    if stated != hash_json(value):
+        raise InputError(f"{folder / LEDGER} was changed: its own hash does not match")
+    try:
+        tensors = {name: _entry(entry) for name, entry in value["tensors"].items()}
+        notes = [Note(**note) for note in value["notes"]]
+        return Ledger(
+            value["fewbits"], value["request"], value["source"], tensors, notes, value["files"]
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / LEDGER} is not a ledger of this version: {error}") from None
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    written = [Written(**w | {"shape": tuple(w["shape"])}) for w in value["written"]]
+    codes = value["quantized"]
+    codes = None if codes is None else Codes(**codes | {"shape": tuple(codes["shape"])})
+    return Entry(**value | {"shape": tuple(value["shape"]), "written": written, "quantized": codes})

@@ -1,0 +1,132 @@
+"""Modules that multiply by quantized weights: a linear, and a mixture's experts run as linears."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.kernels import KERNELS, choose_kernel
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import QuantizedTensor, quantize_tensor
+
+
+class QuantizedLinear(nn.Module):
+    """`x @ W.T + bias` straight from codes; no float copy of the weight is kept.
+
+    Args:
+        weight: (out, in).
+        bias: (out,), or None.
+        dtype: of the inputs that the kernel is prepared for; the scale's by default.
+        device: where the kernel runs; the CPU by default.
+
+    `kernel_name` is the kernel that runs, `refusals` says why those before it could not.
+
+    >>> linear = nn.Linear(64, 16)
+    >>> quantized = QuantizedLinear.from_float(linear, QuantScheme(4, "group", 32))
+    >>> quantized.kernel_name, quantized(torch.ones(1, 64)).shape
+    ('int4pack', torch.Size([1, 16]))
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scheme = weight.scheme
+        dtype, device = dtype or weight.scale.dtype, torch.device(device)
+        self.kernel_name, self.refusals = choose_kernel(weight, dtype, device)
+        self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, scheme: QuantScheme) -> Self:
+        """Round the weight of an `nn.Linear`, or of transformers' `Conv1D`, to the nearest codes.
+
+        Raises:
+            InputError: the scheme does not fit the weight.
+        """
+        weight = float_weight(linear)
+        bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
+        return cls(quantize_tensor(weight, scheme), bias, weight.dtype, weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = self.kernel(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and kernel, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {self.scheme.label}, {self.kernel_name}"
+
+
+def float_weight(linear: nn.Module) -> Tensor:
+    """The weight as (out, in); `Conv1D` stores it transposed."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if isinstance(linear, nn.Linear) else weight.detach().t()
+
+
+# -- experts -----------------------------------------------------------------------------------
+
+EXPERTS = "fewbits"  # the name under which transformers finds `experts_forward`
+
+
+class ExpertLinears(nn.ModuleList):
+    """One linear per expert, in place of a fused 3-D parameter."""
+
+
+def experts_forward(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run each expert that was chosen, as linears, on the tokens routed to it.
+
+    Args:
+        experts: a fused-experts module of transformers, its 3-D parameters perhaps replaced by
+            `ExpertLinears`.
+        hidden_states: (tokens, hidden).
+        top_k_index, top_k_weights: (tokens, k); an index past the last expert means none.
+
+    Returns:
+        (tokens, hidden), summed in float32 in order of the experts.
+    """
+    result = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for expert in top_k_index.unique().tolist():
+        if expert >= experts.num_experts:  # expert parallelism marks absent experts so
+            continue
+        token, choice = torch.where(top_k_index == expert)
+        x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert)(
+            hidden_states[token]
+        )
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)  # type: ignore[operator]
+        x = _project(experts, "down_proj", expert)(x)
+        if experts.has_post_expert_norm:
+            x = experts.post_expert_norm(x)  # type: ignore[operator]
+        weights = top_k_weights[token, choice, None]
+        result.index_add_(0, token, (x * weights).float())
+    return result.to(hidden_states.dtype)
+
+
+def _project(experts: nn.Module, name: str, expert: int) -> Callable[[Tensor], Tensor]:
+    weight = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    if isinstance(weight, ExpertLinears):
+        linear = weight[expert]
+        return lambda x: linear(x) if bias is None else linear(x) + bias
+    matrix = weight[expert].t() if experts.is_transposed else weight[expert]
+    return lambda x: F.linear(x, matrix, bias)
+
+
+def replace_experts(experts: nn.Module, name: str, linears: list[QuantizedLinear]) -> None:
+    """Put one linear per expert in place of the fused parameter `name`, and route through them."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+    delattr(experts, name)
+    setattr(experts, name, ExpertLinears(linears))
+    experts.config._experts_implementation = EXPERTS  # type: ignore[union-attr]

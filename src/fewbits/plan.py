@@ -1,0 +1,197 @@
+"""Preflight: everything that can go wrong and be known from config and headers, known in seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbits.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from fewbits.errors import InputError
+from fewbits.formats import FORMATS, Format, Placement
+from fewbits.formats.packed import packed_bytes
+from fewbits.recipe import Recipe
+from fewbits.structure import Matrix, find_head, find_matrices, locate, skeleton
+from fewbits.tensor import Note
+
+_QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a run will do.
+
+    Args:
+        checkpoint: the source.
+        config: of the checkpoint to be written, without `quantization_config`.
+        matrices: quantizable source tensors by name; a head made from tied embeddings by its own.
+        placements: those of them that get quantized.
+        origins: names in `matrices` that are no source tensors -> the tensor they are made from.
+        format: to write.
+        floats: module names of matrices that stay in float.
+        notes: what was left out, and why.
+    """
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    matrices: dict[str, Matrix]
+    placements: dict[str, Placement]
+    origins: dict[str, str]
+    format: Format
+    floats: list[str]
+    notes: list[Note]
+
+    def info(self, name: str) -> TensorInfo:
+        """The header of the source tensor behind a name."""
+        return self.checkpoint.tensors[self.origins.get(name, name)]
+
+    @property
+    def source_bytes(self) -> int:
+        """Of all source tensors."""
+        return sum(info.size_bytes for info in self.checkpoint.tensors.values())
+
+    @property
+    def written_bytes(self) -> int:
+        """Of all tensors to be written."""
+        total = sum(
+            info.size_bytes
+            for name, info in self.checkpoint.tensors.items()
+            if name not in self.placements
+        )
+        for name, placement in self.placements.items():
+            matrix = self.matrices[name]
+            count = matrix.shape[0] if matrix.stacked else 1
+            itemsize = self.info(name).dtype.itemsize
+            total += count * packed_bytes(*matrix.rows_columns, placement.scheme, itemsize)
+        return total
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all floating-point source tensors."""
+        return sum(i.count for i in self.checkpoint.tensors.values() if i.dtype.is_floating_point)
+
+
+def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> Plan:
+    """Decide what becomes of every tensor, from config and headers alone.
+
+    Raises:
+        InputError: the folder is no checkpoint, the model is quantized already, a scheme fits some
+            modules not (all are named), or the format cannot hold a weight (the reason is given).
+    """
+    checkpoint = open_checkpoint(folder)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise InputError(f"{folder} is quantized already ({method}); accepted are float checkpoints")
+    model = skeleton(checkpoint.config)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    matrices, notes = find_matrices(model, shapes)
+    config = dict(checkpoint.config)
+    origins = _untie_head(model, recipe, checkpoint, matrices, config)
+    schemes = recipe.assign(matrices.values())
+    placements = {
+        name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed)
+        for name, m in matrices.items()
+        if (scheme := schemes[name]) is not None
+    }
+    if not placements:
+        raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
+    _check_fit(checkpoint, matrices, placements, origins)
+    layout, why = _choose_format(format_name, placements)
+    floats = sorted(_float_modules(matrices, placements, checkpoint))
+    plan = Plan(checkpoint, config, matrices, placements, origins, layout, floats, notes + why)
+    plan.format.config(placements, floats)  # refuses now rather than after the work
+    return plan
+
+
+def _untie_head(
+    model: torch.nn.Module,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    matrices: dict[str, Matrix],
+    config: dict[str, Any],
+) -> dict[str, str]:
+    """A head that is tied to the embeddings is quantized as a tensor of its own; they stay in float."""
+    head = find_head(model)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if not recipe.head or head is None or not tied:
+        return {}
+    config["tie_word_embeddings"] = False
+    if any(matrix.head for matrix in matrices.values()):
+        return {}
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    path = next(name for name, module in model.named_modules() if module is embeddings)
+    targets = locate(model, list(checkpoint.tensors))
+    origin = next(n for n, target in targets.items() if target.parameter == f"{path}.weight")
+    name, shape = f"{head}.weight", checkpoint.tensors[origin].shape
+    matrices[name] = Matrix(name, head, "weight", "linear", shape, head=True)
+    return {name: origin}
+
+
+def _check_fit(
+    checkpoint: Checkpoint,
+    matrices: dict[str, Matrix],
+    placements: dict[str, Placement],
+    origins: dict[str, str],
+) -> None:
+    offenders = []
+    for name, placement in placements.items():
+        info = checkpoint.tensors[origins.get(name, name)]
+        if info.dtype not in _QUANTIZABLE or info.count == 0:
+            offenders.append(f"{name} (shape {info.shape}, {info.dtype})")
+            continue
+        size, columns = placement.scheme.group_size, matrices[name].rows_columns[1]
+        if size is not None and columns % size:
+            offenders.append(f"{name} ({columns} columns, groups of {size})")
+    if offenders:
+        common = {matrices[name].rows_columns[1] for name in placements}
+        raise InputError(
+            f"{len(offenders)} of {len(placements)} weights do not fit their scheme: "
+            + ", ".join(offenders)
+            + f"; accepted are group sizes that divide {_list(common)}, or --group-size none"
+        )
+
+
+def _list(numbers: set[int]) -> str:
+    return " and ".join(str(n) for n in sorted(numbers))
+
+
+def _choose_format(
+    format_name: str | None, placements: dict[str, Placement]
+) -> tuple[Format, list[Note]]:
+    """The one asked for; by default compressed-tensors, or our own where that one refuses."""
+    if format_name is not None and format_name not in FORMATS:
+        raise InputError(f"format {format_name!r} is unknown; accepted are {', '.join(FORMATS)}")
+    chosen = FORMATS[format_name or "compressed-tensors"]
+    refused: dict[str, list[str]] = {}
+    for name, placement in placements.items():
+        reason = chosen.refuses(placement, placement.scheme)
+        if reason is not None:
+            refused.setdefault(reason, []).append(name)
+    if not refused:
+        return chosen, []
+    reasons = "; ".join(f"{reason} ({names[0]} and {len(names) - 1} more)" for reason, names in refused.items())
+    if format_name is not None:
+        raise InputError(f"--format {format_name} cannot hold this model: {reasons}")
+    what = f"written for fewbits.load only, not as {chosen.name}: {reasons}"
+    return FORMATS["fewbits"], [Note("fallback", "format", what)]
+
+
+def _float_modules(
+    matrices: dict[str, Matrix], placements: dict[str, Placement], checkpoint: Checkpoint
+) -> set[str]:
+    """Matrices that stay in float, by the names of the model and of the source.
+
+    Routers are no linears in transformers, but they are in other clients, which must leave them alone.
+    """
+    names = set()
+    for name, matrix in matrices.items():
+        if name not in placements:
+            names |= {matrix.module, name.removesuffix(".weight")}
+    experts = {m.module.rpartition(".")[0] for m in matrices.values() if m.kind == "expert"}
+    for name, info in checkpoint.tensors.items():
+        if name not in matrices and len(info.shape) == 2 and name.endswith(".weight"):
+            owner = name.removesuffix(".weight").rpartition(".")[0]
+            if owner in experts or any(m.startswith(f"{owner}.experts.") for m in matrices):
+                names.add(name.removesuffix(".weight"))
+    return names
+

@@ -1,0 +1,88 @@
+"""Recipe: which method rounds, and which scheme each weight gets."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fewbits.errors import InputError
+from fewbits.methods import METHODS, RTN, Method
+from fewbits.scheme import QuantScheme
+from fewbits.structure import Matrix
+
+FLOAT = "float"  # in place of a scheme: leave it alone
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to do with which weight.
+
+    Args:
+        method: rounds each matrix.
+        scheme: of every weight that nothing below speaks of.
+        overrides: (pattern, scheme, or None for float); the last that matches decides. A pattern is a
+            glob on module names (`*.down_proj`), or after `re:` a regular expression that must match
+            whole names.
+        head: also quantize the output head, which is left in float by default.
+    """
+
+    method: Method = field(default_factory=RTN)
+    scheme: QuantScheme = QuantScheme(4, "group", 128)
+    overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
+    head: bool = False
+
+    def assign(self, matrices: Iterable[Matrix]) -> dict[str, QuantScheme | None]:
+        """The scheme of every matrix by source name; None for float.
+
+        Raises:
+            InputError: a pattern is no regular expression, or matches nothing; says what there is.
+        """
+        matrices = list(matrices)
+        schemes = {m.source: None if m.head and not self.head else self.scheme for m in matrices}
+        for pattern, scheme in self.overrides:
+            caught = [m.source for m in matrices if _matches(pattern, m)]
+            if not caught:
+                example = ", ".join(m.source.removesuffix(".weight") for m in matrices[:2])
+                raise InputError(
+                    f"pattern {pattern!r} matches no quantizable module; there are, for example, {example}"
+                )
+            schemes |= dict.fromkeys(caught, scheme)
+        return schemes
+
+    def describe(self) -> dict[str, Any]:
+        """As in the ledger: equal descriptions give equal checkpoints."""
+        name = next(name for name, kind in METHODS.items() if isinstance(self.method, kind))
+        overrides = [[p, FLOAT if s is None else s.label] for p, s in self.overrides]
+        return {
+            "method": name,
+            "scheme": self.scheme.label,
+            "overrides": overrides,
+            "head": self.head,
+        }
+
+
+def parse_override(text: str) -> tuple[str, QuantScheme | None]:
+    """`PATTERN=SCHEME` as on the command line; the scheme may be `float`.
+
+    Raises:
+        InputError: not of that form.
+
+    >>> parse_override("*.down_proj=w8-channel")
+    ('*.down_proj', QuantScheme(bits=8, granularity='channel', group_size=None, symmetric=True))
+    """
+    pattern, equals, label = text.rpartition("=")
+    if not equals or not pattern:
+        raise InputError(f"override {text!r} is not PATTERN=SCHEME, like '*.down_proj=w8-channel'")
+    return pattern, None if label == FLOAT else QuantScheme.parse(label)
+
+
+def _matches(pattern: str, matrix: Matrix) -> bool:
+    names = {matrix.module, matrix.source, matrix.source.removesuffix(".weight")}
+    if not pattern.startswith("re:"):
+        return any(fnmatchcase(name, pattern) for name in names)
+    try:
+        compiled = re.compile(pattern[3:])
+    except re.error as error:
+        raise InputError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    return any(compiled.fullmatch(name) for name in names)

@@ -1,0 +1,283 @@
+"""What a model is made of, asked of the model itself: no architecture is named here.
+
+transformers builds the model without weights (on the meta device) from its config, and its own renaming
+rules tell which tensor of a checkpoint ends in which parameter. A quantizable weight is a matrix
+that multiplies activations: a linear, a `Conv1D` (stored transposed), or an expert of the fused 3-D
+parameters in which transformers keeps mixtures of experts.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.errors import InputError
+from fewbits.tensor import Note
+
+Kind = Literal["linear", "conv1d", "expert"]
+
+# The parameters of a fused-experts module that transformers' experts interface knows.
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+# Conversions that leave each source matrix whole: stacked over experts, joined by rows.
+_JOINING = {"MergeModulelist", "Concatenate"}
+# Weights of a block that are neither linears nor experts: routers and the like are far below.
+_UNSEEN_LIMIT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A source tensor that multiplies activations: one matrix, or all experts' in one 3-D tensor.
+
+    Args:
+        source: its name in the checkpoint.
+        module: path of the module that multiplies by it.
+        parameter: of that module.
+        kind: of the module.
+        shape: on disk.
+        transposed: stored (in, out).
+        expert: which expert it belongs to; None for no or for all experts.
+        part: its place among the tensors that are joined, by rows, into the parameter.
+        block: number of the decoder block, None outside.
+        head: it is the output head.
+    """
+
+    source: str
+    module: str
+    parameter: str
+    kind: Kind
+    shape: tuple[int, ...]
+    transposed: bool = False
+    expert: int | None = None
+    part: int = 0
+    block: int | None = None
+    head: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """All experts in one 3-D tensor."""
+        return len(self.shape) == 3
+
+    @property
+    def rows_columns(self) -> tuple[int, int]:
+        """(out, in) of one matrix."""
+        first, second = self.shape[-2:]
+        return (second, first) if self.transposed else (first, second)
+
+    def slices(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The matrices (out, in) in a tensor of this shape."""
+        for matrix in tensor if self.stacked else [tensor]:
+            yield matrix.t() if self.transposed else matrix
+
+
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model that transformers builds from a config, without weights.
+
+    Raises:
+        InputError: transformers does not know the architecture, or refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise InputError("config.json names no model_type; accepted is one that transformers knows")
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model_config = AutoConfig.for_model(model_type, **settings)
+            model: nn.Module = AutoModelForCausalLM.from_config(model_config)
+    except Exception as error:  # configs fail in as many ways as there are architectures
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"transformers cannot build a causal language model from config.json: {reason}"
+        ) from None
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's warnings and bars while we do something they do not apply to."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Path of the decoder blocks: the `ModuleList` that holds the most parameters.
+
+    Raises:
+        InputError: the model has no list of modules.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    if not lists:
+        raise InputError("the model has no decoder blocks (no list of modules)")
+    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+
+
+def find_head(model: nn.Module) -> str | None:
+    """Path of the output head, if it has one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((name for name, m in model.named_modules() if m is head), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `x @ weight.T + bias`; subclasses are tried on a small weight."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        # torch's own attention multiplies by the weight of this one without calling it
+        return type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    small = copy.copy(module)
+    small.in_features, small.out_features = 3, 4
+    bias = None if module.bias is None else nn.Parameter(torch.rand(4))
+    small._parameters = {"weight": nn.Parameter(torch.rand(4, 3)), "bias": bias}
+    x = torch.rand(2, 3)
+    try:
+        return bool(torch.allclose(small(x), F.linear(x, small.weight, bias)))
+    except Exception:  # whatever it does, it is not a linear
+        return False
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, a linear stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a fused-experts module behind transformers' experts interface."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+# -- from checkpoint names to the model -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    parameter: str  # full path in the model
+    converter: Any  # transformers' WeightConverter, or None
+    pattern: str | None  # of the converter's source patterns, the one that matched
+    renamed: str  # the source name after plain renaming
+
+
+def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
+    """Where transformers puts each tensor of a checkpoint; names it does not know are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+    prefix, known = model.base_model_prefix, model.state_dict()
+    targets = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, known)  # type: ignore[arg-type]
+        if parameter not in known:
+            parameter, pattern = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
+        if parameter in known:
+            renamed = apply_renamings(name, renamings)
+            converter = by_pattern[pattern] if pattern is not None else None
+            targets[name] = _Target(str(parameter), converter, pattern, renamed)
+    return targets
+
+
+def find_matrices(
+    model: nn.Module, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Matrix], list[Note]]:
+    """Every source tensor that multiplies activations, and why others that might were left out.
+
+    Args:
+        model: a `skeleton`.
+        shapes: of the checkpoint's tensors, by name.
+
+    Raises:
+        InputError: the blocks hold much of their weight in parameters that are neither linears nor
+            experts of a kind that can be run as linears; names them.
+    """
+    modules = dict(model.named_modules())
+    blocks, head = find_blocks(model), find_head(model)
+    matrices: dict[str, Matrix] = {}
+    notes: list[Note] = []
+    for name, target in locate(model, list(shapes)).items():
+        path, _, parameter = target.parameter.rpartition(".")
+        owner = modules[path]
+        matrix = _matrix(name, path, parameter, owner, target, shapes[name])
+        if isinstance(matrix, str):
+            notes.append(Note("skip", name, matrix))
+        elif matrix is not None:
+            number = re.match(rf"{re.escape(blocks)}\.(\d+)\.", target.parameter)
+            block = int(number[1]) if number else None
+            matrices[name] = replace(matrix, block=block, head=path == head)
+    _check_coverage(model.get_submodule(blocks), blocks, matrices)
+    return matrices, notes
+
+
+def _matrix(
+    name: str, path: str, parameter: str, owner: nn.Module, target: _Target, shape: tuple[int, ...]
+) -> Matrix | str | None:
+    """The matrix; why a candidate is left in float; None for what is no matrix at all."""
+    fused = is_experts(owner) and parameter in EXPERT_PARAMETERS
+    if target.converter is not None:
+        if not (fused or isinstance(owner, nn.Linear) or is_conv1d(owner)) or len(shape) < 2:
+            return None
+        operations = {type(operation).__name__ for operation in target.converter.operations}
+        if not fused or not operations <= _JOINING or owner.is_transposed or len(shape) != 2:
+            return f"transformers rebuilds it by {sorted(operations)}: left in float"
+        index = re.search(target.pattern.replace(".", r"\.").replace("*", r"(\d+)"), target.renamed)
+        if index is None:
+            return f"its expert's number is not found by {target.pattern!r}: left in float"
+        part = target.converter.source_patterns.index(target.pattern)
+        return Matrix(name, path, parameter, "expert", shape, expert=int(index[1]), part=part)
+    if fused:
+        if len(shape) != 3:
+            return f"experts of shape {shape} are not understood: left in float"
+        return Matrix(name, path, parameter, "expert", shape, transposed=bool(owner.is_transposed))
+    if parameter != "weight" or len(shape) != 2:
+        return None
+    if is_conv1d(owner):
+        return Matrix(name, path, parameter, "conv1d", shape, transposed=True)
+    if is_linear(owner):
+        return Matrix(name, path, parameter, "linear", shape)
+    if isinstance(owner, nn.Linear):
+        return f"{type(owner).__name__} does more than multiply by its weight: left in float"
+    return None
+
+
+def _check_coverage(blocks: nn.Module, path: str, matrices: dict[str, Matrix]) -> None:
+    """Refuse a model whose blocks are mostly something else: a half-quantized mixture helps nobody."""
+    seen = {f"{m.module}.{m.parameter}" for m in matrices.values()}
+    total, unseen = 0, {}
+    for name, parameter in blocks.named_parameters():
+        total += parameter.numel()
+        if parameter.ndim >= 2 and f"{path}.{name}" not in seen:
+            general = re.sub(r"\.\d+\.", ".*.", f"{path}.{name}")
+            unseen[general] = unseen.get(general, 0) + parameter.numel()
+    large = {name: n for name, n in unseen.items() if n > _UNSEEN_LIMIT * total}
+    if large:
+        named = ", ".join(f"{name} ({n / total:.0%})" for name, n in large.items())
+        raise InputError(
+            f"the blocks keep weights outside linears and known experts: {named}; "
+            "such a model is not supported yet, and is not quantized by half"
+        )

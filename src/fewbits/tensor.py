@@ -1,0 +1,117 @@
+"""QuantizedTensor, one convention for every method and format; Note, a line for the report."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from fewbits import affine
+from fewbits.errors import InputError
+from fewbits.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A skip, a clamp or a fallback: what happened, where, and why."""
+
+    kind: Literal["skip", "clamp", "fallback", "fact"]
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """A weight on its grid: `w ~ scale * (codes - zero_point)`.
+
+    Args:
+        codes: (out, in) uint8, 0 <= code < 2**bits. Packed only inside formats and kernels.
+        scale: (out, groups) in its on-disk dtype; (1, 1) for granularity "tensor".
+        zero_point: like scale, uint8; mid-range everywhere if the scheme is symmetric.
+
+    Raises:
+        InputError: shapes that do not belong together.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    scheme: QuantScheme
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        grid = (1, 1) if self.scheme.granularity == "tensor" else (rows, self.scheme.groups(columns))
+        if tuple(self.scale.shape) != grid or tuple(self.zero_point.shape) != grid:
+            raise InputError(
+                f"scale {tuple(self.scale.shape)} and zero point {tuple(self.zero_point.shape)} do "
+                f"not fit codes {(rows, columns)} in {self.scheme.label}; accepted is {grid}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights that the codes stand for, (out, in), in the scale's dtype by default."""
+        return affine.dequantize(
+            self.codes, self.scale, self.zero_point, self.scheme, dtype or self.scale.dtype
+        )
+
+    def per_row(self) -> Self:
+        """The same weights with granularity "channel" if it was "tensor": the scale repeated."""
+        if self.scheme.granularity != "tensor":
+            return self
+        rows = self.shape[0]
+        return replace(
+            self,
+            scale=self.scale.expand(rows, 1).contiguous(),
+            zero_point=self.zero_point.expand(rows, 1).contiguous(),
+            scheme=replace(self.scheme, granularity="channel"),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[Self]) -> Self:
+        """Matrices over the same inputs, one below the other; all of one scheme."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = [part.per_row() for part in parts]
+        if len({part.scheme for part in rows}) > 1:
+            raise InputError("matrices of different schemes cannot be joined")
+        return cls(
+            torch.cat([part.codes for part in rows]),
+            torch.cat([part.scale for part in rows]),
+            torch.cat([part.zero_point for part in rows]),
+            rows[0].scheme,
+        )
+
+
+def quantize_tensor(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    """Round a weight (out, in) to the nearest points of its grid; the scale gets the weight's dtype.
+
+    Raises:
+        InputError: not a finite floating-point matrix, or the groups do not fit.
+
+    >>> weight = torch.tensor([[0.1, -0.7, 0.33, 0.7]])
+    >>> quantized = quantize_tensor(weight, QuantScheme(4, "channel"))
+    >>> quantized.codes
+    tensor([[ 9,  1, 11, 15]], dtype=torch.uint8)
+    >>> bool((dequantize(quantized) - weight).abs().max() <= quantized.scale.max() / 2)
+    True
+    """
+    scale, zero_point = affine.choose_qparams(weight, scheme)
+    codes = affine.quantize(weight, scale, zero_point, scheme)
+    return QuantizedTensor(codes, scale, zero_point, scheme)
+
+
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights that the codes stand for, (out, in), in the scale's dtype by default.
+
+    >>> dequantize(quantize_tensor(torch.tensor([[1.0, -2.0]]), QuantScheme(8, "tensor")))
+    tensor([[ 1.0079, -2.0000]])
+    """
+    return quantized.dequantize(dtype)

@@ -1,0 +1,276 @@
+"""Reads a written checkpoint back and compares it with its ledger, and with its source.
+
+Integers are unpacked by the compressed-tensors library, not by our own reader, and compared as integers:
+dequantized floats would not do, bfloat16 merges neighbouring 8-bit codes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewbits.checkpoint import (
+    CONFIG,
+    LEDGER,
+    Checkpoint,
+    hash_file,
+    hash_tensor,
+    hash_tensors,
+    open_checkpoint,
+    read_header,
+    read_json,
+)
+from fewbits.errors import InputError, VerificationError
+from fewbits.formats import FORMATS
+from fewbits.ledger import Codes, Entry, Ledger, read_ledger
+from fewbits.scheme import QuantScheme
+from fewbits.structure import find_matrices, skeleton
+
+Progress = Callable[[str, int, int], None]  # what, how many done, of how many
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was compared, and every difference found."""
+
+    tensors: int = 0
+    codes: int = 0
+    files: int = 0
+    source_tensors: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def raise_if_failed(self, out: Path) -> None:
+        """Raise if there are problems.
+
+        Raises:
+            VerificationError: names them all.
+        """
+        if self.problems:
+            raise VerificationError(
+                f"{out} failed verification ({len(self.problems)}): " + "; ".join(self.problems)
+            )
+
+
+def verify(
+    out: Path, source: Path | None = None, progress: Progress | None = None
+) -> Verification:
+    """Compare every file, tensor and integer of a checkpoint with its ledger.
+
+    Args:
+        out: a checkpoint that fewbits wrote.
+        source: the float checkpoint it was made from; compared too if given.
+
+    Raises:
+        InputError: `out` has no ledger.
+        VerificationError: anything differs; all differences are named.
+    """
+    try:
+        ledger = read_ledger(out)
+    except InputError as error:
+        if (out / LEDGER).is_file():
+            raise VerificationError(f"{out} failed verification (1): {error}") from None
+        raise
+    result = Verification()
+    problems = result.problems
+    readable = _check_files(out, ledger, result)
+    tensors = _open_tensors(out, readable, problems)
+    _check_names(ledger, tensors, problems)
+    _check_sums(out, ledger, readable, problems)
+    total = len(ledger.tensors)
+    for i, (name, entry) in enumerate(ledger.tensors.items()):
+        _check_entry(name, entry, ledger, tensors, result)
+        if progress is not None:
+            progress("verify", i + 1, total)
+    _check_config(out, ledger, problems)
+    if source is not None:
+        _check_source(source, ledger, result, progress)
+    result.raise_if_failed(out)
+    return result
+
+
+class _Tensors:
+    """Tensors of several files, read one at a time; `dtype_shape` has the headers."""
+
+    def __init__(self) -> None:
+        self.dtype_shape: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._files: dict[str, Any] = {}
+
+    def add(self, path: Path) -> None:
+        """Open one file."""
+        infos, _ = read_header(path)
+        handle = safe_open(path, framework="pt")
+        for info in infos:
+            self.dtype_shape[info.name] = (str(info.dtype).removeprefix("torch."), info.shape)
+            self._files[info.name] = handle
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def _check_files(out: Path, ledger: Ledger, result: Verification) -> list[str]:
+    """Compare sizes and hashes; the weight files that exist."""
+    found = []
+    for name, stated in ledger.files.items():
+        path = out / name
+        if not path.is_file():
+            result.problems.append(f"{name} is missing")
+            continue
+        result.files += 1
+        size = path.stat().st_size
+        if size != stated["size_bytes"]:
+            result.problems.append(f"{name} has {size} bytes instead of {stated['size_bytes']}")
+        elif hash_file(path) != stated["sha256"]:
+            result.problems.append(f"{name} was changed")
+        if name.endswith(".safetensors"):
+            found.append(name)
+    return found
+
+
+def _open_tensors(out: Path, files: list[str], problems: list[str]) -> _Tensors:
+    tensors = _Tensors()
+    for name in files:
+        try:
+            tensors.add(out / name)
+        except (InputError, SafetensorError) as error:
+            problems.append(str(error))
+    return tensors
+
+
+def _check_names(ledger: Ledger, tensors: _Tensors, problems: list[str]) -> None:
+    expected = {w.name for entry in ledger.tensors.values() for w in entry.written}
+    present = set(tensors.dtype_shape)
+    problems += [f"tensor {name} is missing" for name in sorted(expected - present)]
+    problems += [f"tensor {name} is not in the ledger" for name in sorted(present - expected)]
+
+
+def _check_sums(out: Path, ledger: Ledger, files: list[str], problems: list[str]) -> None:
+    """Bytes of tensors and headers must add up to the files, on both sides."""
+    totals = ledger.totals
+    headers = 0
+    for name in files:
+        try:
+            headers += read_header(out / name)[1]
+        except InputError:
+            return  # reported already
+    on_disk = sum((out / name).stat().st_size for name in files)
+    if totals["written_bytes"] + headers != on_disk and not problems:
+        problems.append(f"{totals['written_bytes']} bytes of tensors do not add up to the files' {on_disk}")
+    source = ledger.source["files"].values()
+    stated = sum(f["size_bytes"] - f["header_bytes"] for f in source if f["header_bytes"])
+    if all(f["header_bytes"] for f in source) and stated != totals["source_bytes"]:
+        problems.append(f"the ledger accounts for {totals['source_bytes']} of {stated} source bytes")
+
+
+def _check_entry(
+    name: str, entry: Entry, ledger: Ledger, tensors: _Tensors, result: Verification
+) -> None:
+    before = len(result.problems)
+    for written in entry.written:
+        if written.name not in tensors.dtype_shape:
+            continue  # reported already
+        result.tensors += 1
+        if tensors.dtype_shape[written.name] != (written.dtype, written.shape):
+            result.problems.append(f"tensor {written.name} has another dtype or shape")
+        elif hash_tensor(tensors[written.name]) != written.sha256:
+            result.problems.append(f"tensor {written.name} has other values")
+    if entry.outcome == "copied":
+        same = [w for w in entry.written if (w.name, w.sha256) == (name, entry.sha256)]
+        if len(same) != 1:
+            result.problems.append(f"tensor {name} is not the source's, bit for bit")
+    complete = all(written.name in tensors.dtype_shape for written in entry.written)
+    if entry.quantized is not None and complete and len(result.problems) == before:
+        result.codes += 1
+        result.problems += _check_codes(name, entry.quantized, ledger, tensors)
+
+
+def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) -> list[str]:
+    """Unpack by the compressed-tensors library and compare with what was chosen."""
+    scheme = QuantScheme.parse(stated.scheme)
+    layout = FORMATS[ledger.request["format"]]
+    packed, scale = tensors[layout.packed_name(name)], tensors[f"{name}_scale"]
+    shape = tensors[f"{name}_shape"]
+    point = None if scheme.symmetric else tensors[f"{name}_zero_point"]
+    if stated.matrices == 1 and packed.ndim == 2:
+        packed, scale, shape = packed[None], scale[None], shape[None]
+        point = None if point is None else point[None]
+    codes, scales, points = [], [], []
+    for i in range(stated.matrices):
+        rows, columns = shape[i].tolist()
+        codes.append(_unpack(packed[i], scheme, (rows, columns), 1))
+        groups = scale[i].shape[1]
+        zero = (
+            torch.full((rows, groups), scheme.middle, dtype=torch.uint8)
+            if point is None
+            else _unpack(point[i], scheme, (rows, groups), 0)
+        )
+        one, zero_one = _once(scale[i], scheme), _once(zero, scheme)
+        if one is None or zero_one is None:
+            return [f"{name}: its one scale is not the same in every row"]
+        scales.append(one)
+        points.append(zero_one)
+    parts = {"codes": codes, "scale": scales, "zero_point": points}
+    found = {part: hash_tensors(values) for part, values in parts.items()}
+    return [
+        f"{name}: the {part} read back are not those that were chosen"
+        for part, value in found.items()
+        if value != getattr(stated, part)
+    ]
+
+
+def _unpack(packed: Tensor, scheme: QuantScheme, shape: tuple[int, int], axis: int) -> Tensor:
+    """Unsigned integers, through the independent decoder."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    signed = unpack_from_int32(packed, scheme.bits, torch.Size(shape), packed_dim=axis)  # type: ignore[arg-type]
+    return (signed.to(torch.int16) + scheme.middle).to(torch.uint8)
+
+
+def _once(values: Tensor, scheme: QuantScheme) -> Tensor | None:
+    """Undo the repetition of a whole tensor's scale; None if the rows differ."""
+    if scheme.granularity != "tensor":
+        return values
+    return values[:1] if bool((values == values[:1]).all()) else None
+
+
+def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
+    """What config.json tells a client about each weight must be what the ledger says."""
+    try:
+        config = read_json(out / CONFIG)
+        layout = FORMATS[ledger.request["format"]]
+        quantization = config["quantization_config"]
+        if quantization["quant_method"] != layout.name:
+            problems.append(f"{CONFIG} says quant_method {quantization['quant_method']!r}")
+            return
+        shapes = {n: e.quantized.shape for n, e in ledger.tensors.items() if e.quantized is not None}
+        matrices, _ = find_matrices(skeleton(config), shapes)
+        for name in shapes:
+            scheme = QuantScheme.parse(ledger.tensors[name].quantized.scheme)  # type: ignore[union-attr]
+            told = layout.scheme_of(quantization, name, matrices[name].module)
+            granularity = "channel" if scheme.granularity == "tensor" else scheme.granularity
+            stated = QuantScheme(scheme.bits, granularity, scheme.group_size, scheme.symmetric)
+            if told != stated:
+                problems.append(f"{CONFIG} gives {name} {told.label} instead of {stated.label}")
+    except (InputError, KeyError, TypeError) as error:
+        problems.append(f"{CONFIG}: {error}")
+
+
+def _check_source(
+    source: Path, ledger: Ledger, result: Verification, progress: Progress | None
+) -> None:
+    checkpoint: Checkpoint = open_checkpoint(source)
+    entries = {name: e for name, e in ledger.tensors.items() if e.origin is None}
+    for name in sorted(checkpoint.tensors.keys() ^ entries.keys()):
+        where = "source" if name in entries else "ledger"
+        result.problems.append(f"source tensor {name} is not in the {where}")
+    for i, (name, entry) in enumerate(entries.items()):
+        if name in checkpoint.tensors:
+            result.source_tensors += 1
+            if hash_tensor(checkpoint.read(name)) != entry.sha256:
+                result.problems.append(f"source tensor {name} has other values than when it was read")
+        if progress is not None:
+            progress("compare with source", i + 1, len(entries))
