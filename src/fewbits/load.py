@@ -166,7 +166,6 @@ def _put(
             joined[part.expert or 0] += reader(part)
         experts = [QuantizedTensor.concatenate(joined[i]) for i in sorted(joined)]
     linears = [QuantizedLinear(weight, None, dtype, device) for weight in experts]
-    setattr(owner, parameter, None)
     replace_experts(owner, parameter, linears)
 
 
@@ -198,7 +197,7 @@ def _build(
             quantization_config=_config(weights) if weights else None,
             output_loading_info=True,
         )
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - {f"{m.module}.{m.parameter}" for m in weights.values()})
     if missing:
         raise InputError(f"{folder}: the model needs tensor {missing[0]}, which is not there")
     if (folder / "generation_config.json").is_file():
@@ -233,9 +232,9 @@ def _register() -> None:
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
             for module, parameter in self.quantization_config.taken:  # type: ignore[attr-defined]
-                owner = model.get_submodule(module)
-                owner.register_parameter(parameter, None)
-                owner._is_hf_initialized = True  # type: ignore[assignment]
+                # Empty, not absent: the initialization of some models touches every weight.
+                empty = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+                model.get_submodule(module).register_parameter(parameter, empty)
 
         def is_serializable(self) -> bool:
             """`save_pretrained` is refused: the kernels' layouts are no checkpoint."""

@@ -97,7 +97,7 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
         raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
     _check_fit(checkpoint, matrices, placements, origins)
     layout, why = _choose_format(format_name, placements)
-    floats = sorted(_float_modules(matrices, placements, checkpoint))
+    floats = sorted(_float_modules(model, matrices, placements, checkpoint))
     plan = Plan(checkpoint, config, matrices, placements, origins, layout, floats, notes + why)
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
@@ -177,13 +177,19 @@ def _choose_format(
 
 
 def _float_modules(
-    matrices: dict[str, Matrix], placements: dict[str, Placement], checkpoint: Checkpoint
+    model: torch.nn.Module,
+    matrices: dict[str, Matrix],
+    placements: dict[str, Placement],
+    checkpoint: Checkpoint,
 ) -> set[str]:
     """Matrices that stay in float, by the names of the model and of the source.
 
-    Routers are no linears in transformers, but they are in other clients, which must leave them alone.
+    A head that is tied to the embeddings has no tensor of its own, and is a linear all the same. Routers
+    are no linears in transformers, but they are in other clients, which must leave them alone.
     """
-    names = set()
+    head = find_head(model)
+    quantized = any(matrices[name].head for name in placements)
+    names = set() if head is None or quantized else {head}
     for name, matrix in matrices.items():
         if name not in placements:
             names |= {matrix.module, name.removesuffix(".weight")}
