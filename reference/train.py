@@ -20,10 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve w
 
 import torch
 import torch.nn.functional as F
-from corpus import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from corpus import documents
 
 BOS = "<|endoftext|>"  # starts every document; also ends generation
 VOCABULARY, CONTEXT, BATCH_TOKENS = 4096, 512, 4096
@@ -35,9 +36,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]

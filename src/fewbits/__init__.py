@@ -1,6 +1,7 @@
 """fewbits shrinks a language model 4-8x after training and proves that the result is good."""
 
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
+from fewbits.evaluate import Estimate, Evaluation, evaluate
 from fewbits.linear import QuantizedLinear
 from fewbits.load import load
 from fewbits.methods import RTN
@@ -12,6 +13,8 @@ from fewbits.verify import Verification, verify
 
 __all__ = [
     "RTN",
+    "Estimate",
+    "Evaluation",
     "FewbitsError",
     "InputError",
     "Note",
@@ -24,6 +27,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "dequantize",
+    "evaluate",
     "load",
     "quantize",
     "quantize_",

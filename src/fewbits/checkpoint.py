@@ -168,9 +168,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         path = folder / file
         if not path.is_file():
             raise InputError(f"{path} is missing; the index lists it")
-        infos, header = (
-            _torch_infos(path, checkpoint) if path.suffix == ".bin" else read_header(path)
-        )
+        infos, header = _torch_infos(path, checkpoint) if path.suffix == ".bin" else read_header(path)
         for info in infos:
             if info.name in checkpoint.tensors:
                 other = checkpoint.tensors[info.name].file
@@ -298,7 +296,7 @@ def hash_tensors(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(values.numpy()))
+        digest.update(values.numpy().data)
     return digest.hexdigest()
 
 
@@ -408,7 +406,7 @@ class CheckpointWriter:
         return sorted(names)
 
     def finish_weights(self) -> None:
-        """Write the last shard, give the shards their names, and write the index if there are several."""
+        """Write the last shard, give all of them their names, and write the index."""
         if self._buffer:
             self._flush()
         total = len(self._sizes)
@@ -453,6 +451,8 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(
+            error
+        )
         reason = "the disk is full" if full else str(error)
         raise ResourceError(f"{out} could not be written: {reason}; nothing was left behind") from error

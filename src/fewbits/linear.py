@@ -96,8 +96,10 @@ def experts_forward(
         (tokens, hidden), summed in float32 in order of the experts.
     """
     result = torch.zeros_like(hidden_states, dtype=torch.float32)
-    for expert in top_k_index.unique().tolist():
-        if expert >= experts.num_experts:  # expert parallelism marks absent experts so
+    chosen: list[int] = top_k_index.unique().tolist()  # type: ignore[no-untyped-call]
+    count = int(experts.num_experts)  # type: ignore[arg-type]
+    for expert in chosen:
+        if expert >= count:  # expert parallelism marks absent experts so
             continue
         token, choice = torch.where(top_k_index == expert)
         x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert)(

@@ -1,12 +1,12 @@
 """A checkpoint -> a transformers model that multiplies straight from codes.
 
-The model is built by transformers itself: its `from_pretrained` loads everything that is in float, through
-its own renaming and conversion rules, into a model whose quantized weights were taken out before.
-Then each of those modules is replaced by one that holds the codes; a float copy never exists.
+The model is built by transformers itself: its `from_pretrained` loads everything that is in float,
+through its own renaming and conversion rules, into a model whose quantized weights were taken out
+before. Then each of those modules is replaced by one that holds the codes; a float copy never exists.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
-from fewbits.errors import InputError
+from fewbits.errors import InputError, VerificationError
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.structure import Matrix, find_matrices, quiet_transformers, skeleton
@@ -76,6 +76,23 @@ def kernel_notes(model: nn.Module) -> list[Note]:
     ]  # fmt: skip
 
 
+@torch.no_grad()
+def check_forward(folder: Path) -> None:
+    """Load a checkpoint and run it on a few tokens.
+
+    Raises:
+        VerificationError: it cannot be loaded, or its logits are not finite.
+    """
+    try:
+        model = load(folder)
+    except InputError as error:
+        raise VerificationError(f"{folder} does not load: {error}") from None
+    vocabulary = model.config.get_text_config().vocab_size
+    logits = model(torch.arange(min(8, vocabulary))[None], use_cache=False).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise VerificationError(f"{folder} gives logits that are not finite")
+
+
 # -- what is quantized -----------------------------------------------------------------------------
 
 
@@ -111,7 +128,7 @@ def _quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str,
 
 
 def _by_parameter(
-    matrices: Mapping[str, Matrix] | Any,
+    matrices: Iterable[Matrix],
 ) -> Iterator[tuple[str, str, list[Matrix]]]:
     parameters: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
     for matrix in matrices:
@@ -123,9 +140,7 @@ def _by_parameter(
 class _Reader:
     """Quantized weights of a checkpoint, one at a time."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, layout: Format, quantization: dict[str, Any]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: Format, quantization: dict[str, Any]) -> None:
         self.checkpoint, self.layout, self.quantization = checkpoint, layout, quantization
 
     def __call__(self, matrix: Matrix) -> list[QuantizedTensor]:
@@ -156,7 +171,7 @@ def _put(
     owner = model.get_submodule(module)
     if parts[0].kind != "expert":
         bias = None if owner.bias is None else owner.bias.data  # type: ignore[union-attr]
-        model.set_submodule(module, QuantizedLinear(reader(parts[0])[0], bias, dtype, device))  # type: ignore[arg-type]
+        model.set_submodule(module, QuantizedLinear(reader(parts[0])[0], bias, dtype, device))
         return
     if parts[0].stacked:
         experts = reader(parts[0])

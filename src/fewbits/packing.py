@@ -41,7 +41,10 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """(rows, packed_columns) int32 -> (rows, columns) uint8 codes; the inverse of `pack`."""
     rows, words = packed.shape
     units = -(-words * 4 // bits)
-    stream = F.pad(packed.clone(memory_format=torch.contiguous_format).view(torch.uint8), (0, units * bits - words * 4))
+    stream = F.pad(
+        packed.clone(memory_format=torch.contiguous_format).view(torch.uint8),
+        (0, units * bits - words * 4),
+    )
     assembled = F.pad(stream.view(rows, units, bits), (0, 8 - bits)).view(torch.int64)
     codes = torch.empty(rows, units, _UNIT, dtype=torch.uint8, device=packed.device)
     for i in range(_UNIT):

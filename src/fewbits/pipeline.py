@@ -316,7 +316,7 @@ def _in_memory(model: nn.Module) -> list[Matrix]:
                     path,
                     "weight",
                     kind,
-                    tuple(module.weight.shape),  # type: ignore[arg-type]
+                    tuple(module.weight.shape),
                     transposed=kind == "conv1d",
                     head=path == head,
                 )

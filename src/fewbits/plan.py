@@ -169,7 +169,9 @@ def _choose_format(
             refused.setdefault(reason, []).append(name)
     if not refused:
         return chosen, []
-    reasons = "; ".join(f"{reason} ({names[0]} and {len(names) - 1} more)" for reason, names in refused.items())
+    reasons = "; ".join(
+        f"{reason} ({names[0]} and {len(names) - 1} more)" for reason, names in refused.items()
+    )
     if format_name is not None:
         raise InputError(f"--format {format_name} cannot hold this model: {reasons}")
     what = f"written for fewbits.load only, not as {chosen.name}: {reasons}"
@@ -200,4 +202,3 @@ def _float_modules(
             if owner in experts or any(m.startswith(f"{owner}.experts.") for m in matrices):
                 names.add(name.removesuffix(".weight"))
     return names
-

@@ -11,6 +11,7 @@ from fewbits.methods import METHODS, RTN, Method
 from fewbits.scheme import QuantScheme
 from fewbits.structure import Matrix
 
+DEFAULT_SCHEME = QuantScheme(4, "group", 128)
 FLOAT = "float"  # in place of a scheme: leave it alone
 
 
@@ -28,7 +29,7 @@ class Recipe:
     """
 
     method: Method = field(default_factory=RTN)
-    scheme: QuantScheme = QuantScheme(4, "group", 128)
+    scheme: QuantScheme = DEFAULT_SCHEME
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     head: bool = False
 
@@ -45,7 +46,7 @@ class Recipe:
             if not caught:
                 example = ", ".join(m.source.removesuffix(".weight") for m in matrices[:2])
                 raise InputError(
-                    f"pattern {pattern!r} matches no quantizable module; there are, for example, {example}"
+                    f"pattern {pattern!r} matches no quantizable module; there are {example}, ..."
                 )
             schemes |= dict.fromkeys(caught, scheme)
         return schemes

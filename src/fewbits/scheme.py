@@ -73,19 +73,17 @@ class QuantScheme:
             )
         size = match["size"]
         granularity: Granularity = "group" if size else match["name"]  # type: ignore[assignment]
-        return cls(
-            int(match["bits"]), granularity, int(size) if size else None, match["asym"] is None
-        )
+        return cls(int(match["bits"]), granularity, int(size) if size else None, match["asym"] is None)
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric grid: 8 for 4 bits."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     @property
     def max_code(self) -> int:
         """The largest code: 15 for 4 bits."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def groups(self, columns: int) -> int:
         """How many scales one row of `columns` inputs has.

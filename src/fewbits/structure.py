@@ -91,7 +91,7 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     try:
         with quiet_transformers(), torch.device("meta"):
             model_config = AutoConfig.for_model(model_type, **settings)
-            model: nn.Module = AutoModelForCausalLM.from_config(model_config)
+            model: nn.Module = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     except Exception as error:  # configs fail in as many ways as there are architectures
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -108,13 +108,13 @@ def quiet_transformers() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -123,15 +123,20 @@ def find_blocks(model: nn.Module) -> str:
     Raises:
         InputError: the model has no list of modules.
     """
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    if not lists:
+    sizes: dict[str, int] = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes:
         raise InputError("the model has no decoder blocks (no list of modules)")
-    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def find_head(model: nn.Module) -> str | None:
     """Path of the output head, if it has one."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
     return next((name for name, m in model.named_modules() if m is head), None)
 
 
@@ -239,7 +244,7 @@ def _matrix(
 ) -> Matrix | str | None:
     """The matrix; why a candidate is left in float; None for what is no matrix at all."""
     fused = is_experts(owner) and parameter in EXPERT_PARAMETERS
-    if target.converter is not None:
+    if target.converter is not None and target.pattern is not None:
         if not (fused or isinstance(owner, nn.Linear) or is_conv1d(owner)) or len(shape) < 2:
             return None
         operations = {type(operation).__name__ for operation in target.converter.operations}
@@ -268,7 +273,7 @@ def _matrix(
 def _check_coverage(blocks: nn.Module, path: str, matrices: dict[str, Matrix]) -> None:
     """Refuse a model whose blocks are mostly something else: a half-quantized mixture helps nobody."""
     seen = {f"{m.module}.{m.parameter}" for m in matrices.values()}
-    total, unseen = 0, {}
+    total, unseen = 0, dict[str, int]()
     for name, parameter in blocks.named_parameters():
         total += parameter.numel()
         if parameter.ndim >= 2 and f"{path}.{name}" not in seen:

@@ -55,9 +55,7 @@ class Verification:
             )
 
 
-def verify(
-    out: Path, source: Path | None = None, progress: Progress | None = None
-) -> Verification:
+def verify(out: Path, source: Path | None = None, progress: Progress | None = None) -> Verification:
     """Compare every file, tensor and integer of a checkpoint with its ledger.
 
     Args:
@@ -159,7 +157,9 @@ def _check_sums(out: Path, ledger: Ledger, files: list[str], problems: list[str]
             return  # reported already
     on_disk = sum((out / name).stat().st_size for name in files)
     if totals["written_bytes"] + headers != on_disk and not problems:
-        problems.append(f"{totals['written_bytes']} bytes of tensors do not add up to the files' {on_disk}")
+        problems.append(
+            f"{totals['written_bytes']} bytes of tensors do not add up to the files' {on_disk}"
+        )
     source = ledger.source["files"].values()
     stated = sum(f["size_bytes"] - f["header_bytes"] for f in source if f["header_bytes"])
     if all(f["header_bytes"] for f in source) and stated != totals["source_bytes"]:
@@ -226,7 +226,7 @@ def _unpack(packed: Tensor, scheme: QuantScheme, shape: tuple[int, int], axis: i
     """Unsigned integers, through the independent decoder."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    signed = unpack_from_int32(packed, scheme.bits, torch.Size(shape), packed_dim=axis)  # type: ignore[arg-type]
+    signed: Tensor = unpack_from_int32(packed, scheme.bits, torch.Size(shape), packed_dim=axis)
     return (signed.to(torch.int16) + scheme.middle).to(torch.uint8)
 
 
@@ -259,9 +259,7 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
         problems.append(f"{CONFIG}: {error}")
 
 
-def _check_source(
-    source: Path, ledger: Ledger, result: Verification, progress: Progress | None
-) -> None:
+def _check_source(source: Path, ledger: Ledger, result: Verification, progress: Progress | None) -> None:
     checkpoint: Checkpoint = open_checkpoint(source)
     entries = {name: e for name, e in ledger.tensors.items() if e.origin is None}
     for name in sorted(checkpoint.tensors.keys() ^ entries.keys()):

@@ -130,9 +130,9 @@ def _scheme(group: dict[str, Any], layout: str | None) -> QuantScheme:
             f"compressed-tensors with actorder {weights['actorder']!r} is not read; "
             "accepted are null and 'static'"
         )
-    strategy = "channel" if weights["strategy"] == "tensor" else weights["strategy"]
-    size = weights.get("group_size") if strategy == "group" else None
-    return QuantScheme(weights["num_bits"], strategy, size, weights["symmetric"])
+    if weights["strategy"] == "group":
+        return QuantScheme(weights["num_bits"], "group", weights["group_size"], weights["symmetric"])
+    return QuantScheme(weights["num_bits"], "channel", None, weights["symmetric"])
 
 
 def _match(target: str, names: set[str]) -> int | None:
@@ -144,7 +144,7 @@ def _match(target: str, names: set[str]) -> int | None:
 
 
 def _patterns(members: set[str], others: set[str]) -> list[str]:
-    """Members with their numbers as `\\d+`, where that catches no other module; else one by one."""
+    r"""Members with their numbers as `\d+`, where that catches no other module; else one by one."""
     patterns: set[str] = set()
     for member in members:
         parts = [r"\d+" if part.isdigit() else re.escape(part) for part in member.split(".")]

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewbits.errors import InputError
 from fewbits import packing
+from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
 

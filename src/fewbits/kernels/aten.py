@@ -55,9 +55,7 @@ class Int4Pack(Kernel):
     scale_and_zero: Tensor
 
     @classmethod
-    def refuses(
-        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """More than 4 bits, another device, or groups that are no multiple of 32."""
         if device.type != "cpu":
             return f"is for the CPU, not {device.type}"
@@ -75,9 +73,7 @@ class Int4Pack(Kernel):
         group = kernel_group(weight.scheme.group_size, columns, _GROUP_SIZES)
         assert group is not None
         self.group, self.out, self.padding = group, out, -columns % group
-        codes, both = int4_operands(
-            weight, group, out + -out % _ROWS, columns + self.padding, dtype
-        )
+        codes, both = int4_operands(weight, group, out + -out % _ROWS, columns + self.padding, dtype)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self.register_buffer("codes", packed)
         self.register_buffer("scale_and_zero", both)
@@ -85,7 +81,7 @@ class Int4Pack(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
         rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self.codes, self.group, self.scale_and_zero
         )
         return y[:, : self.out].reshape(*x.shape[:-1], self.out)
@@ -99,9 +95,7 @@ class Int8Pack(Kernel):
     offset: Tensor | None
 
     @classmethod
-    def refuses(
-        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Other than 8 bits, another device, or groups."""
         if device.type != "cpu":
             return f"is for the CPU, not {device.type}"
@@ -126,7 +120,7 @@ class Int8Pack(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
         rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
-        y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
         if self.offset is not None:
             total = rows.float().sum(1, keepdim=True)
             y = (y.float() + total * self.offset).to(x.dtype)

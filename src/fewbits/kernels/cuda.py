@@ -23,9 +23,7 @@ class Int4PackCuda(Kernel):
     scale_and_zero: Tensor
 
     @classmethod
-    def refuses(
-        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """More than 4 bits, no CUDA, another dtype than bfloat16, or columns that do not fit."""
         if device.type != "cuda":
             return f"is for CUDA, not {device.type}"
@@ -47,9 +45,7 @@ class Int4PackCuda(Kernel):
         group = kernel_group(weight.scheme.group_size, columns, sizes)
         assert group is not None
         self.group, self.out, self.padding = group, out, -columns % group
-        codes, both = int4_operands(
-            weight, group, out + -out % _ROWS, columns + self.padding, dtype
-        )
+        codes, both = int4_operands(weight, group, out + -out % _ROWS, columns + self.padding, dtype)
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES)
         self.register_buffer("codes", packed)
@@ -58,5 +54,5 @@ class Int4PackCuda(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
         rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm(rows, self.codes, self.group, self.scale_and_zero)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.codes, self.group, self.scale_and_zero)
         return y[:, : self.out].reshape(*x.shape[:-1], self.out)

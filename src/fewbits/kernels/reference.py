@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.affine import dequantize
 from fewbits import packing
+from fewbits.affine import dequantize
 from fewbits.tensor import QuantizedTensor
 
 _SLICE = 2**22  # weights dequantized at a time: 16 MB in float32; not tuned
@@ -22,9 +22,7 @@ class Kernel(nn.Module):
 
     @classmethod
     @abstractmethod
-    def refuses(
-        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this kernel cannot hold the weight for inputs of `dtype`; None if it can."""
 
     @abstractmethod
@@ -44,9 +42,7 @@ class Reference(Kernel):
     zero_point: Tensor
 
     @classmethod
-    def refuses(
-        cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Never."""
         return None
 

@@ -1,0 +1,55 @@
+# Every target makes the environment it needs. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO ?= build/demo
+INSTALLED := $(VENV)/installed
+MODEL := reference/model
+
+.PHONY: demo test check fix bench interop reference-model clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python reference/corpus.py heldout $(DEMO)/heldout.jsonl
+	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int8 --method int8
+	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int4 --method rtn --bits 4 --group-size 128
+	@$(BIN)/fewbits evaluate $(MODEL) $(DEMO)/int8 $(DEMO)/int4 --reference $(MODEL) \
+	  --text $(DEMO)/heldout.jsonl --limit 192 --speed
+	@echo; echo "The 4-bit model goes on from 'class Config:':"; echo
+	@$(BIN)/fewbits generate $(DEMO)/int4 "class Config:" --max-new-tokens 96
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Nothing else may run on the machine.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/linears.py
+
+# What other people's clients make of our checkpoints, each in an environment of its own.
+interop: $(INSTALLED)
+	PYTHON=$(PYTHON) PROJECT=$(BIN)/python bash tests/interop/run.sh
+
+# About an hour on two cores. The settings keep malloc from returning pages to the system all the time.
+reference-model: $(INSTALLED)
+	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 \
+	MALLOC_TOP_PAD_=500000000 $(BIN)/python reference/train.py build/reference-model
+
+clean:
+	rm -rf build $(VENV)
+
+# torch first: an open range would fetch gigabytes of CUDA packages on a machine without a GPU.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch numpy
+	$(PIP) install -q -c constraints.txt -e '.[test,check]'
+	@touch $@

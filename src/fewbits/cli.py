@@ -1,0 +1,382 @@
+"""The command line: arguments -> one public function -> a printed result.
+
+Results go to stdout (JSON with --json), progress and errors to stderr. Exit codes: 0 done, 1 the machine
+failed, 2 the input is wrong, 3 verification failed, 130 interrupted.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fewbits.errors import FewbitsError, InputError
+from fewbits.scheme import QuantScheme
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a language model 4-8x smaller and prove that the result is good.",
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.", show_default=False)]
+Method = Annotated[
+    str, typer.Option(help="rtn: round to nearest. int8: the same with --bits 8 --group-size none.")
+]
+Bits = Annotated[int | None, typer.Option(help="8, 4, 3 or 2.  [default: 4; int8: 8]")]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(help="Input columns that share a scale, or none.  [default: 128; 8 bits: none]"),
+]
+PerTensor = Annotated[bool, typer.Option("--per-tensor", help="One scale for a whole matrix.")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Store a zero point with each scale.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATTERN=SCHEME for the modules a glob matches (or re:REGEX), such as "
+        "'*.down_proj=w8-channel' or '*.0.*=float'. May be repeated; the last match decides."
+    ),
+]
+Head = Annotated[bool, typer.Option("--head", help="Quantize the output head too.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="compressed-tensors or fewbits.  [default: the first, where it can hold the model]"
+    ),
+]
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command of the app; every failure on purpose is one line and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except FewbitsError as error:
+            err.print(f"error: {error}", markup=False, highlight=False)
+            raise typer.Exit(error.exit_code) from None
+        except MemoryError:
+            err.print("error: the machine has no memory left for this")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            err.print("interrupted: nothing was left behind; the same command starts again")
+            raise typer.Exit(130) from None
+
+    return app.command()(run)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is being done; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _scheme(
+    method: str, bits: int | None, group_size: str | None, per_tensor: bool, asymmetric: bool
+) -> QuantScheme:
+    if method not in ("rtn", "int8"):
+        raise InputError(f"method {method!r} is unknown; accepted are rtn and int8")
+    if method == "int8" and bits not in (None, 8):
+        raise InputError(f"--method int8 with --bits {bits}; accepted is 8, or --method rtn")
+    if method == "int8" and group_size not in (None, "none"):
+        raise InputError(
+            f"--method int8 with --group-size {group_size}; accepted is none, or --method rtn"
+        )
+    if per_tensor and group_size not in (None, "none"):
+        raise InputError(f"--per-tensor with --group-size {group_size}; accepted is one of them")
+    bits = bits or (8 if method == "int8" else 4)
+    if per_tensor:
+        return QuantScheme(bits, "tensor", None, not asymmetric)
+    size = group_size or ("none" if bits == 8 else "128")
+    if size == "none":
+        return QuantScheme(bits, "channel", None, not asymmetric)
+    if not size.isdigit():
+        raise InputError(f"--group-size is {size!r}; accepted are a number and none")
+    return QuantScheme(bits, "group", int(size), not asymmetric)
+
+
+@_command
+def plan(
+    model: Model,
+    method: Method = "rtn",
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    per_tensor: PerTensor = False,
+    asymmetric: Asymmetric = False,
+    override: Override = None,
+    head: Head = False,
+    format: Format = None,
+    json_: Json = False,
+) -> None:
+    """Say what `quantize` would do and how large the result would be; reads headers only."""
+    from fewbits.checkpoint import resolve
+    from fewbits.plan import make_plan
+    from fewbits.recipe import Recipe, parse_override
+    from fewbits.report import bytes_text
+
+    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
+    recipe = Recipe(scheme=scheme, overrides=tuple(map(parse_override, override or ())), head=head)
+    made = make_plan(resolve(model), recipe, format)
+    value = {
+        "format": made.format.name,
+        "scheme": scheme.label,
+        "parameters": made.parameters,
+        "tensors": len(made.checkpoint.tensors),
+        "quantized": len(made.placements),
+        "source_bytes": made.source_bytes,
+        "written_bytes": made.written_bytes,
+        "bits_per_weight": 8 * made.written_bytes / made.parameters,
+        "float_modules": made.floats,
+        "notes": [str(note) for note in made.notes],
+    }
+    if json_:
+        _print_json(value)
+        return
+    out.print(
+        f"{len(made.placements)} of {len(made.checkpoint.tensors)} tensors in {scheme.label}, format "
+        f"{made.format.name}: {bytes_text(made.source_bytes)} -> {bytes_text(made.written_bytes)}, "
+        f"{value['bits_per_weight']:.2f} bits per weight",
+        highlight=False,
+    )
+    _print_notes([str(note) for note in made.notes])
+
+
+@_command
+def quantize(
+    model: Model,
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    method: Method = "rtn",
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    per_tensor: PerTensor = False,
+    asymmetric: Asymmetric = False,
+    override: Override = None,
+    head: Head = False,
+    format: Format = None,
+    json_: Json = False,
+) -> None:
+    """Quantize MODEL, write it to OUT, and verify what was written."""
+    from fewbits.pipeline import quantize as run
+    from fewbits.recipe import parse_override
+    from fewbits.report import bytes_text
+
+    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
+    overrides = tuple(map(parse_override, override or ()))
+    with _progress() as progress:
+        result = run(
+            model,
+            out_folder,
+            scheme=scheme,
+            overrides=overrides,
+            head=head,
+            format=format,
+            progress=progress,
+        )
+    if json_:
+        _print_json(result.to_json())
+        return
+    totals, checked = result.ledger.totals, result.verification
+    done = "already there" if result.reused else "written"
+    out.print(
+        f"{out_folder}: {done} as {result.ledger.request['format']}, {scheme.label}; "
+        f"{bytes_text(result.source_weight_bytes)} -> {bytes_text(result.weight_bytes)}, "
+        f"{result.bits_per_weight:.2f} bits per weight over the whole file\n"
+        f"ledger: {totals['source_tensors']} source tensors = {totals['quantized']} quantized + "
+        f"{totals['copied']} copied + {totals['folded']} folded + {totals['dropped']} dropped\n"
+        f"verified: {checked.files} files, {checked.tensors} tensors, the integers of {checked.codes} "
+        "weights, read back by compressed-tensors",
+        highlight=False,
+    )
+    _print_notes([str(note) for note in result.ledger.notes])
+
+
+@_command
+def verify(
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint of fewbits.")],
+    source: Annotated[str | None, typer.Option(help="The float checkpoint it was made from.")] = None,
+    forward: Annotated[bool, typer.Option(help="Also load it and run it on a few tokens.")] = True,
+    json_: Json = False,
+) -> None:
+    """Read OUT back and compare every file, tensor and integer with its ledger."""
+    from dataclasses import asdict
+
+    from fewbits.checkpoint import resolve
+    from fewbits.load import check_forward
+    from fewbits.verify import verify as run
+
+    with _progress() as progress:
+        result = run(out_folder, None if source is None else resolve(source), progress)
+    if forward:
+        check_forward(out_folder)
+    if json_:
+        _print_json(asdict(result) | {"forward": forward})
+        return
+    with_source = f", {result.source_tensors} source tensors" if source is not None else ""
+    ran = "; a forward pass gave finite logits" if forward else ""
+    out.print(
+        f"{out_folder}: verified {result.files} files, {result.tensors} tensors, the integers of "
+        f"{result.codes} weights{with_source}{ran}",
+        highlight=False,
+    )
+
+
+@_command
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids.")],
+    text: Annotated[
+        str, typer.Option(help="A text file, a .jsonl file, or hub:owner/name/config:split:column.")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help="What they should behave like, usually the float model.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: 2048, at most the context]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second too.")] = False,
+    json_: Json = False,
+) -> None:
+    """Measure perplexity, and against a reference KL, agreement and flips, with standard errors."""
+    import platform
+
+    from fewbits.checkpoint import resolve
+    from fewbits.evaluate import evaluate as run
+    from fewbits.load import load
+    from fewbits.report import Row, evaluation_table
+    from fewbits.speed import measure_size, measure_speed
+    from fewbits.text import read_text
+
+    documents = read_text(text)
+    if seq_len is not None and seq_len < 3:
+        raise InputError(f"--seq-len is {seq_len}; windows need at least 3 tokens")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}; accepted are numbers from 1")
+    sizes = [measure_size(resolve(model)) for model in models]
+    other = None if reference is None else load(reference)
+    rows = []
+    with _progress() as progress:
+        for model, size in zip(models, sizes, strict=True):
+            # The reference is compared with itself: its row shows zeros, not blanks.
+            network = load(model) if model != reference else other
+            measured = run(
+                network, other, text=documents, length=seq_len, limit=limit, progress=progress
+            )
+            timed = measure_speed(network) if speed else None
+            rows.append(Row(model, size, measured, timed))
+    if json_:
+        _print_json({"python": platform.python_version(), "models": [row.to_json() for row in rows]})
+        return
+    out.print(evaluation_table(rows))
+    first = rows[0].evaluation
+    out.print(
+        f"{first.tokens} tokens in {first.windows} windows of at most {first.length}, from {first.text} "
+        f"(sha256 {first.text_sha256[:16]}); errors are standard errors over windows; "
+        f"Python {platform.python_version()}",
+        highlight=False,
+    )
+
+
+@_command
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Stream text that MODEL writes after PROMPT."""
+    import torch
+    from transformers import TextStreamer
+
+    from fewbits.evaluate import load_tokenizer
+    from fewbits.load import load
+
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {max_new_tokens}; accepted are numbers from 1")
+    if temperature < 0:
+        raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
+    network, tokenizer = load(model), load_tokenizer(model)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    network.generate(
+        **inputs,
+        **how,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+@_command
+def bench(
+    model: Model,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    json_: Json = False,
+) -> None:
+    """Measure memory and speed of MODEL, and say which kernel runs and why."""
+    from fewbits.checkpoint import resolve
+    from fewbits.load import kernel_notes, load
+    from fewbits.report import bytes_text
+    from fewbits.speed import measure_size, measure_speed
+
+    if prompt < 1 or new_tokens < 1:
+        raise InputError("--prompt and --new-tokens need numbers from 1")
+    size = measure_size(resolve(model))
+    network = load(model)
+    notes = [str(note) for note in kernel_notes(network)]
+    speed = measure_speed(network, prompt, new_tokens)
+    if json_:
+        sizes = {"weight_bytes": size.weight_bytes, "bits_per_weight": size.bits_per_weight}
+        _print_json(speed.to_json() | sizes | {"notes": notes})
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row(
+        "weights on disk", f"{bytes_text(size.weight_bytes)}, {size.bits_per_weight:.2f} bits each"
+    )
+    table.add_row("tensors in memory", bytes_text(speed.tensor_bytes))
+    table.add_row("prefill", f"{speed.prefill:.0f} tokens/s ({speed.prompt} tokens)")
+    table.add_row("decode", f"{speed.decode:.1f} tokens/s ({speed.new_tokens} tokens)")
+    table.add_row("kernels", ", ".join(f"{count} x {name}" for name, count in speed.kernels.items()))
+    table.add_row("threads", str(speed.threads))
+    out.print(table)
+    _print_notes(notes)
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        out.print(note, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,77 @@
+"""The table of models side by side: size, quality with its error, speed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from fewbits.evaluate import Estimate, Evaluation
+from fewbits.speed import Size, Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of the table."""
+
+    name: str
+    size: Size
+    evaluation: Evaluation
+    speed: Speed | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.name,
+            "method": self.size.method,
+            "weight_bytes": self.size.weight_bytes,
+            "parameters": self.size.parameters,
+            "bits_per_weight": self.size.bits_per_weight,
+            "evaluation": self.evaluation.to_json(),
+            "speed": None if self.speed is None else self.speed.to_json(),
+        }
+
+
+def bytes_text(count: float) -> str:
+    """In decimal units.
+
+    >>> bytes_text(11_540_000)
+    '11.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def evaluation_table(rows: list[Row]) -> Table:
+    """A row for each model."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    timed = any(row.speed is not None for row in rows)
+    for heading in ("model", "method"):
+        table.add_column(heading, no_wrap=True)
+    headings = ["bits/weight", "size", "perplexity", "KL (nats)", "KL 99 %", "top-1 agreed", "flips"]
+    for heading in headings + ["prefill tok/s", "decode tok/s"] * timed:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        result = row.evaluation
+        cells = [row.name, row.size.method, f"{row.size.bits_per_weight:.2f}"]
+        cells += [bytes_text(row.size.weight_bytes), str(result.perplexity)]
+        cells += [_cell(result.kl), _cell(result.kl_99)]
+        cells += [_percent(result.top1_agreement), _percent(result.flips)]
+        if timed:
+            speed = row.speed
+            cells += ["", ""] if speed is None else [f"{speed.prefill:.0f}", f"{speed.decode:.0f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return "" if estimate is None else str(estimate)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    error = None if estimate.error is None else 100 * estimate.error
+    return f"{Estimate(100 * estimate.value, error)} %"

@@ -1,0 +1,131 @@
+"""Documents from files and the hub, and the windows of tokens that a model is run on."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import InputError
+
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file, where it has several
+ACCEPTED = "accepted are a text file, a .jsonl file, and hub:owner/name/config:split:column"
+
+Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Documents, where they come from, and a hash of them all.
+
+    >>> text = Text("two stories", ["Once.", "Upon a time."])
+    >>> len(text.sha256)
+    64
+    """
+
+    name: str
+    documents: list[Document] = field(repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Of the documents."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def read_text(source: str | Path, limit: int | None = None) -> Text:
+    """Documents of a text file, of a jsonl file with "text" or "messages" rows, or of a hub dataset.
+
+    A text file is one document, or several between lines of `<|endoftext|>`.
+
+    Args:
+        source: a path, or `hub:owner/name/config:split:column`.
+        limit: at most so many documents.
+
+    Raises:
+        InputError: cannot be read, or holds nothing.
+    """
+    documents = list(_hub(str(source), limit) if str(source).startswith("hub:") else _file(source))
+    documents = [d for d in documents if d][:limit]
+    if not documents:
+        raise InputError(f"{source} holds no text")
+    name = str(source) if str(source).startswith("hub:") else Path(source).name
+    return Text(name, documents)
+
+
+def _file(source: str | Path) -> Iterator[Document]:
+    path = Path(source)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"text {source} cannot be read ({reason}); {ACCEPTED}") from None
+    if path.suffix != ".jsonl":
+        yield from (part.strip("\n") for part in content.split(SEPARATOR))
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            yield _row(line, f"{source}, line {number}")
+
+
+def _row(line: str, where: str) -> Document:
+    try:
+        row = json.loads(line)
+        document: Document = row["text"] if "text" in row else row["messages"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise InputError(
+            f'{where}: accepted are rows like {{"text": "..."}} and {{"messages": [...]}}'
+        ) from None
+    return document
+
+
+def _hub(source: str, limit: int | None) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{source} needs the datasets package: pip install datasets") from None
+    try:
+        place, split, column = source.removeprefix("hub:").split(":")
+        owner, name, *config = place.split("/")
+    except ValueError:
+        raise InputError(f"{source} is not understood; {ACCEPTED}") from None
+    try:
+        rows = datasets.load_dataset(f"{owner}/{name}", *config, split=split, streaming=True)
+        for row in rows if limit is None else rows.take(limit):
+            yield row[column]
+    except Exception as error:  # the client raises many kinds; each means that we have no text
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source} cannot be had: {reason}") from error
+
+
+def windows(text: Text, tokenizer: Any, length: int) -> list[Tensor]:
+    """Every document cut into non-overlapping windows of at most `length` tokens.
+
+    Each window begins with the tokenizer's BOS, if it has one, as every text does that the model was
+    trained on; BOS is not counted as predicted. No window spans two documents.
+
+    Returns:
+        Token ids, (n,) each, 2 <= n <= length.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    pieces = []
+    step = length - len(start)
+    for document in text.documents:
+        ids = _tokens(document, tokenizer)
+        for i in range(0, len(ids), step):
+            piece = start + ids[i : i + step]
+            if len(piece) >= 2:
+                pieces.append(torch.tensor(piece))
+    return pieces
+
+
+def _tokens(document: Document, tokenizer: Any) -> list[int]:
+    if not isinstance(document, str):
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("the text holds chat messages, but the model has no chat template")
+        document = tokenizer.apply_chat_template(document, tokenize=False)
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

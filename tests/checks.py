@@ -1,0 +1,283 @@
+"""One suite per protocol; a test calls it for every method, format and kernel there is."""
+
+import json
+from itertools import product
+
+import pytest
+import safetensors.torch
+import torch
+from oracles import half_step
+from torch import Tensor
+
+from fewbits.errors import InputError
+from fewbits.formats import Format, Placement
+from fewbits.formats.packed import on_disk, packed_bytes
+from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
+from fewbits.methods import Method
+from fewbits.scheme import BITS, QuantScheme
+from fewbits.tensor import QuantizedTensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def schemes(*granularities: str | int) -> list[QuantScheme]:
+    """All bits, symmetric and not, for each granularity; a number is a group size."""
+    return [
+        QuantScheme(bits, "group" if isinstance(g, int) else g, g if isinstance(g, int) else None, s)
+        for bits, g, s in product(BITS, granularities, (True, False))
+    ]
+
+
+def fits(scheme: QuantScheme, columns: int) -> bool:
+    return scheme.group_size is None or columns % scheme.group_size == 0
+
+
+def random_weight(
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """Codes and zero points anywhere on the grid; scales from 0.5 to 1.5, or drawn from `scales`."""
+    grid = (1, 1) if scheme.granularity == "tensor" else (shape[0], scheme.groups(shape[1]))
+    codes = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    scale = torch.rand(grid) + 0.5 if scales is None else scales[torch.randint(len(scales), grid)]
+    if scheme.symmetric:
+        zero_point = torch.full(grid, 2 ** (scheme.bits - 1), dtype=torch.uint8)
+    else:
+        zero_point = torch.randint(0, 2**scheme.bits, grid, dtype=torch.uint8)
+    return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme)
+
+
+def assert_same(result: QuantizedTensor, expected: QuantizedTensor) -> None:
+    """Bit for bit, dtypes included."""
+    assert result.scheme == expected.scheme
+    for field in ("codes", "scale", "zero_point"):
+        ours, theirs = getattr(result, field), getattr(expected, field)
+        assert ours.dtype == theirs.dtype, field
+        assert torch.equal(ours, theirs), field
+
+
+def assert_within_half_a_step(weight: Tensor, quantized: QuantizedTensor) -> None:
+    """`|w - scale * (code - zero_point)| <= scale / 2` for every weight."""
+    scheme, scale = quantized.scheme, _spread(quantized.scale, quantized)
+    error = (weight.double() - weights(quantized)).abs()
+    # Four roundings in the working precision, each at most half an eps of 2**bits steps: the range,
+    # its division into steps, the scale, and weight / scale.
+    working = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    slack = 2 * torch.finfo(working).eps * 2**scheme.bits
+    worst = (error / scale).max().item()
+    assert worst <= 0.5 + slack, f"{worst} steps off, {weight.dtype}, {scheme.label}"
+
+
+# -- methods -----------------------------------------------------------------------------------
+
+
+def check_method(method: Method) -> None:
+    """A method that rounds each weight to the nearest point of a grid that covers it."""
+    assert isinstance(method.needs, frozenset)
+    for dtype, scheme in product(FLOATS, schemes("tensor", "channel", 8)):
+        weight = (torch.randn(32, 24) + torch.randn(32, 1)).to(dtype)
+        weight[1] = 0
+        weight[2] += 3  # zero is outside its range
+        before = weight.clone()
+        quantized, notes = method(weight, scheme, {})
+        assert torch.equal(weight, before), "the weight was modified"
+        assert isinstance(notes, list)
+        assert quantized.scheme == scheme
+        assert quantized.codes.dtype == torch.uint8
+        assert int(quantized.codes.max()) < 2**scheme.bits
+        assert quantized.scale.dtype == dtype
+        assert_within_half_a_step(weight, quantized)
+        assert torch.equal(quantized.dequantize()[1], torch.zeros(24, dtype=dtype))
+        again, _ = method(weight, scheme, {})
+        assert_same(again, quantized)
+
+
+# -- formats -----------------------------------------------------------------------------------
+
+_SHAPES = ((1, 1), (3, 5), (7, 24), (33, 48), (32, 31))  # rows matter: zero points are packed along them
+
+
+def check_format(layout: Format) -> None:
+    """Everything that is written is read back bit for bit, and the config names every scheme."""
+    _check_round_trip(layout)
+    _check_reading_refuses(layout)
+    _check_single_placements(layout)
+    for placements in _mixtures():
+        _check_config(layout, placements)
+    with pytest.raises(InputError, match="names no scheme"):
+        layout.scheme_of(layout.config(_mixtures()[-1], []), "lm_head.weight", "lm_head")
+
+
+def _check_round_trip(layout: Format) -> None:
+    name = "model.layers.11.mlp.down_proj.weight"
+    for scheme, shape, dtype in product(schemes("tensor", "channel", 1, 8), _SHAPES, FLOATS[:3]):
+        if not fits(scheme, shape[1]):
+            continue
+        weight = random_weight(scheme, shape, dtype)
+        tensors = layout.write(name, weight)
+        assert layout.packed_name(name) in tensors
+        assert all(key.startswith(name) for key in tensors)
+        stored = safetensors.torch.save(tensors)
+        header = 8 + int.from_bytes(stored[:8], "little")
+        assert len(stored) - header == packed_bytes(*shape, scheme, dtype.itemsize)
+        result = layout.read(name, safetensors.torch.load(stored), on_disk(scheme))
+        assert_same(result, weight.per_row())
+
+
+def _check_reading_refuses(layout: Format) -> None:
+    scheme = QuantScheme(4, "group", 8, symmetric=False)
+    tensors = layout.write("X.weight", random_weight(scheme, (3, 24)))
+    for missing in tensors:
+        rest = {name: tensor for name, tensor in tensors.items() if name != missing}
+        with pytest.raises(InputError, match="no tensor"):
+            layout.read("X.weight", rest, scheme)
+    with pytest.raises(InputError):
+        layout.read("X.weight", tensors, QuantScheme(8, "group", 8, symmetric=False))
+    with pytest.raises(InputError):
+        layout.read("X.weight", tensors, QuantScheme(4, "group", 4, symmetric=False))
+
+
+def _check_single_placements(layout: Format) -> None:
+    """A placement is refused with a reason, or everything works for it."""
+    for scheme, flags in product(schemes("tensor", "channel", 32), product((False, True), repeat=3)):
+        expert, stacked, transposed = flags
+        placement = Placement("model.layers.0.mlp.experts", scheme, expert, stacked, transposed)
+        reason = layout.refuses(placement, scheme)
+        if reason is None:
+            _check_config(layout, {"model.layers.0.mlp.experts.0.up_proj.weight": placement})
+        else:
+            assert reason.strip()
+
+
+def _check_config(layout: Format, placements: dict[str, Placement]) -> None:
+    config = json.loads(json.dumps(layout.config(placements, ["lm_head"])))
+    assert config["quant_method"] == layout.name
+    for name, placement in placements.items():
+        assert layout.scheme_of(config, name, placement.module) == on_disk(placement.scheme), name
+
+
+def _mixtures() -> list[dict[str, Placement]]:
+    """Twelve blocks, so that block 1 is a prefix of blocks 10 and 11; the last mixes most."""
+    low, high = QuantScheme(4, "group", 32), QuantScheme(8, "tensor")
+    odd = QuantScheme(3, "channel", symmetric=False)
+    modules = [
+        f"model.layers.{i}.{name}"
+        for i in range(12)
+        for name in ("self_attn.q_proj", "self_attn.q_proj_extra", "mlp.down_proj")
+    ]
+    one = dict.fromkeys(modules, low)
+    by_kind = {m: high if m.endswith("down_proj") else low for m in modules}
+    by_block = {m: odd if ".1." in m or ".11." in m else low for m in modules}
+    by_both = by_kind | {m: odd for m in modules if m.startswith("model.layers.10.")}
+    return [
+        {f"{m}.weight": Placement(m, scheme) for m, scheme in mixture.items()}
+        for mixture in (one, by_kind, by_block, by_both)
+    ]
+
+
+# -- kernels -----------------------------------------------------------------------------------
+
+KERNEL_SHAPES = ((7, 172), (33, 96), (1, 32), (130, 1024))  # ragged in rows, in columns, in both
+BATCHES = ((1,), (2,), (5,), (33,), (2, 3))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_kernel(kernel_class: type[Kernel], device: str = "cpu") -> None:
+    """`x @ W.T` within the rounding of its operands, its sums and its result; exact on small integers."""
+    held = 0
+    for scheme, shape in product(schemes("tensor", "channel", 4, 32, 64, 96, 256), KERNEL_SHAPES):
+        if not fits(scheme, shape[1]):
+            continue
+        for dtype, scale_dtype in ((t, s) for t in DTYPES for s in {t, torch.float32}):
+            weight = random_weight(scheme, shape, scale_dtype)
+            reason = kernel_class.refuses(weight, dtype, torch.device(device))
+            if reason is None:
+                held += 1
+                _check_product(kernel_class, weight, dtype, device)
+            else:
+                assert reason.strip()
+        held += _check_exact_product(kernel_class, scheme, shape, device)
+    assert held, f"{kernel_class.__name__} refused every weight"
+
+
+def _check_product(
+    kernel_class: type[Kernel], weight: QuantizedTensor, dtype: torch.dtype, device: str
+) -> None:
+    kernel = kernel_class(weight, dtype, torch.device(device))
+    out, columns = weight.shape
+    sizes = [torch.Size(batch).numel() for batch in BATCHES]
+    inputs = torch.randn(sum(sizes), columns).to(dtype)
+    exact, bound = product_and_bound(kernel_class, weight, inputs)
+    for batch, x, y, limit in zip(
+        BATCHES, inputs.split(sizes), exact.split(sizes), bound.split(sizes), strict=True
+    ):
+        result = kernel(x.reshape(*batch, columns).to(device))
+        assert result.shape == (*batch, out)
+        assert result.dtype == dtype
+        error = (result.cpu().double().reshape(-1, out) - y).abs()
+        worst = (error / limit).max().item()
+        assert worst <= 1, f"{worst} x bound: {weight.scheme.label} {(out, columns)} {dtype} {batch}"
+
+
+def _check_exact_product(
+    kernel_class: type[Kernel], scheme: QuantScheme, shape: tuple[int, int], device: str
+) -> bool:
+    """Powers of two as scales and small integers as inputs: no float32 sum rounds, in any order."""
+    weight = random_weight(scheme, shape, scales=torch.tensor([0.5, 1.0]))
+    if kernel_class.refuses(weight, torch.float32, torch.device(device)) is not None:
+        return False
+    kernel = kernel_class(weight, torch.float32, torch.device(device))
+    # Multiples of 1/2 below 1024 columns * 8 * 255: 22 bits, of float32's 24.
+    x = torch.randint(-8, 9, (3, 2, shape[1])).float().transpose(0, 1)  # not contiguous
+    before = x.clone()
+    result = kernel(x.to(device)).cpu()
+    assert torch.equal(result.double(), x.double() @ weights(weight).t())
+    assert torch.equal(x, before), "the input was modified"
+    return True
+
+
+def weights(weight: QuantizedTensor) -> Tensor:
+    """`oracles.dequantized`, for the larger shapes of the kernels."""
+    return _spread(weight.scale, weight) * (weight.codes.double() - _spread(weight.zero_point, weight))
+
+
+def _spread(values: Tensor, weight: QuantizedTensor) -> Tensor:
+    rows, columns = weight.shape
+    values = values.double().expand(rows, -1)
+    return values.repeat_interleave(columns // values.shape[1], 1)
+
+
+def product_and_bound(
+    kernel_class: type[Kernel], weight: QuantizedTensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`x @ W.T` in float64, and how far a kernel may be from it: both (rows, out), float64.
+
+    The standard bound (Higham, Accuracy and Stability, 2002, 3.5): a sum of n products in any order
+    is off by at most n u / (1 - n u) * sum |x| |w|, here with eps = 2u for u and two more for the
+    roundings of an operand. To it come the operands and results that are rounded to the dtype of x.
+    """
+    dtype, columns = x.dtype, weight.shape[1]
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    scale, point = _spread(weight.scale, weight), _spread(weight.zero_point, weight)
+    codes, middle, w = weight.codes.double(), weight.scheme.middle, weights(weight)
+    exact, size = x.double() @ w.t(), x.double().abs()
+    # `terms` are the magnitudes that are summed, `operands` how far rounding moves each weight.
+    terms = (scale * (codes - middle)).abs() + (scale * (point - middle)).abs()
+    if kernel_class is Reference:
+        terms, operands = w.abs(), half_step(w, dtype)
+    elif kernel_class is Int8Pack:  # q * scale, and the offset in float32
+        operands = half_step(scale, dtype) * (codes - middle).abs()
+    else:  # (c - 8) * scale + zero, with both rounded
+        operands = half_step(scale, dtype) * (codes - middle).abs()
+        operands += half_step(scale * (point - middle), dtype) * (point != middle)
+        if kernel_class is Int4PackCuda:  # tensor cores multiply weights of the dtype
+            operands += half_step(w.abs() + operands, dtype)
+        else:
+            assert kernel_class is Int4Pack, "give the new kernel's roundings here"
+    bound = size @ operands.t() + (columns + 2) * eps * (size @ terms.t())
+    if kernel_class is Int8Pack and not weight.scheme.symmetric:  # rounds before it adds the offset
+        before = x.double() @ (scale * (codes - middle)).t()
+        bound += half_step(before.abs() + bound, dtype)
+    return exact, bound + half_step(exact.abs() + bound, dtype)

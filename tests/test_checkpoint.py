@@ -1,0 +1,504 @@
+"""Reading headers strictly, reading torch files safely, writing all or nothing, finding a model."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_checkpoint, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fewbits import InputError, QuantScheme, ResourceError, quantize
+from fewbits.checkpoint import CheckpointWriter, open_checkpoint, read_header, resolve
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def raw_file(folder: Path, header: Any, values: bytes = b"", *, length: int | None = None) -> Path:
+    """A safetensors file from its parts; `length` overrides what it says of its header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / MODEL
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + values)
+    return path
+
+
+def folder_of(folder: Path, **shards: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint folder with one file per argument and an index over them."""
+    (folder / "config.json").write_text("{}")
+    weight_map = {}
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / f"{shard}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{shard}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+# -- headers -------------------------------------------------------------------------------------
+
+
+def test_a_header_gives_every_name_dtype_shape_and_its_own_size(tmp_path):
+    tensors = {
+        "a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros((), dtype=torch.int64),
+        "c": torch.zeros(0, 4), "d": torch.zeros(2, 2, dtype=torch.float8_e4m3fn),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / MODEL, metadata={"format": "pt"})
+    infos, header_bytes = read_header(tmp_path / MODEL)
+    assert {i.name: (i.dtype, i.shape, i.size_bytes) for i in infos} == {
+        name: (t.dtype, tuple(t.shape), t.nbytes) for name, t in tensors.items()
+    }
+    assert header_bytes + sum(i.size_bytes for i in infos) == (tmp_path / MODEL).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("header", "values"),
+    [
+        pytest.param(b"{not json", b"", id="no JSON"),
+        pytest.param(b"\xff\xfe\xff", b"", id="no text"),
+        pytest.param(b"[]", b"", id="a list"),
+        pytest.param(b"[" * 100_000, b"", id="endless nesting"),
+        pytest.param({"a": "F32"}, b"", id="an entry that is no object"),
+        pytest.param({"a": F32 | {"dtype": "F37"}}, bytes(8), id="unknown dtype"),
+        pytest.param({"a": F32 | {"dtype": ["F32"]}}, bytes(8), id="dtype that is a list"),
+        pytest.param({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), id="no offsets"),
+        pytest.param({"a": F32 | {"shape": [3]}}, bytes(8), id="shape against offsets"),
+        pytest.param({"a": F32 | {"shape": [-2]}}, bytes(8), id="negative shape"),
+        pytest.param({"a": F32 | {"shape": 2}}, bytes(8), id="shape that is a number"),
+        pytest.param({"a": F32 | {"data_offsets": [8, 0]}}, bytes(8), id="offsets backwards"),
+        pytest.param({"a": F32, "b": F32}, bytes(8), id="two at one place"),
+        pytest.param({"a": F32, "b": F32 | {"data_offsets": [4, 12]}}, bytes(12), id="overlap"),
+        pytest.param({"a": F32, "b": F32 | {"data_offsets": [12, 20]}}, bytes(20), id="gap"),
+        pytest.param({"a": F32 | {"data_offsets": [4, 12]}}, bytes(12), id="gap at the start"),
+        pytest.param({"a": F32}, bytes(12), id="bytes after the last"),
+        pytest.param({"a": F32}, bytes(7), id="truncated values"),
+        pytest.param({}, bytes(4), id="values of no tensor"),
+    ],
+)
+def test_a_corrupt_header_is_refused_and_the_file_named(tmp_path, header, values):
+    path = raw_file(tmp_path, header, values)
+    with pytest.raises(InputError) as refused:
+        read_header(path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_file_that_the_corrupt_ones_are_made_from_is_accepted(tmp_path):
+    infos, _ = read_header(raw_file(tmp_path, {"a": F32}, bytes(8)))
+    assert [i.name for i in infos] == ["a"]
+
+
+@pytest.mark.parametrize("length", [10**4, 2**63, 2**64 - 1])
+def test_a_header_length_beyond_the_file_is_refused_without_reading_it(tmp_path, length):
+    with pytest.raises(InputError, match="header does not fit"):
+        read_header(raw_file(tmp_path, {"a": F32}, bytes(8), length=length))
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    path = raw_file(tmp_path, {"a": F32}, bytes(8))
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="truncated or corrupt|corrupt header"):
+            read_header(path)
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def test_a_sharded_folder_is_read_like_a_whole_one(tmp_path):
+    folder = folder_of(tmp_path, one={"a": torch.arange(3)}, two={"b": torch.arange(4)})
+    checkpoint = open_checkpoint(folder)
+    assert {n: i.file for n, i in checkpoint.tensors.items()} == {
+        "a": "one.safetensors",
+        "b": "two.safetensors",
+    }
+    assert torch.equal(checkpoint.read("b"), torch.arange(4))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = folder_of(tmp_path, one={"a": torch.arange(3)}, two={"b": torch.arange(4)})
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(InputError, match=r"two\.safetensors is missing"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "{outside}/x.safetensors"])
+def test_an_index_cannot_reach_outside_its_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "sub").mkdir()
+    name = name.format(outside=tmp_path)
+    save_file({"a": torch.arange(3)}, folder / name)
+    (folder / "config.json").write_text("{}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="is not the name of a file beside it") as refused:
+        open_checkpoint(folder)
+    assert name in str(refused.value)
+
+
+def test_a_tensor_in_two_shards_is_named_with_both(tmp_path):
+    folder = folder_of(tmp_path, one={"a": torch.arange(3)}, two={"a": torch.arange(3), "b": torch.ones(1)})
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    )
+    with pytest.raises(InputError, match=r"two\.safetensors: tensor a is also in one\.safetensors"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("listed", [{"a": "one.safetensors", "c": "one.safetensors"}, {"b": "one.safetensors"}])
+def test_an_index_that_lists_what_a_shard_does_not_hold_is_refused(tmp_path, listed):
+    folder = folder_of(tmp_path, one={"a": torch.arange(3)})
+    (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(InputError, match="does not hold tensor [bc], which the index lists"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
+def test_an_index_without_a_map_is_refused(tmp_path, index):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="has no weight_map"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    save_file({"a": torch.arange(3)}, tmp_path / MODEL)
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"{", b"", b"[]", b"3", b"\xff"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+    save_file({"a": torch.arange(3)}, tmp_path / MODEL)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"config\.json (is not JSON|holds a)"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused_and_told_what_is_accepted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has no weights; accepted are model\.safetensors or"):
+        open_checkpoint(tmp_path)
+
+
+# -- torch files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torch_files_are_read_whole_or_sharded(tmp_path, sharded):
+    state = {"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(4, 3).t(), "c": torch.tensor(7)}
+    (tmp_path / "config.json").write_text("{}")
+    if sharded:
+        torch.save({"a": state["a"]}, tmp_path / "x-1.bin")
+        torch.save({"b": state["b"], "c": state["c"]}, tmp_path / "x-2.bin")
+        weight_map = {"a": "x-1.bin", "b": "x-2.bin", "c": "x-2.bin"}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        info = checkpoint.tensors[name]
+        assert (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(checkpoint.read(name), tensor)
+        checkpoint.close()  # dropping the mapping between two reads must not matter
+
+
+class _Hostile:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path, legacy):
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": _Hostile(tmp_path / "ran")}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin cannot be read as tensors") as refused:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)  # it is hostile indeed
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 3}, {"model": {"a": torch.ones(2)}}])
+def test_a_torch_file_with_anything_but_tensors_by_name_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="does not hold a plain dictionary of tensors"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 500])
+def test_a_truncated_torch_file_is_refused(tmp_path, size):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.randn(100)}, tmp_path / "pytorch_model.bin")
+    os.truncate(tmp_path / "pytorch_model.bin", size)
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_old_torch_file_is_read_and_its_cost_noted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.arange(5)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(tmp_path)
+    assert torch.equal(checkpoint.read("a"), torch.arange(5))
+    assert [note.kind for note in checkpoint.notes] == ["fallback"]
+
+
+def shared_storage() -> dict[str, dict[str, torch.Tensor]]:
+    base = torch.arange(24.0).view(4, 6)
+    return {
+        "tied": {"a": base, "b": base},
+        "a view of the start": {"a": base, "b": base[:2]},
+        "a view of the middle": {"a": base, "b": base[1:3]},
+        "transposed": {"a": base, "b": base.t()},
+        "halves": {"a": base[:2], "b": base[2:]},
+        "two empty ones": {"a": base[:0], "b": base[:0]},
+    }
+
+
+@pytest.mark.parametrize("kind", shared_storage())
+def test_tensors_that_share_storage_in_a_torch_file_are_written_apart(tmp_path, kind):
+    state = shared_storage()[kind]
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for name in checkpoint.tensors:
+            writer.add(name, checkpoint.read(name))
+        writer.finish_weights()
+        writer.commit()
+    written = load_file(tmp_path / "out" / MODEL)
+    assert written.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(written[name], tensor)
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def write_model(out: Path, model: torch.nn.Module, max_shard_bytes: int) -> CheckpointWriter:
+    with CheckpointWriter(out, max_shard_bytes) as writer:
+        for name, tensor in model.state_dict().items():
+            writer.add(name, tensor)
+        writer.finish_weights()
+        writer.write_json("config.json", json.loads(model.config.to_json_string()))
+        writer.commit()
+    return writer
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 60_000, 1])
+def test_transformers_loads_the_written_shards_bit_for_bit(tmp_path, max_shard_bytes):
+    model = tiny_model("llama")
+    writer = write_model(tmp_path / "out", model, max_shard_bytes)
+    state = model.state_dict()
+    several = {2**30: 1, 1: len(state)}.get(max_shard_bytes)
+    assert len(writer.shard_names) == several or (several is None and 1 < len(writer.shard_names) < 21)
+    assert (tmp_path / "out" / INDEX).exists() == (len(writer.shard_names) > 1)
+    assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == set(writer.shard_names)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_a_shard_holds_no_more_than_was_allowed_except_for_one_larger_tensor(tmp_path):
+    with CheckpointWriter(tmp_path / "out", 100) as writer:
+        for i, size in enumerate([40, 60, 1, 250, 99, 2]):
+            writer.add(str(i), torch.zeros(size, dtype=torch.uint8))
+        writer.finish_weights()
+        writer.commit()
+    shards = [load_file(tmp_path / "out" / name) for name in writer.shard_names]
+    assert [list(shard) for shard in shards] == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_behind(tmp_path, error):
+    def begin_and_fail():
+        with CheckpointWriter(tmp_path / "out", 10) as writer:
+            writer.add("a", torch.arange(100))
+            writer.add("b", torch.arange(100))
+            writer.write_json("config.json", {})
+            assert list(tmp_path.iterdir())  # there is something to leave
+            raise error
+
+    with pytest.raises(error):
+        begin_and_fail()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "empty folder", "full folder"])
+def test_an_out_that_exists_is_refused_and_left_alone(tmp_path, kind):
+    out = tmp_path / "out"
+    out.touch() if kind == "file" else out.mkdir()
+    if kind == "full folder":
+        (out / "precious").write_text("data")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="out exists; accepted is a folder that does not exist yet"):
+        CheckpointWriter(out).__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_stands_at_out_before_it_is_whole(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", torch.arange(100))
+        writer.finish_weights()
+        assert not (tmp_path / "out").exists()
+        writer.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode  # as others would have made it
+
+
+def test_one_name_is_written_once(tmp_path):
+    with CheckpointWriter(tmp_path / "out", 1) as writer:
+        writer.add("a", torch.arange(3))
+        writer.add("b", torch.arange(3))
+        with pytest.raises(InputError, match="two tensors would be written as a"):
+            writer.add("a", torch.arange(3))
+        writer.finish_weights()
+
+
+# -- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_while_writing_weights_is_said_so_and_nothing_left(tmp_path, small_disk):
+    tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(ResourceError, match="the disk is full"):
+        quantize(tmp_path / "model", small_disk / "out", scheme=QuantScheme(8), max_shard_bytes=20_000)
+    assert not list(small_disk.iterdir())
+
+
+def test_a_full_disk_while_copying_files_is_said_so_and_nothing_left(tmp_path, small_disk):
+    tiny_checkpoint(tmp_path / "model", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    (tmp_path / "model" / "tokenizer.json").write_text("x" * 60_000)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        quantize(tmp_path / "model", small_disk / "out", scheme=QuantScheme(4))
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_failing_save_is_a_full_disk_and_nothing_left(tmp_path, monkeypatch, code):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("fewbits.checkpoint.save_file", full)
+    with pytest.raises(ResourceError, match=r"out could not be written: the disk is full"):
+        quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme(8))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_another_failure_of_the_disk_keeps_its_own_reason(tmp_path, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("fewbits.checkpoint.os.fsync", broken)
+    with pytest.raises(ResourceError, match="Input/output error"):
+        quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme(8))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# -- finding a model -----------------------------------------------------------------------------
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_file_is_refused_as_a_model(tmp_path):
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(InputError, match="is a file; accepted are a folder and a hub id"):
+        resolve(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["two words", "a/b/c", "/no/such/folder", "a\nb", "hub:a/b"])
+def test_a_name_that_can_be_no_model_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr("fewbits.checkpoint._download", lambda _: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no such folder; accepted are"):
+        resolve(name)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of hub models, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def put_snapshot(cache: Path, repository: str) -> Path:
+    """The folder of a repository's snapshot, laid out as the hub's client does."""
+    commit, folder = "0123456789" * 4, cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    return folder / "snapshots" / commit
+
+
+def test_a_hub_id_is_served_from_the_cache_without_network(tmp_path, hub_cache):
+    snapshot = put_snapshot(hub_cache, "owner/name")
+    tiny_checkpoint(snapshot)
+    assert resolve("owner/name").samefile(snapshot)
+    result = quantize("owner/name", tmp_path / "out", scheme=QuantScheme(8))
+    assert result.ledger.source["name"] == "owner/name"
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_clear_line(hub_cache):
+    with pytest.raises(InputError) as refused:
+        resolve("owner/name")
+    message = str(refused.value)
+    assert message.startswith("owner/name: no such folder, and the hub did not give it (")
+    assert message.endswith("accepted are a folder and a hub id like owner/name")
+    assert "\n" not in message
+
+
+def test_a_snapshot_with_a_shard_missing_is_completed_from_the_hub(hub_cache, monkeypatch):
+    snapshot = put_snapshot(hub_cache, "owner/name")
+    tiny_checkpoint(snapshot, max_shard_size="100KB")
+    lost = sorted(snapshot.glob("*.safetensors"))[-1]
+    names = [p.name for p in snapshot.iterdir()]
+    saved = lost.read_bytes()
+    lost.unlink()
+
+    def download(_: str, *, local_files_only: bool = False, **__: Any) -> str:
+        if not local_files_only:
+            lost.write_bytes(saved)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+    open_checkpoint(resolve("owner/name"))
