@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 import safetensors.torch
 import torch
-from oracles import half_step
 from torch import Tensor
 
 from fewbits.errors import InputError
@@ -16,6 +15,7 @@ from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.tensor import QuantizedTensor
+from oracles import half_step
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -185,7 +185,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_kernel(kernel_class: type[Kernel], device: str = "cpu") -> None:
-    """`x @ W.T` within the rounding of its operands, its sums and its result; exact on small integers."""
+    """`x @ W.T` within the rounding of operands, sums and result; exact on small integers."""
     held = 0
     for scheme, shape in product(schemes("tensor", "channel", 4, 32, 64, 96, 256), KERNEL_SHAPES):
         if not fits(scheme, shape[1]):

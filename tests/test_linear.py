@@ -3,8 +3,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS, product_and_bound, random_weight, schemes
-from oracles import half_step
 from torch import nn
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -14,6 +12,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
+from checks import FLOATS, product_and_bound, random_weight, schemes
 from fewbits.errors import InputError
 from fewbits.kernels import KERNELS
 from fewbits.linear import (
@@ -26,6 +25,7 @@ from fewbits.linear import (
 )
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import quantize_tensor
+from oracles import half_step
 
 # -- one linear ------------------------------------------------------------------------------------
 

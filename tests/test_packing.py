@@ -1,10 +1,10 @@
-import oracles
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracles
 from fewbits.packing import pack, packed_columns, unpack
 
 # Every count up to two units of 8 elements, and those around whole words for each number of bits.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -405,14 +406,16 @@ def test_anonymous_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
             num_attention_heads=8, num_key_value_heads=8, head_dim=64,
         )  # fmt: skip
     command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # glibc returns what is freed at once, so that a peak is what is in use; measured: it is stable to 0.1 MB
+    glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | glibc)
     small, large = (int(word) for word in done.stdout.split())
     weights = (tmp_path / "12" / "model.safetensors").stat().st_size
     codes = sum(p.stat().st_size for p in (tmp_path / "12-out").glob("*.safetensors"))
     assert (weights, codes) > (60_000_000, 15_000_000)
-    # Ten more blocks are 52 MB of weights and 13 MB of codes; kept headers and hashes are under 1 MB,
-    # and one shard of 4 MB may lie differently in the allocator's pools.
-    assert large - small < 5_000_000
+    # Ten more blocks are 52 MB of weights and 13 MB of codes. Two blocks do not fill a shard, so one shard
+    # of difference is sound; it has room for ledger and module tree, about 0.1 MB per block (2026-11-23).
+    assert large - small < 4_000_000
 
 
 # -- in memory -----------------------------------------------------------------------------------

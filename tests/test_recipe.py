@@ -15,9 +15,9 @@ def linear(module, **changes):
 
 
 MATRICES = [
-    *(linear(f"model.layers.{i}.{name}") for i in (0, 1, 11) for name in ("attn.q_proj", "mlp.down_proj")),
+    *(linear(f"model.layers.{i}.{n}") for i in (0, 1, 11) for n in ("attn.q_proj", "mlp.down_proj")),
     linear("lm_head", head=True),
-]  # fmt: skip
+]
 # An expert of a checkpoint: the source has a name of its own, the model one module for all.
 EXPERT = Matrix(
     "model.layers.0.moe.experts.3.w1.weight",

@@ -1,8 +1,8 @@
 import dataclasses
 
 import pytest
-from checks import schemes
 
+from checks import schemes
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 

@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
-from checks import FLOATS, assert_same, random_weight, schemes
 
+import oracles
+from checks import FLOATS, assert_same, random_weight, schemes
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor, dequantize, quantize_tensor
@@ -44,8 +44,8 @@ def test_shapes_that_do_not_belong_together_are_refused(scheme, grid):
 def test_a_zero_point_of_another_shape_than_the_scale_is_refused():
     codes, scale = torch.zeros(5, 16, dtype=torch.uint8), torch.ones(5, 2)
     for grid in ((1, 1), (5, 1), (2, 5)):
+        points = torch.zeros(grid, dtype=torch.uint8)
         with pytest.raises(InputError, match="accepted is"):
-            points = torch.zeros(grid, dtype=torch.uint8)
             QuantizedTensor(codes, scale, points, QuantScheme(4, "group", 8))
 
 

@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Make a language model 4-8x smaller and prove that the result is good.",
 )
 out = Console(soft_wrap=True)
+wide = Console(soft_wrap=True, width=200)  # tables are not squeezed into 80 columns of a pipe
 err = Console(stderr=True, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -291,11 +292,11 @@ def evaluate(
                 network, other, text=documents, length=seq_len, limit=limit, progress=progress
             )
             timed = measure_speed(network) if speed else None
-            rows.append(Row(model, size, measured, timed))
+            rows.append(Row(Path(model).name, size, measured, timed))
     if json_:
         _print_json({"python": platform.python_version(), "models": [row.to_json() for row in rows]})
         return
-    out.print(evaluation_table(rows))
+    wide.print(evaluation_table(rows))
     first = rows[0].evaluation
     out.print(
         f"{first.tokens} tokens in {first.windows} windows of at most {first.length}, from {first.text} "

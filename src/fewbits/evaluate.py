@@ -115,9 +115,13 @@ def evaluate(
         pieces = pieces[:: max(1, math.ceil(len(pieces) / limit))]
     if not pieces:
         raise InputError(f"{text.name} holds no window of 2 tokens")
+    vocabulary = network.config.get_text_config().vocab_size
+    largest = max(int(piece.max()) for piece in pieces)
+    if largest >= vocabulary:
+        raise InputError(f"the tokenizer gives token {largest}, but the model knows only {vocabulary}")
     counts = []
     done = 0
-    for batch in _batches(pieces, network.config.get_text_config().vocab_size):
+    for batch in _batches(pieces, vocabulary):
         counts += _measure(network, other, batch)
         done += len(batch)
         if progress is not None:

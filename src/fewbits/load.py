@@ -170,7 +170,7 @@ def _put(
     """Replace one float parameter by modules that hold its codes."""
     owner = model.get_submodule(module)
     if parts[0].kind != "expert":
-        bias = None if owner.bias is None else owner.bias.data  # type: ignore[union-attr]
+        bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
         model.set_submodule(module, QuantizedLinear(reader(parts[0])[0], bias, dtype, device))
         return
     if parts[0].stacked:

@@ -1,5 +1,6 @@
 """Preflight: everything that can go wrong and be known from config and headers, known in seconds."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     origins = _untie_head(model, recipe, checkpoint, matrices, config)
     schemes = recipe.assign(matrices.values())
     placements = {
-        name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed)
+        name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward)
         for name, m in matrices.items()
         if (scheme := schemes[name]) is not None
     }
@@ -98,7 +99,8 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     _check_fit(checkpoint, matrices, placements, origins)
     layout, why = _choose_format(format_name, placements)
     floats = sorted(_float_modules(model, matrices, placements, checkpoint))
-    plan = Plan(checkpoint, config, matrices, placements, origins, layout, floats, notes + why)
+    notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
+    plan = Plan(checkpoint, config, matrices, placements, origins, layout, floats, notes)
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
 
@@ -143,16 +145,12 @@ def _check_fit(
         if size is not None and columns % size:
             offenders.append(f"{name} ({columns} columns, groups of {size})")
     if offenders:
-        common = {matrices[name].rows_columns[1] for name in placements}
+        common = math.gcd(*(matrices[name].rows_columns[1] for name in placements))
         raise InputError(
             f"{len(offenders)} of {len(placements)} weights do not fit their scheme: "
             + ", ".join(offenders)
-            + f"; accepted are group sizes that divide {_list(common)}, or --group-size none"
+            + f"; accepted for all of them are divisors of {common}, or --group-size none"
         )
-
-
-def _list(numbers: set[int]) -> str:
-    return " and ".join(str(n) for n in sorted(numbers))
 
 
 def _choose_format(

@@ -46,6 +46,7 @@ class Matrix:
         part: its place among the tensors that are joined, by rows, into the parameter.
         block: number of the decoder block, None outside.
         head: it is the output head.
+        own_forward: its class has a forward of its own that computes the same.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Matrix:
     part: int = 0
     block: int | None = None
     head: bool = False
+    own_forward: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -264,7 +266,8 @@ def _matrix(
     if is_conv1d(owner):
         return Matrix(name, path, parameter, "conv1d", shape, transposed=True)
     if is_linear(owner):
-        return Matrix(name, path, parameter, "linear", shape)
+        own = type(owner).forward is not nn.Linear.forward
+        return Matrix(name, path, parameter, "linear", shape, own_forward=own)
     if isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} does more than multiply by its weight: left in float"
     return None

@@ -1,15 +1,15 @@
 import json
 from itertools import product
 
-import oracles
 import pytest
 import torch
-from checks import check_format, random_weight, schemes
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_targets
 from torch import nn
 
+import oracles
+from checks import check_format, random_weight, schemes
 from fewbits.errors import InputError
 from fewbits.formats import FORMATS, CompressedTensors, Own, Placement
 from fewbits.scheme import QuantScheme
@@ -137,10 +137,8 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_beats_the_class():
         for i, (target, bits) in enumerate((("Linear", 2), ("re:.*q_proj", 3), ("x.q_proj", 8)))
     }
     layout = CompressedTensors()
-    found = [
-        layout.scheme_of(config, f"{m}.weight", m).bits for m in ("x.q_proj", "y.q_proj", "z.up_proj")
-    ]
-    assert found == [8, 3, 2]
+    modules = ("x.q_proj", "y.q_proj", "z.up_proj")
+    assert [layout.scheme_of(config, f"{m}.weight", m).bits for m in modules] == [8, 3, 2]
 
 
 @pytest.mark.parametrize(

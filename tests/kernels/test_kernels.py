@@ -1,7 +1,7 @@
 import pytest
 import torch
-from checks import DTYPES, check_kernel, random_weight, schemes
 
+from checks import DTYPES, check_kernel, random_weight, schemes
 from fewbits.kernels import KERNELS, Int4Pack, Int4PackCuda, Int8Pack, Reference, choose_kernel
 from fewbits.kernels.aten import kernel_group
 from fewbits.scheme import QuantScheme

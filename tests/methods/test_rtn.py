@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
-from checks import check_method, schemes
 
+import oracles
+from checks import check_method, schemes
 from fewbits.affine import choose_qparams
 from fewbits.methods import METHODS, RTN
 

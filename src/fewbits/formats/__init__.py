@@ -45,6 +45,9 @@ class Format(Protocol):
             InputError: an assignment that this format cannot express.
         """
 
+    def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
+        """What a user must know to load these weights in the format's clients."""
+
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
         """The scheme that `quantization_config` gives to the weight `name` of `module`.
 

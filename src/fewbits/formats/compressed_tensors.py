@@ -28,6 +28,8 @@ from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
 
+_OPTION = "plain transformers loads them with CompressedTensorsConfig(dequantize=True) only"
+
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensors:
@@ -89,6 +91,16 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
+        """Where transformers needs an option (2026-11, transformers 5.23, compressed-tensors 0.20)."""
+        values = placements.values()
+        remarks = []
+        if any(not placement.scheme.symmetric for placement in values):
+            remarks.append(f"asymmetric weights: with compressed-tensors 0.19 and 0.20, {_OPTION}")
+        if any(placement.own_forward for placement in values):
+            remarks.append(f"linears of a class of their own: {_OPTION}")
+        return remarks
 
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
         """By exact name first, then by pattern, then by the class "Linear", as its clients do."""

@@ -56,6 +56,10 @@ class Own:
         weights = {name: on_disk(p.scheme).label for name, p in placements.items()}
         return {"quant_method": self.name, "version": VERSION, "weights": weights}
 
+    def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
+        """Nothing that the choice of this format has not said."""
+        return []
+
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
         """By name."""
         if config.get("version") != VERSION:

@@ -15,6 +15,7 @@ class Placement:
         expert: it belongs to a mixture's experts.
         stacked: all experts lie in one 3-D tensor on disk.
         transposed: stored (in, out) on disk.
+        own_forward: its module is a linear by a forward of its own, which wraps itself round the weight.
     """
 
     module: str
@@ -22,3 +23,4 @@ class Placement:
     expert: bool = False
     stacked: bool = False
     transposed: bool = False
+    own_forward: bool = False

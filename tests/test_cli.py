@@ -1,0 +1,214 @@
+"""The command line as a user meets it: exit codes, one clear line, JSON."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fewbits.cli import app
+from models import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama with a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    tiny_checkpoint(folder, "llama")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 1]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int4(model):
+    out = model.parent / "int4"
+    assert run("quantize", model, out, "--group-size", "32").exit_code == 0
+    return out
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(result, *words):
+    """Exit code 2, one line that holds all the words, nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    return True
+
+
+def test_quantize_says_what_it_did_and_json_says_the_same(model, tmp_path):
+    result = run("quantize", model, tmp_path / "out", "--method", "int8", "--json")
+    value = json.loads(result.stdout)
+    assert value["request"]["scheme"] == "w8-channel"
+    assert value["verified"]["problems"] == []
+    again = run("quantize", model, tmp_path / "out", "--method", "int8")
+    assert again.exit_code == 0
+    assert "already there" in again.stdout
+    assert f"{value['totals']['quantized']} quantized" in again.stdout
+
+
+def test_plan_predicts_what_quantize_writes(model, int4):
+    plan = json.loads(run("plan", model, "--group-size", "32", "--json").stdout)
+    ledger = json.loads((int4 / "fewbits.json").read_text())
+    assert plan["written_bytes"] == ledger["totals"]["written_bytes"]
+    assert plan["quantized"] == ledger["totals"]["quantized"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "magic"], ["magic", "rtn", "int8"]),
+        (["--bits", "5"], ["5", "2, 3, 4 and 8"]),
+        (["--method", "int8", "--bits", "4"], ["int8", "4"]),
+        (["--group-size", "40"], ["40", "down_proj", "q_proj", "divide"]),
+        (["--group-size", "many"], ["many", "none"]),
+        (["--per-tensor", "--group-size", "32"], ["--per-tensor", "32"]),
+        (["--override", "*.nothing=w8-channel", "--group-size", "32"], ["*.nothing", "matches no"]),
+        (["--override", "nonsense", "--group-size", "32"], ["nonsense", "PATTERN=SCHEME"]),
+        (["--override", "*=w9-channel", "--group-size", "32"], ["9"]),
+        (["--format", "tarball", "--group-size", "32"], ["tarball", "compressed-tensors"]),
+    ],
+)
+def test_bad_arguments_are_one_line_and_write_nothing(model, tmp_path, options, words):
+    assert refused(run("quantize", model, tmp_path / "out", *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_are_one_line_and_write_nothing(model, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    assert refused(run("quantize", tmp_path / "empty", out), "config.json")
+    (tmp_path / "empty" / "config.json").write_text((model / "config.json").read_text())
+    assert refused(run("quantize", tmp_path / "empty", out), "no weights")
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert refused(run("quantize", tmp_path / "empty", out), "model.safetensors", "corrupt")
+    assert refused(run("quantize", tmp_path / "nowhere", out), "nowhere", "no such folder")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_nothing_is_left(model, tmp_path, value):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text((model / "config.json").read_text())
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert refused(run("quantize", source, tmp_path / "out", "--group-size", "32"), name)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_existing_folder_is_refused(model, int4, tmp_path):
+    assert refused(run("quantize", model, tmp_path, "--method", "int8"), "exists")
+    assert refused(run("quantize", model, int4, "--bits", "8"), "another run", "w4-g32")
+
+
+def test_verify_finds_a_flipped_bit_with_exit_code_3(int4, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(int4, copy)
+    assert run("verify", copy).exit_code == 0
+    path = copy / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    result = run("verify", copy)
+    assert result.exit_code == 3
+    assert "model.safetensors was changed" in result.stderr
+    assert "has other values" in result.stderr
+
+
+def test_verify_of_something_else_is_bad_input(model):
+    assert refused(run("verify", model), "fewbits.json")
+
+
+def test_evaluate_prints_a_table_and_json_with_the_text_and_python(model, int4, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox.\n" * 20)
+    options = ["--reference", model, "--text", text, "--seq-len", "64"]
+    result = run("evaluate", model, int4, *options, "--json")
+    assert result.exit_code == 0, result.output
+    value = json.loads(result.stdout)
+    ours, theirs = value["models"]
+    assert ours["evaluation"]["kl"]["value"] == 0
+    assert theirs["evaluation"]["kl"]["value"] > 0
+    assert value["python"] == sys.version.split()[0]
+    shown = run("evaluate", int4, *options)
+    assert "w4-g32" in shown.stdout
+    assert theirs["evaluation"]["text_sha256"][:16] in shown.stdout
+
+
+def test_evaluate_refuses_what_it_cannot_use(model, tmp_path):
+    assert refused(run("evaluate", model, "--text", tmp_path / "none"), "none")
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 100)
+    assert refused(run("evaluate", model, "--text", text, "--seq-len", "2"), "3")
+    assert refused(run("evaluate", model, "--text", text, "--limit", "0"), "--limit")
+
+
+def test_generate_streams_text_and_is_repeatable(int4):
+    first = run("generate", int4, "The", "--max-new-tokens", "5", "--temperature", "1")
+    assert first.exit_code == 0, first.output
+    assert first.stdout.startswith("The")
+    assert (
+        run("generate", int4, "The", "--max-new-tokens", "5", "--temperature", "1").stdout
+        == first.stdout
+    )
+    assert refused(run("generate", int4, "The", "--max-new-tokens", "0"), "--max-new-tokens")
+
+
+def test_bench_says_which_kernel_runs_and_why_not_another(model, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", model, out, "--group-size", "16").exit_code == 0
+    result = run("bench", out, "--prompt", "8", "--new-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert "reference" in result.stdout
+    assert "needs groups of a multiple of 32 columns, not 16" in result.stdout
+
+
+def test_an_interrupted_run_leaves_nothing_and_exits_130(model, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewbits.pipeline._quantize_one", interrupt)
+    result = run("quantize", model, tmp_path / "out", "--group-size", "32")
+    assert result.exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fewbits.checkpoint.save_file", full)
+    result = run("quantize", model, tmp_path / "out", "--group-size", "32")
+    assert result.exit_code == 1
+    assert "the disk is full" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_does_not_wait_for_transformers():
+    code = (
+        "import sys; from fewbits.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

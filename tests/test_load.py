@@ -1,0 +1,435 @@
+"""What load() makes of a checkpoint computes what its codes say, for every kind of architecture."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from models import TINY, VOCABULARY, tiny_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from fewbits import InputError, QuantizedLinear, QuantScheme, load, quantize
+from fewbits.checkpoint import resolve
+
+LABELS = ("w8-channel", "w4-g32", "w4-g32-asym")
+IDS = torch.arange(1, 17)[None] * 7 % VOCABULARY
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+# Source matrices that multiply no activations, or are left in float on purpose.
+_FLOAT = re.compile(r"embed|wte|wpe|lm_head|\.router\.|mlp\.gate\.weight|block_sparse_moe\.gate|_bias$")
+
+
+def quantizable(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim >= 2 and not _FLOAT.search(name)
+
+
+def stored_transposed(model_type: str, name: str) -> bool:
+    return model_type == "gpt2" or (model_type == "gpt_oss" and "experts" in name)
+
+
+def decode(tensors: dict[str, Tensor], name: str, bits: int, suffix: str) -> Tensor:
+    """The float32 weight that the files say, by the formats' description and another tool's unpacker."""
+    packed, scale = tensors[name + suffix], tensors[f"{name}_scale"].float()
+    rows, columns = tensors[f"{name}_shape"].tolist()
+    signed = unpack_from_int32(packed, bits, torch.Size((rows, columns))).float()
+    if f"{name}_zero_point" in tensors:
+        points = tensors[f"{name}_zero_point"]
+        zero = unpack_from_int32(points, bits, torch.Size((rows, scale.shape[1])), packed_dim=0).float()
+    else:
+        zero = torch.zeros_like(scale)
+    parts = signed.view(rows, scale.shape[1], -1)
+    return ((parts - zero[..., None]) * scale[..., None]).view(rows, columns)  # exact: 9 + 8 bits fit
+
+
+@dataclass
+class Case:
+    """A source, its quantized checkpoint, and float checkpoints of what the codes stand for."""
+
+    model_type: str
+    label: str
+    source: Path
+    out: Path
+
+    @property
+    def standard(self) -> bool:
+        config = json.loads((self.out / "config.json").read_text())
+        return config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+    def dequantized(self, rounded: str) -> Path:
+        """The source with dequantized weights, made once; those matching `rounded` as bfloat16."""
+        folder = self.out.with_name(f"{self.out.name}-{'exact' if rounded == '$^' else len(rounded)}")
+        if folder.exists():
+            return folder
+        before, after = load_file(self.source / "model.safetensors"), load_file(self.out / "model.safetensors")
+        scheme, suffix = QuantScheme.parse(self.label), "_packed" if self.standard else ""
+        state = {}
+        for name, tensor in before.items():
+            state[name] = tensor.float()
+            if not quantizable(name, tensor):
+                continue
+            if tensor.ndim == 3:
+                parts = {k: t for k, t in after.items() if k.startswith(name) and not k.endswith("_bias")}
+                pieces = [{k: t[i] for k, t in parts.items()} for i in range(len(tensor))]
+                weight = torch.stack([decode(piece, name, scheme.bits, suffix) for piece in pieces])
+            else:
+                weight = decode(after, name, scheme.bits, suffix)
+            weight = weight.mT if stored_transposed(self.model_type, name) else weight
+            assert weight.shape == tensor.shape
+            weight = weight.bfloat16().float() if re.search(rounded, name) else weight
+            state[name] = weight.contiguous()
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copy(self.source / "config.json", folder)
+        return folder
+
+    def reference(self, dtype: torch.dtype, rounded: str = "$^") -> nn.Module:
+        """The float model of those weights, by transformers alone."""
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        folder = self.dequantized(rounded)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
+
+    @torch.no_grad()
+    def logits_and_bound(self, rounded: str = "$^") -> tuple[Tensor, float]:
+        """In float64, and how far float32 may be from them.
+
+        A float32 model of the same weights does the same operations with its sums in another order:
+        rounding errors add up like a random walk, so summing one by one instead of in 16 lanes errs
+        at most sqrt(16) times as much as transformers' own float32 model does.
+        """
+        exact = self.reference(torch.float64, rounded)(IDS).logits
+        single = self.reference(torch.float32, rounded)(IDS).logits
+        return exact, 4 * float((single - exact).abs().max())
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """By model type and label, made once."""
+    sources: dict[str, Path] = {}
+    made: dict[tuple[str, str], Case] = {}
+
+    def get(model_type: str, label: str) -> Case:
+        if model_type not in sources:
+            sources[model_type] = tiny_checkpoint(tmp_path_factory.mktemp(model_type) / "model", model_type)
+        if (model_type, label) not in made:
+            out = sources[model_type].with_name(label)
+            quantize(sources[model_type], out, scheme=QuantScheme.parse(label))
+            made[model_type, label] = Case(model_type, label, sources[model_type], out)
+        return made[model_type, label]
+
+    return get
+
+
+# -- what is loaded computes what the codes say --------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_matrix_that_multiplies_activations_is_quantized_and_nothing_else(case, model_type):
+    this = case(model_type, "w4-g32")
+    ledger = json.loads((this.out / "fewbits.json").read_text())
+    expected = {n for n, t in load_file(this.source / "model.safetensors").items() if quantizable(n, t)}
+    assert {n for n, entry in ledger["tensors"].items() if entry["quantized"]} == expected
+    assert expected
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("model_type", TINY)
+@torch.no_grad()
+def test_logits_are_those_of_the_dequantized_weights(case, model_type, label):
+    this = case(model_type, label)
+    exact, bound = this.logits_and_bound()
+    loaded = load(this.out, dtype=torch.float32)
+    assert loaded.dtype == torch.float32
+    assert (loaded(IDS).logits - exact).abs().max() <= bound
+    # The bound would see one code that is off: quantization itself moves the logits far more.
+    source = AutoModelForCausalLM.from_pretrained(this.source, dtype=torch.float32)(IDS).logits
+    assert (source - exact).abs().max() > 1000 * bound
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_one_step_of_one_scale_is_seen_in_the_logits(case, tmp_path, model_type):
+    # So the comparison above can fail: the smallest change that a file can hold is beyond its bound.
+    this = case(model_type, "w4-g32")
+    shutil.copytree(this.out, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    name = next(n for n in sorted(tensors) if n.endswith("_scale"))
+    tensors[name].view(torch.int16).view(-1)[0] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    exact, bound = this.logits_and_bound()
+    assert (load(tmp_path / "out", dtype=torch.float32)(IDS).logits - exact).abs().max() > bound
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_generation_gives_the_tokens_of_the_dequantized_weights(case, model_type):
+    this = case(model_type, "w4-g32")
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    found = load(this.out, dtype=torch.float32).generate(IDS, **settings)
+    assert found.shape == (1, IDS.shape[1] + 6)
+    assert torch.equal(found, this.reference(torch.float32).generate(IDS, **settings))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_generation_works_in_the_checkpoints_own_dtype(case, model_type):
+    model = load(case(model_type, "w8-channel").out)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] == 19
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_every_expert_and_nearly_all_of_a_mixtures_blocks_is_quantized(case, model_type, label):
+    this = case(model_type, label)
+    ledger = json.loads((this.out / "fewbits.json").read_text())["tensors"]
+    experts = {n: e for n, e in ledger.items() if ".experts." in n and not n.endswith("_bias")}
+    assert experts
+    assert all(entry["quantized"] for entry in experts.values())
+    blocks = {n: math.prod(e["shape"]) for n, e in ledger.items() if ".layers." in n}
+    quantized = sum(count for name, count in blocks.items() if ledger[name]["quantized"])
+    assert quantized > 0.95 * sum(blocks.values())
+
+    loaded, mixtures = load(this.out), 0
+    for module in loaded.modules():
+        if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.ModuleList):
+            mixtures += 1
+            for linears in (module.gate_up_proj, module.down_proj):
+                assert len(linears) == 4
+                assert all(type(linear) is QuantizedLinear for linear in linears)
+                assert {linear.scheme.label for linear in linears} == {label}
+    assert mixtures == (1 if model_type == "deepseek_v3" else 2)
+    assert not any(p.ndim == 3 for p in loaded.parameters())
+
+
+# -- plain transformers --------------------------------------------------------------------------
+
+STANDARD = [(m, label) for m in TINY for label in LABELS if m not in ("gpt2", "gpt_oss")
+            and not (m in MIXTURES and label.endswith("-asym"))]  # fmt: skip
+# compressed-tensors 0.19 and later: loaded when dequantized at once only, which rounds to bfloat16
+DEQUANTIZED_ONLY = {(m, label) for m, label in STANDARD if label.endswith("-asym") or m == "falcon"}
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """With its bfloat16 experts, which dtype=float32 does not reach, as float32 too."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+@pytest.mark.parametrize(("model_type", "label"), [c for c in STANDARD if c not in DEQUANTIZED_ONLY])
+@torch.no_grad()
+def test_plain_transformers_computes_the_same(case, model_type, label):
+    this = case(model_type, label)
+    assert this.standard
+    exact, bound = this.logits_and_bound(r"\.experts\." if model_type in MIXTURES else "$^")
+    plain = AutoModelForCausalLM.from_pretrained(this.out, dtype=torch.float32)
+    assert (in_float32(plain)(IDS).logits - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize(("model_type", "label"), STANDARD)
+@torch.no_grad()
+def test_plain_transformers_computes_the_same_but_for_bfloat16_when_it_dequantizes(case, model_type, label):
+    this = case(model_type, label)
+    exact, bound = this.logits_and_bound("")  # every weight rounded
+    plain = AutoModelForCausalLM.from_pretrained(
+        this.out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    assert (in_float32(plain)(IDS).logits - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize(("model_type", "label"), sorted(DEQUANTIZED_ONLY))
+def test_what_plain_transformers_does_not_load_it_does_not_run_either(case, model_type, label):
+    with pytest.raises((RuntimeError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(case(model_type, label).out, dtype=torch.float32)(IDS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "label"),
+    [(m, label) for m in ("gpt2", "gpt_oss") for label in LABELS]
+    + [(m, "w4-g32-asym") for m in MIXTURES if m != "gpt_oss"],
+)
+def test_plain_transformers_refuses_our_own_format_instead_of_running_garbage(case, model_type, label):
+    this = case(model_type, label)
+    assert not this.standard
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(this.out)
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("label", "most"), [("w8-channel", 0.52), ("w4-g128", 0.27)])
+def test_quantized_linears_take_a_fraction_of_their_bfloat16_bytes(tmp_path, label, most):
+    tiny_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=512, head_dim=64)
+    result = quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme.parse(label))
+    model, source = load(tmp_path / "out"), load_file(tmp_path / "model" / "model.safetensors")
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    floats = sum(t.nbytes for name, t in source.items() if not quantizable(name, t))
+    frequencies = sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" in name)
+    linears = sum(t.nbytes for name, t in source.items() if quantizable(name, t))
+    assert linears == result.ledger.totals["quantized_source_bytes"]
+    assert sum(held.values()) - floats - frequencies <= most * linears
+    assert sum(held.values()) - floats - frequencies >= 0.9 * most * linears  # nothing is hidden elsewhere
+
+
+# -- other checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma3_text"])
+@torch.no_grad()
+def test_a_float_checkpoint_is_loaded_as_transformers_does(case, model_type):
+    folder = case(model_type, "w4-g32").source
+    loaded, plain = load(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == plain.dtype == torch.bfloat16
+    assert loaded.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert torch.equal(loaded(IDS).logits, plain.eval()(IDS).logits)
+    assert loaded.generation_config == plain.generation_config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_dtype_that_is_asked_for_is_the_models(case, dtype):
+    model = load(case("llama", "w8-channel").out, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(IDS).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "fewbits"])
+@pytest.mark.parametrize("max_shard_bytes", [2**28, 1])
+@torch.no_grad()
+def test_shards_and_formats_make_no_difference(case, tmp_path, format, max_shard_bytes):
+    this = case("llama", "w4-g32")
+    scheme = QuantScheme(4, "group", 32)
+    quantize(this.source, tmp_path / "out", scheme=scheme, format=format, max_shard_bytes=max_shard_bytes)
+    assert torch.equal(load(tmp_path / "out")(IDS).logits, load(this.out)(IDS).logits)
+
+
+# -- what cannot be loaded -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(case, tmp_path):
+    """A checkpoint to be damaged."""
+
+    def get(model_type: str, label: str) -> Path:
+        return Path(shutil.copytree(case(model_type, label).out, tmp_path / "out"))
+
+    return get
+
+
+def edit(folder: Path, key: str, value: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", None])
+def test_an_unknown_quantization_is_refused_with_those_that_are_read(copied, method):
+    folder = copied("llama", "w4-g32")
+    edit(folder, "quant_method", method)
+    with pytest.raises(InputError, match=f"quant_method {method!r}, which is not read; accepted are"):
+        load(folder)
+
+
+def test_a_later_version_of_our_own_format_is_refused(copied):
+    folder = copied("gpt2", "w4-g32")
+    edit(folder, "version", 2)
+    with pytest.raises(InputError, match="version 2 is not read; accepted is 1"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("type", "float", "is not read"), ("actorder", "group", "actorder 'group' is not read")],
+)
+def test_a_kind_of_compressed_tensors_that_is_not_read_is_refused(copied, key, value, message):
+    folder = copied("llama", "w4-g32")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("target", [r"re:^model\.layers\.(\d+\.mlp.*$", "Conv2d"])
+def test_a_config_whose_targets_fit_no_module_is_refused(copied, target):
+    folder = copied("llama", "w4-g32")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        load(folder)
+
+
+@pytest.mark.parametrize("suffix", ["_packed", "_scale", "_zero_point", "_shape"])
+@pytest.mark.parametrize(("model_type", "weight"), [
+    ("llama", "model.layers.1.mlp.up_proj.weight"),
+    ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
+    ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+])  # fmt: skip
+def test_a_missing_part_of_a_quantized_weight_is_refused(copied, model_type, weight, suffix):
+    folder = copied(model_type, "w4-g32-asym")
+    tensors = load_file(folder / "model.safetensors")
+    own = model_type != "llama"  # the codes have the weight's own name
+    del tensors[weight if own and suffix == "_packed" else weight + suffix]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1|h\.1"):
+        load(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_missing_float_tensor_is_named(case, copied, model_type, quantized):
+    folder = copied(model_type, "w4-g32") if quantized else case(model_type, "w4-g32").source
+    name = {"llama": "model.norm.weight", "gpt2": "transformer.ln_f.bias"}[model_type]
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    other = folder if quantized else Path(shutil.copytree(folder, copied(model_type, "w4-g32") / "float"))
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"the model needs tensor {re.escape(name)}, which is not there"):
+        load(other)
+
+
+def test_a_float_tensor_of_another_shape_is_refused(copied):
+    folder = copied("llama", "w4-g32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(65, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("shape", [(64, 95), (63, 96), (64, 104), (96, 64)])
+def test_codes_that_do_not_fit_their_stated_shape_are_refused(copied, shape):
+    folder = copied("llama", "w4-g32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight_shape"] = torch.tensor(shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError):
+        load(folder)
+
+
+def test_a_quantized_weight_that_the_model_does_not_have_is_named(copied):
+    folder = copied("llama", "w4-g32")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.startswith("model.layers.1.mlp.up_proj.")]:
+        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.7\.mlp\.up_proj\.weight is quantized, but no matrix"):
+        load(folder)
+
+
+def test_a_name_that_is_no_model_is_refused_as_by_resolve():
+    for name in ("no such model", "no/such/model"):
+        with pytest.raises(InputError) as refused:
+            load(name)
+        with pytest.raises(InputError, match=re.escape(str(refused.value))):
+            resolve(name)
