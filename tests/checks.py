@@ -159,17 +159,15 @@ def _check_config(layout: Format, placements: dict[str, Placement]) -> None:
 
 
 def _mixtures() -> list[dict[str, Placement]]:
-    """Twelve blocks, so that block 1 is a prefix of blocks 10 and 11; the last mixes most."""
+    """Twelve blocks, so that number 1 begins 10 and 11, inside of names and at their end."""
     low, high = QuantScheme(4, "group", 32), QuantScheme(8, "tensor")
     odd = QuantScheme(3, "channel", symmetric=False)
-    modules = [
-        f"model.layers.{i}.{name}"
-        for i in range(12)
-        for name in ("self_attn.q_proj", "self_attn.q_proj_extra", "mlp.down_proj")
-    ]
+    ends = ("self_attn.q_proj", "self_attn.q_proj_norm", "mlp.down_proj", "mlp.1", "mlp.11")
+    modules = [f"model.layers.{i}.{end}" for i in range(12) for end in ends]
     one = dict.fromkeys(modules, low)
-    by_kind = {m: high if m.endswith("down_proj") else low for m in modules}
-    by_block = {m: odd if ".1." in m or ".11." in m else low for m in modules}
+    kinds = dict(zip(ends, (low, high, odd, low, high), strict=True))
+    by_kind = {m: kinds[m.split(".", 3)[3]] for m in modules}
+    by_block = {m: odd if ".layers.1." in m or ".layers.11." in m else low for m in modules}
     by_both = by_kind | {m: odd for m in modules if m.startswith("model.layers.10.")}
     return [
         {f"{m}.weight": Placement(m, scheme) for m, scheme in mixture.items()}

@@ -24,7 +24,8 @@ _GPT2_NAMES = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4} | _SPECIAL
 TINY: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
     "qwen3": _COMMON | {"tie_word_embeddings": True},
-    "gemma3_text": _COMMON | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": _COMMON
+    | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _COMMON | {"head_dim": 16},
     "opt": _COMMON | {"ffn_dim": 160, "word_embed_proj_dim": 32},
     "gpt2": _GPT2_NAMES | {"n_embd": 64, "n_inner": 96, "n_positions": 64},
@@ -36,11 +37,21 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_moe": _COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "deepseek_v3": _COMMON
     | {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-        "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
-        "v_head_dim": 32, "num_key_value_heads": 4, "num_mtp_layers": 0,
-    },  # fmt: skip
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+        "num_mtp_layers": 0,
+    },
     "gpt_oss": _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
 }
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fewbits import InputError, QuantScheme, ResourceError, quantize
 from fewbits.checkpoint import CheckpointWriter, open_checkpoint, read_header, resolve
+from models import tiny_checkpoint, tiny_model
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -104,7 +104,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="truncated or corrupt|corrupt header"):
+        with pytest.raises(InputError, match=r"truncated or corrupt|corrupt header"):
             read_header(path)
 
 
@@ -143,7 +143,9 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path, name):
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(tmp_path):
-    folder = folder_of(tmp_path, one={"a": torch.arange(3)}, two={"a": torch.arange(3), "b": torch.ones(1)})
+    folder = folder_of(
+        tmp_path, one={"a": torch.arange(3)}, two={"a": torch.arange(3), "b": torch.ones(1)}
+    )
     (folder / INDEX).write_text(
         json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     )
@@ -151,11 +153,13 @@ def test_a_tensor_in_two_shards_is_named_with_both(tmp_path):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("listed", [{"a": "one.safetensors", "c": "one.safetensors"}, {"b": "one.safetensors"}])
+@pytest.mark.parametrize(
+    "listed", [{"a": "one.safetensors", "c": "one.safetensors"}, {"b": "one.safetensors"}]
+)
 def test_an_index_that_lists_what_a_shard_does_not_hold_is_refused(tmp_path, listed):
     folder = folder_of(tmp_path, one={"a": torch.arange(3)})
     (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
-    with pytest.raises(InputError, match="does not hold tensor [bc], which the index lists"):
+    with pytest.raises(InputError, match=r"does not hold tensor [bc], which the index lists"):
         open_checkpoint(folder)
 
 
@@ -252,7 +256,9 @@ def test_a_truncated_torch_file_is_refused(tmp_path, size):
 
 def test_an_old_torch_file_is_read_and_its_cost_noted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    torch.save({"a": torch.arange(5)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"a": torch.arange(5)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     checkpoint = open_checkpoint(tmp_path)
     assert torch.equal(checkpoint.read("a"), torch.arange(5))
     assert [note.kind for note in checkpoint.notes] == ["fallback"]

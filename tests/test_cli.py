@@ -74,7 +74,7 @@ def test_plan_predicts_what_quantize_writes(model, int4):
         (["--method", "magic"], ["magic", "rtn", "int8"]),
         (["--bits", "5"], ["5", "2, 3, 4 and 8"]),
         (["--method", "int8", "--bits", "4"], ["int8", "4"]),
-        (["--group-size", "40"], ["40", "down_proj", "q_proj", "divide"]),
+        (["--group-size", "40"], ["40", "down_proj", "q_proj", "divisors"]),
         (["--group-size", "many"], ["many", "none"]),
         (["--per-tensor", "--group-size", "32"], ["--per-tensor", "32"]),
         (["--override", "*.nothing=w8-channel", "--group-size", "32"], ["*.nothing", "matches no"]),
@@ -163,7 +163,8 @@ def test_evaluate_refuses_what_it_cannot_use(model, tmp_path):
 
 
 def test_generate_streams_text_and_is_repeatable(int4):
-    first = run("generate", int4, "The", "--max-new-tokens", "5", "--temperature", "1")
+    sampled = ("generate", int4, "The", "--max-new-tokens", "5", "--temperature", "1")
+    first = run(*sampled)
     assert first.exit_code == 0, first.output
     assert first.stdout.startswith("The")
     assert (

@@ -1,3 +1,4 @@
+import itertools
 import math
 import sys
 
@@ -51,7 +52,7 @@ def by_hand(model, reference):
         ids = [ord(letter) - 96 for letter in document]
         for i in range(0, len(ids), 7):
             piece = [0, *ids[i : i + 7]]
-            pairs = list(zip(piece, piece[1:], strict=False))
+            pairs = list(itertools.pairwise(piece))
             kl = [float((q[a].exp() * (q[a] - p[a])).sum()) for a, _ in pairs]
             agree = [int(p[a].argmax() == q[a].argmax()) for a, _ in pairs]
             flips = [int((p[a].argmax() == b) != (q[a].argmax() == b)) for a, b in pairs]

@@ -18,15 +18,23 @@ def sample() -> Ledger:
     """A linear, a stack of experts, a copied norm, and a head made from tied embeddings."""
     generator = torch.Generator().manual_seed(0)
     scheme = QuantScheme(4, "group", 32, symmetric=False)
-    ledger = Ledger("1.2.3", {"method": "rtn", "overrides": [["*", "float"]]}, {"name": "x", "files": {}})
-    for name, count, origin in (("a.weight", 1, None), ("experts", 3, None), ("head.weight", 1, "embed")):
+    ledger = Ledger(
+        "1.2.3", {"method": "rtn", "overrides": [["*", "float"]]}, {"name": "x", "files": {}}
+    )
+    for name, count, origin in (
+        ("a.weight", 1, None),
+        ("experts", 3, None),
+        ("head.weight", 1, "embed"),
+    ):
         weights = [
             quantize_tensor(torch.randn(8, 64, generator=generator), scheme) for _ in range(count)
         ]
         shape = (8, 64) if count == 1 else (count, 8, 64)
         info = TensorInfo(name, torch.bfloat16, shape, "model.safetensors")
         written = [Written(name + "_packed", "int32", (8, 8), 256 * count, "1" * 64)]
-        ledger.tensors[name] = Entry.of(info, "0" * 64, written, Codes.of(weights, count > 1), origin=origin)
+        ledger.tensors[name] = Entry.of(
+            info, "0" * 64, written, Codes.of(weights, count > 1), origin=origin
+        )
     for name, count in (("embed", 640), ("norm.weight", 64)):
         info = TensorInfo(name, torch.float32, (count,), "model.safetensors")
         ledger.tensors[name] = Entry.of(

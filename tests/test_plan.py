@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, tiny_checkpoint, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fewbits import RTN, InputError, QuantScheme, Recipe, load, quantize, quantize_tensor
 from fewbits.plan import make_plan
+from models import TINY, tiny_checkpoint, tiny_model
 
 G32 = QuantScheme(4, "group", 32)
 
@@ -51,13 +51,15 @@ def test_every_weight_that_a_group_size_does_not_divide_is_named_before_any_work
             assert f"layers.{block}.mlp.{name}_proj.weight ({columns} columns, groups of 64)" in message
         assert f"layers.{block}.self_attn.o_proj" not in message
     assert "12 of 14 weights" in message
-    assert "divide 80 and 96 and 128" in message
+    assert "accepted for all of them are divisors of 16" in message
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_override_that_does_not_fit_is_named_with_its_own_group_size(checkpoint):
     recipe = Recipe(RTN(), G32, overrides=(("*.1.mlp.down_proj", QuantScheme(4, "group", 64)),))
-    with pytest.raises(InputError, match=r"1 of 14 .*layers\.1\.mlp\.down_proj.*\(96 columns, groups of 64"):
+    with pytest.raises(
+        InputError, match=r"1 of 14 .*layers\.1\.mlp\.down_proj.*\(96 columns, groups of 64"
+    ):
         make_plan(checkpoint("llama"), recipe)
 
 
@@ -89,7 +91,9 @@ def test_a_weight_that_is_no_float_is_named(tmp_path, dtype):
 
 def test_a_quantized_source_is_refused(tmp_path, checkpoint):
     quantize(checkpoint("llama"), tmp_path / "out", scheme=G32)
-    with pytest.raises(InputError, match=r"is quantized already \(compressed-tensors\); accepted are float"):
+    with pytest.raises(
+        InputError, match=r"is quantized already \(compressed-tensors\); accepted are float"
+    ):
         quantize(tmp_path / "out", tmp_path / "again", scheme=G32)
 
 
@@ -207,16 +211,27 @@ def test_falling_back_to_our_own_format_is_noted_with_the_reason(checkpoint, mod
     (note,) = [note for note in plan.notes if note.where == "format"]
     assert note.kind == "fallback"
     assert reason in note.what
-    with pytest.raises(InputError, match="--format compressed-tensors cannot hold this model") as refused:
+    with pytest.raises(
+        InputError, match="--format compressed-tensors cannot hold this model"
+    ) as refused:
         make_plan(checkpoint(model_type), recipe, "compressed-tensors")
     assert reason in str(refused.value)
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY.keys() - {"gpt2", "gpt_oss"}))
+@pytest.mark.parametrize("model_type", sorted(TINY.keys() - {"gpt2", "gpt_oss", "falcon"}))
 def test_the_standard_format_is_taken_without_a_note_where_it_fits(checkpoint, model_type):
     plan = make_plan(checkpoint(model_type), Recipe(RTN(), G32))
     assert plan.format.name == "compressed-tensors"
     assert plan.notes == []
+
+
+@pytest.mark.parametrize(("model_type", "label"), [("falcon", "w4-g32"), ("llama", "w4-g32-asym")])
+def test_what_transformers_loads_with_an_option_only_is_noted(checkpoint, model_type, label):
+    plan = make_plan(checkpoint(model_type), Recipe(RTN(), QuantScheme.parse(label)))
+    assert plan.format.name == "compressed-tensors"
+    (note,) = plan.notes
+    assert note.kind == "fact"
+    assert "CompressedTensorsConfig(dequantize=True)" in note.what
 
 
 def test_our_own_format_is_written_when_asked_for(checkpoint):
@@ -261,7 +276,9 @@ def test_a_quantized_head_multiplies_by_its_codes_and_leaves_the_embeddings_alon
 
     loaded = load(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded.get_input_embeddings().weight, embeddings.float())
-    weight = quantize_tensor(original.get_output_embeddings().weight.detach(), G32).dequantize(torch.float64)
+    weight = quantize_tensor(original.get_output_embeddings().weight.detach(), G32).dequantize(
+        torch.float64
+    )
     x = torch.randn(5, 64)
     exact = x.double() @ weight.t()
     # Sums of 64 products, in any order: each of the 64 roundings is at most eps of the sum of sizes.

@@ -131,19 +131,21 @@ def resolve(model: str | Path) -> Path:
 
 
 def _download(repository: str) -> Path:
+    """The hub's newest snapshot; without a network the cached one, if it is whole."""
     from huggingface_hub import HfApi, snapshot_download
 
-    plain = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
     try:
-        with contextlib.suppress(OSError):  # fully cached: no question to the hub
-            cached = Path(snapshot_download(repository, local_files_only=True))
-            if _weight_files(cached):
-                return cached
-        files = HfApi().list_repo_files(repository)
+        # model_info asks once; other calls retry for half a minute where there is no network
+        files = [sibling.rfilename for sibling in HfApi().model_info(repository).siblings or []]
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(snapshot_download(repository, allow_patterns=[*plain, weights]))
+        return Path(snapshot_download(repository, allow_patterns=[*_CARRIED, weights]))
     except Exception as error:  # the client raises many kinds; each means that we have no model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with contextlib.suppress(Exception):
+            cached = Path(snapshot_download(repository, local_files_only=True))
+            wanted = _weight_files(cached)
+            if wanted and all((cached / file).is_file() for file in wanted):
+                return cached
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{repository}: no such folder, and the hub did not give it ({reason}); "
             "accepted are a folder and a hub id like owner/name"
