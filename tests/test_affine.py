@@ -37,7 +37,7 @@ def test_every_weight_is_within_half_a_step_of_its_code(scheme, dtype):
         assert_within_half_a_step(weight, quantize_tensor(weight, scheme))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     values=st.lists(st.floats(-1000, 1000, width=16), min_size=8, max_size=8),
     exponent=st.integers(-30, 0),
@@ -214,6 +214,17 @@ def test_dequantize_is_the_product_rounded_once(scheme):
     exact = oracles.dequantized(codes, scale, zero_point, scheme)
     for dtype in FLOATS:
         assert torch.equal(dequantize(codes, scale, zero_point, scheme, dtype), exact.to(dtype))
+
+
+def test_a_large_weight_is_quantized_in_slices_as_it_is_in_one(monkeypatch):
+    weight = torch.randn(7, 24)
+    for scheme in schemes("tensor", "channel", 8):
+        scale, zero_point = choose_qparams(weight, scheme)
+        whole = quantize(weight, scale, zero_point, scheme)
+        for rows in (1, 3, 7):  # one at a time, a ragged last slice, all at once
+            with monkeypatch.context() as patch:
+                patch.setattr("fewbits.affine._SLICE", rows * 24)
+                assert torch.equal(quantize(weight, scale, zero_point, scheme), whole)
 
 
 def test_codes_do_not_depend_on_how_the_weight_lies_in_memory():

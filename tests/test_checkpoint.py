@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -492,19 +493,32 @@ def test_a_hub_id_that_cannot_be_had_is_one_clear_line(hub_cache):
     assert "\n" not in message
 
 
-def test_a_snapshot_with_a_shard_missing_is_completed_from_the_hub(hub_cache, monkeypatch):
+@pytest.fixture
+def torn_snapshot(hub_cache):
+    """A snapshot whose download broke off, and the shard that it lacks, as (path, content)."""
     snapshot = put_snapshot(hub_cache, "owner/name")
     tiny_checkpoint(snapshot, max_shard_size="100KB")
     lost = sorted(snapshot.glob("*.safetensors"))[-1]
-    names = [p.name for p in snapshot.iterdir()]
-    saved = lost.read_bytes()
+    content = lost.read_bytes()
     lost.unlink()
+    return snapshot, lost, content
+
+
+def test_a_snapshot_with_a_shard_missing_is_refused_without_network(torn_snapshot):
+    with pytest.raises(InputError, match="owner/name: no such folder, and the hub did not give it"):
+        resolve("owner/name")
+
+
+def test_a_snapshot_with_a_shard_missing_is_completed_from_the_hub(torn_snapshot, monkeypatch):
+    snapshot, lost, content = torn_snapshot
+    names = [lost.name, *(path.name for path in snapshot.iterdir())]
 
     def download(_: str, *, local_files_only: bool = False, **__: Any) -> str:
         if not local_files_only:
-            lost.write_bytes(saved)
+            lost.write_bytes(content)
         return str(snapshot)
 
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: listed)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
     open_checkpoint(resolve("owner/name"))

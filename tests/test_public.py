@@ -55,6 +55,17 @@ def test_every_command_in_the_readme_exists():
         assert {w for w in words if w.startswith("--")} <= options, line
 
 
+def test_the_python_example_in_the_readme_runs(tmp_path):
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    (tmp_path / "README.md").write_text(README[:3000])
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'quantized': 42" in result.stdout
+
+
 def test_every_make_target_in_the_readme_exists():
     targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`make ([\w-]+)`", README)) <= targets

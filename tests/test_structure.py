@@ -245,6 +245,14 @@ def test_tensors_that_the_model_does_not_know_are_left_out():
     assert "model.mtp.0.weight" not in matrices
 
 
+def test_a_linear_in_other_words_is_found_and_marked():
+    model = skeleton(LLAMA)
+    model.lm_head = Spelled(16, 20, bias=False, device="meta")
+    matrices, notes = find_matrices(model, shapes_of(model))
+    assert [name for name, matrix in matrices.items() if matrix.own_forward] == ["lm_head.weight"]
+    assert notes == []
+
+
 def test_a_linear_that_does_more_is_left_in_float_with_a_note():
     model = skeleton(LLAMA)
     model.lm_head = Gained(16, 20, bias=False, device="meta")

@@ -10,6 +10,8 @@ from torch import Tensor
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 
+_SLICE = 2**24  # weights in float32 at a time, 64 MB: large heads need no large copies; not tuned
+
 
 def choose_qparams(
     weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype | None = None
@@ -61,10 +63,16 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantSch
     Returns:
         codes (out, in), uint8.
     """
-    parts = _parts(weight, scheme).to(_working(weight), copy=True)
-    parts.div_(scale.to(parts.dtype)[..., None]).round_()
-    parts.add_(zero_point.to(parts.dtype)[..., None]).clamp_(0, scheme.max_code)
-    return parts.to(torch.uint8).reshape(weight.shape)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    step = max(1, _SLICE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        own = slice(None) if scheme.granularity == "tensor" else rows  # the scale that these rows have
+        parts = _parts(weight[rows], scheme).to(_working(weight), copy=True)
+        parts.div_(scale[own].to(parts.dtype)[..., None]).round_()
+        parts.add_(zero_point[own].to(parts.dtype)[..., None]).clamp_(0, scheme.max_code)
+        codes[rows] = parts.to(torch.uint8).reshape(-1, weight.shape[1])
+    return codes
 
 
 def dequantize(

@@ -98,6 +98,8 @@ class Checkpoint:
             )
         source = self._open[info.file]
         tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        if isinstance(source, dict) and tensor.untyped_storage().nbytes() != tensor.nbytes:
+            return tensor.clone()  # torch files may hold views of each other; safetensors may not
         return tensor
 
     def close(self) -> None:
@@ -121,7 +123,7 @@ def resolve(model: str | Path) -> Path:
         InputError: neither exists.
     """
     path = Path(model)
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{model} is a file; accepted are a folder and a hub id like owner/name")
@@ -192,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}; accepted is a JSON object")
@@ -244,7 +246,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], int]:
             for name, entry in header.items()
         ]
         spans = sorted((int(begin), int(end)) for *_, (begin, end) in entries)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} has a corrupt header: {type(error).__name__} {error}") from None
     infos = [TensorInfo(name, dtype, shape, path.name) for name, dtype, shape, _ in entries]
     for info, (*_, (begin, end)) in zip(infos, entries, strict=True):

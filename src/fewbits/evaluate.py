@@ -181,7 +181,9 @@ def _measure(model: Any, reference: Any | None, batch: list[Tensor]) -> list[_Wi
     # Padding on the right is invisible to what stands on its left.
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
     logits = model(ids, use_cache=False).logits
-    other = None if reference is None else reference(ids, use_cache=False).logits
+    other = logits if reference is model else None
+    if reference is not None and other is None:
+        other = reference(ids, use_cache=False).logits
     if other is not None and other.shape != logits.shape:
         raise InputError(
             f"the model predicts {logits.shape[-1]} tokens, the reference {other.shape[-1]}; "

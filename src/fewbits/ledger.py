@@ -133,7 +133,7 @@ def read_ledger(folder: Path) -> Ledger:
         return Ledger(
             value["fewbits"], value["request"], value["source"], tensors, notes, value["files"]
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / LEDGER} is not a ledger of this version: {error}") from None
 
 

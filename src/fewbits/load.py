@@ -17,7 +17,7 @@ from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
 from fewbits.errors import InputError, VerificationError
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
-from fewbits.structure import Matrix, find_matrices, quiet_transformers, skeleton
+from fewbits.structure import Matrix, find_matrices, locate, quiet_transformers, skeleton
 from fewbits.tensor import Note, QuantizedTensor
 
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
@@ -56,11 +56,11 @@ hub id like owner/name
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     dtype = dtype or _config_dtype(network) or checkpoint.dtype
     loaded = _build(network, floats, weights, dtype, folder).to(device)
-    if weights:
-        layout, quantization = _format_of(checkpoint)
-        reader = _Reader(checkpoint, layout, quantization)
-        for module, parameter, parts in _by_parameter(weights.values()):
-            _put(loaded, module, parameter, parts, reader, dtype, torch.device(device))
+    for module, parameter, parts in _by_parameter(weights.values()):
+        pieces = _read_parameter(checkpoint, parts)
+        whole = network.get_submodule(module).get_parameter(parameter)
+        _check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
+        _put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
     checkpoint.close()
     return loaded.eval()
 
@@ -96,8 +96,10 @@ def check_forward(folder: Path) -> None:
 # -- what is quantized -----------------------------------------------------------------------------
 
 
-def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]]:
-    quantization = checkpoint.config["quantization_config"]
+def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return None
     layout = FORMATS.get(quantization.get("quant_method"))
     if layout is None:
         raise InputError(
@@ -109,17 +111,19 @@ def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]]:
 
 def _quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str, Matrix]:
     """The matrices whose codes the checkpoint holds, by the names their floats had."""
-    if "quantization_config" not in checkpoint.config:
+    found = _format_of(checkpoint)
+    if found is None:
         return {}
-    layout, _ = _format_of(checkpoint)
+    layout, quantization = found
+    quantized = layout.quantized_names(quantization, checkpoint.tensors)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    for name in checkpoint.tensors:
-        weight = name.removesuffix("_shape")
-        if weight != name and layout.packed_name(weight) in checkpoint.tensors:
-            stack = shapes[layout.packed_name(weight)][:-2]
-            sizes = checkpoint.read(name).reshape(-1, 2)[0].tolist()
-            shapes[weight] = (*stack, *sizes)
-    quantized = {n for n in shapes if f"{n}_shape" in shapes and layout.packed_name(n) in shapes}
+    for name in sorted(quantized):
+        needed = (layout.packed_name(name), f"{name}_scale", f"{name}_shape")
+        missing = [tensor for tensor in needed if tensor not in checkpoint.tensors]
+        if missing:
+            raise InputError(f"{checkpoint.folder}: {name} is quantized, but {missing[0]} is missing")
+        stack = shapes[layout.packed_name(name)][:-2]
+        shapes[name] = (*stack, *checkpoint.read(f"{name}_shape").reshape(-1, 2)[0].tolist())
     matrices, _ = find_matrices(network, shapes)
     lost = sorted(quantized - matrices.keys())
     if lost:
@@ -127,9 +131,7 @@ def _quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str,
     return {name: matrices[name] for name in sorted(quantized)}
 
 
-def _by_parameter(
-    matrices: Iterable[Matrix],
-) -> Iterator[tuple[str, str, list[Matrix]]]:
+def _by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[Matrix]]]:
     parameters: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
     for matrix in matrices:
         parameters[matrix.module, matrix.parameter].append(matrix)
@@ -137,51 +139,69 @@ def _by_parameter(
         yield module, parameter, sorted(parts, key=lambda m: (m.expert or 0, m.part))
 
 
-class _Reader:
-    """Quantized weights of a checkpoint, one at a time."""
+def _read_parameter(checkpoint: Checkpoint, parts: list[Matrix]) -> list[QuantizedTensor]:
+    """The weight of a linear, or those of all experts in their order."""
+    if parts[0].expert is None:
+        return _read_matrix(checkpoint, parts[0])
+    joined: dict[int, list[QuantizedTensor]] = defaultdict(list)
+    for part in parts:
+        joined[part.expert or 0] += _read_matrix(checkpoint, part)
+    if sorted(joined) != list(range(len(joined))):
+        raise InputError(f"{checkpoint.folder}: {parts[0].module} has experts {sorted(joined)} only")
+    return [QuantizedTensor.concatenate(joined[i]) for i in range(len(joined))]
 
-    def __init__(self, checkpoint: Checkpoint, layout: Format, quantization: dict[str, Any]) -> None:
-        self.checkpoint, self.layout, self.quantization = checkpoint, layout, quantization
 
-    def __call__(self, matrix: Matrix) -> list[QuantizedTensor]:
-        """One weight, or one per expert of a stack."""
-        name = matrix.source
-        scheme = self.layout.scheme_of(self.quantization, name, matrix.module)
-        tensors = {
-            name + suffix: self.checkpoint.read(name + suffix)
-            for suffix in _SUFFIXES
-            if name + suffix in self.checkpoint.tensors
-        }
-        if not matrix.stacked:
-            return [self.layout.read(name, tensors, scheme)]
-        pieces = [{k: t[i] for k, t in tensors.items()} for i in range(matrix.shape[0])]
-        return [self.layout.read(name, piece, scheme) for piece in pieces]
+def _read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor]:
+    """One weight, or one per expert of a stack."""
+    found = _format_of(checkpoint)
+    assert found is not None
+    layout, quantization = found
+    name = matrix.source
+    scheme = layout.scheme_of(quantization, name, matrix.module)
+    if scheme is None:
+        raise InputError(f"{checkpoint.folder}: {name} is quantized, but config.json gives no scheme")
+    tensors = {
+        name + suffix: checkpoint.read(name + suffix)
+        for suffix in _SUFFIXES
+        if name + suffix in checkpoint.tensors
+    }
+    if not matrix.stacked:
+        return [layout.read(name, tensors, scheme)]
+    pieces = [{k: t[i] for k, t in tensors.items()} for i in range(matrix.shape[0])]
+    return [layout.read(name, piece, scheme) for piece in pieces]
+
+
+def _check_shape(
+    folder: Path, parts: list[Matrix], pieces: list[QuantizedTensor], shape: tuple[int, ...]
+) -> None:
+    """What was read must be the whole parameter of the model, no more and no less."""
+    rows, columns = shape[-2:][::-1] if parts[0].transposed else shape[-2:]
+    expected = [(rows, columns)] * (shape[0] if len(shape) == 3 else 1)
+    found = [piece.shape for piece in pieces]
+    if found != expected:
+        raise InputError(
+            f"{folder}: {parts[0].source} and its like are {len(found)} x {found[0]}, but the model "
+            f"has {len(expected)} x {expected[0]}"
+        )
 
 
 def _put(
     model: nn.Module,
     module: str,
     parameter: str,
-    parts: list[Matrix],
-    reader: _Reader,
+    kind: str,
+    pieces: list[QuantizedTensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     """Replace one float parameter by modules that hold its codes."""
     owner = model.get_submodule(module)
-    if parts[0].kind != "expert":
-        bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
-        model.set_submodule(module, QuantizedLinear(reader(parts[0])[0], bias, dtype, device))
-        return
-    if parts[0].stacked:
-        experts = reader(parts[0])
+    if kind == "expert":
+        linears = [QuantizedLinear(weight, None, dtype, device) for weight in pieces]
+        replace_experts(owner, parameter, linears)
     else:
-        joined: dict[int, list[QuantizedTensor]] = defaultdict(list)
-        for part in parts:
-            joined[part.expert or 0] += reader(part)
-        experts = [QuantizedTensor.concatenate(joined[i]) for i in sorted(joined)]
-    linears = [QuantizedLinear(weight, None, dtype, device) for weight in experts]
-    replace_experts(owner, parameter, linears)
+        bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
+        model.set_submodule(module, QuantizedLinear(pieces[0], bias, dtype, device))
 
 
 # -- the rest of the model, by transformers -------------------------------------------------------
@@ -202,16 +222,21 @@ def _build(
     """Let transformers load all but the quantized weights."""
     from transformers import GenerationConfig
 
+    _check_floats(network, floats, folder)
     _register()
-    with quiet_transformers():
-        model, info = type(network).from_pretrained(  # type: ignore[attr-defined]
-            None,
-            config=network.config,
-            state_dict=floats,
-            dtype=dtype,
-            quantization_config=_config(weights) if weights else None,
-            output_loading_info=True,
-        )
+    try:
+        with quiet_transformers():
+            model, info = type(network).from_pretrained(  # type: ignore[attr-defined]
+                None,
+                config=network.config,
+                state_dict=floats,
+                dtype=dtype,
+                quantization_config=_config(weights) if weights else None,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: transformers cannot load it: {reason}") from error
     missing = sorted(set(info["missing_keys"]) - {f"{m.module}.{m.parameter}" for m in weights.values()})
     if missing:
         raise InputError(f"{folder}: the model needs tensor {missing[0]}, which is not there")
@@ -219,6 +244,17 @@ def _build(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
     return model
+
+
+def _check_floats(network: nn.Module, floats: dict[str, Tensor], folder: Path) -> None:
+    parameters = network.state_dict()
+    for name, target in locate(network, list(floats)).items():
+        expected = parameters[target.parameter].shape
+        if target.converter is None and floats[name].shape != expected:
+            raise InputError(
+                f"{folder}: tensor {name} is {tuple(floats[name].shape)}, but the model has "
+                f"{tuple(expected)}"
+            )
 
 
 def _config(weights: dict[str, Matrix]) -> Any:

@@ -290,7 +290,10 @@ def quantize_(
         if isinstance(replacement, list):
             replace_experts(model.get_submodule(matrix.module), matrix.parameter, replacement)
         else:
-            model.set_submodule(matrix.module, replacement)
+            shared = model.get_submodule(matrix.module)
+            places = [path for path, m in model.named_modules(remove_duplicate=False) if m is shared]
+            for path in places:
+                model.set_submodule(path, replacement)
     return model
 
 

@@ -12,6 +12,7 @@ from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, Placement
 from fewbits.formats.packed import packed_bytes
 from fewbits.recipe import Recipe
+from fewbits.scheme import QuantScheme
 from fewbits.structure import Matrix, find_head, find_matrices, locate, skeleton
 from fewbits.tensor import Note
 
@@ -80,15 +81,19 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
             modules not (all are named), or the format cannot hold a weight (the reason is given).
     """
     checkpoint = open_checkpoint(folder)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method")
         raise InputError(f"{folder} is quantized already ({method}); accepted are float checkpoints")
     model = skeleton(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     matrices, notes = find_matrices(model, shapes)
     config = dict(checkpoint.config)
-    origins = _untie_head(model, recipe, checkpoint, matrices, config)
+    origins = _untie_head(model, checkpoint, matrices) if recipe.head else {}
     schemes = recipe.assign(matrices.values())
+    if any(m.head and schemes[name] is not None for name, m in matrices.items()):
+        config["tie_word_embeddings"] = False
+    _check_experts(matrices, schemes)
     placements = {
         name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward)
         for name, m in matrices.items()
@@ -105,20 +110,27 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     return plan
 
 
+def _check_experts(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> None:
+    """Matrices that a model joins into one parameter, as it does with experts, need one scheme."""
+    joined: dict[tuple[str, str], dict[QuantScheme | None, str]] = {}
+    for name, matrix in matrices.items():
+        joined.setdefault((matrix.module, matrix.parameter), {})[schemes[name]] = name
+    for found in joined.values():
+        if len(found) > 1:
+            named = ", ".join(f"{n} {'float' if s is None else s.label}" for s, n in found.items())
+            raise InputError(
+                f"the model joins these weights into one: {named}; accepted is one scheme for all "
+                "experts of a block"
+            )
+
+
 def _untie_head(
-    model: torch.nn.Module,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    matrices: dict[str, Matrix],
-    config: dict[str, Any],
+    model: torch.nn.Module, checkpoint: Checkpoint, matrices: dict[str, Matrix]
 ) -> dict[str, str]:
     """A head that is tied to the embeddings is quantized as a tensor of its own; they stay in float."""
     head = find_head(model)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    if not recipe.head or head is None or not tied:
-        return {}
-    config["tie_word_embeddings"] = False
-    if any(matrix.head for matrix in matrices.values()):
+    if head is None or not tied or any(matrix.head for matrix in matrices.values()):
         return {}
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is embeddings)

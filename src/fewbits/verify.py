@@ -18,6 +18,7 @@ from fewbits.checkpoint import (
     LEDGER,
     Checkpoint,
     hash_file,
+    hash_json,
     hash_tensor,
     hash_tensors,
     open_checkpoint,
@@ -25,10 +26,11 @@ from fewbits.checkpoint import (
     read_json,
 )
 from fewbits.errors import InputError, VerificationError
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, Format
+from fewbits.formats.packed import on_disk
 from fewbits.ledger import Codes, Entry, Ledger, read_ledger
 from fewbits.scheme import QuantScheme
-from fewbits.structure import find_matrices, skeleton
+from fewbits.structure import find_head, find_matrices, skeleton
 
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 
@@ -126,6 +128,11 @@ def _check_files(out: Path, ledger: Ledger, result: Verification) -> list[str]:
             result.problems.append(f"{name} was changed")
         if name.endswith(".safetensors"):
             found.append(name)
+    listed = set(ledger.files) | {LEDGER}
+    for pattern in ("*.safetensors", "*.bin", "*.index.json"):
+        for path in sorted(out.glob(pattern)):
+            if path.name not in listed:  # a client might read it instead of ours
+                result.problems.append(f"{path.name} is a weight file, but not in the ledger")
     return found
 
 
@@ -201,6 +208,8 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
     codes, scales, points = [], [], []
     for i in range(stated.matrices):
         rows, columns = shape[i].tolist()
+        if (rows, columns) != stated.shape[-2:] or scale[i].shape[0] != rows:
+            return [f"{name}: {name}_shape says {(rows, columns)} instead of {stated.shape[-2:]}"]
         codes.append(_unpack(packed[i], scheme, (rows, columns), 1))
         groups = scale[i].shape[1]
         zero = (
@@ -246,21 +255,32 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
         if quantization["quant_method"] != layout.name:
             problems.append(f"{CONFIG} says quant_method {quantization['quant_method']!r}")
             return
-        shapes = {n: e.quantized.shape for n, e in ledger.tensors.items() if e.quantized is not None}
-        matrices, _ = find_matrices(skeleton(config), shapes)
-        for name in shapes:
-            scheme = QuantScheme.parse(ledger.tensors[name].quantized.scheme)  # type: ignore[union-attr]
-            told = layout.scheme_of(quantization, name, matrices[name].module)
-            granularity = "channel" if scheme.granularity == "tensor" else scheme.granularity
-            stated = QuantScheme(scheme.bits, granularity, scheme.group_size, scheme.symmetric)
-            if told != stated:
-                problems.append(f"{CONFIG} gives {name} {told.label} instead of {stated.label}")
-    except (InputError, KeyError, TypeError) as error:
+        model = skeleton(config)
+        shapes = {name: entry.shape for name, entry in ledger.tensors.items()}
+        modules = {name: m.module for name, m in find_matrices(model, shapes)[0].items()}
+        head = find_head(model)
+        if head is not None and head not in modules.values():  # tied: it has no tensor of its own
+            modules[f"{head}.weight"] = head
+        for name, module in modules.items():
+            entry = ledger.tensors.get(name)
+            stated = None if entry is None or entry.quantized is None else entry.quantized.scheme
+            told = _told(layout, quantization, name, module)
+            expected = "float" if stated is None else on_disk(QuantScheme.parse(stated)).label
+            if told != expected:
+                problems.append(f"{CONFIG} says {told} of {name} instead of {expected}")
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{CONFIG}: {error}")
+
+
+def _told(layout: Format, quantization: dict[str, Any], name: str, module: str) -> str:
+    scheme = layout.scheme_of(quantization, name, module)
+    return "float" if scheme is None else scheme.label
 
 
 def _check_source(source: Path, ledger: Ledger, result: Verification, progress: Progress | None) -> None:
     checkpoint: Checkpoint = open_checkpoint(source)
+    if hash_json(checkpoint.config) != ledger.source["config_sha256"]:
+        result.problems.append(f"the source's {CONFIG} is another than when it was read")
     entries = {name: e for name, e in ledger.tensors.items() if e.origin is None}
     for name in sorted(checkpoint.tensors.keys() ^ entries.keys()):
         where = "source" if name in entries else "ledger"

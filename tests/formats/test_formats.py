@@ -104,14 +104,13 @@ def test_tensor_and_channel_are_one_group_on_disk():
     ("changes", "scheme", "reason"),
     [
         ({"stacked": True, "expert": True}, LOW, "fused"),
-        ({"transposed": True}, LOW, r"\(in, out\)"),
+        ({"transposed": True}, LOW, "(in, out)"),
         ({"expert": True}, QuantScheme(4, symmetric=False), "asymmetric experts"),
     ],
 )
 def test_compressed_tensors_refuses_what_it_cannot_hold(changes, scheme, reason):
     placement = Placement("X", scheme, **changes)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(CompressedTensors().refuses(placement, scheme))
+    assert reason in CompressedTensors().refuses(placement, scheme)
     assert Own().refuses(placement, scheme) is None
 
 
@@ -127,6 +126,16 @@ def test_compressed_tensors_refuses_experts_of_two_schemes():
     }
     with pytest.raises(InputError, match="all experts in one scheme"):
         CompressedTensors().config(experts, [])
+
+
+def test_what_transformers_needs_an_option_for_is_remarked():
+    remarks = CompressedTensors().remarks
+    assert remarks({"a.weight": Placement("a", LOW)}) == []
+    [asymmetric] = remarks({"a.weight": Placement("a", QuantScheme(4, symmetric=False))})
+    [own] = remarks({"a.weight": Placement("a", LOW, own_forward=True)})
+    assert "asymmetric" in asymmetric
+    assert "class of their own" in own
+    assert Own().remarks({"a.weight": Placement("a", QuantScheme(4, symmetric=False))}) == []
 
 
 def test_an_exact_name_beats_a_pattern_and_a_pattern_beats_the_class():
@@ -147,6 +156,7 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_beats_the_class():
         ("group", {"format": "int-quantized"}), ("group", {"input_activations": {"num_bits": 8}}),
         ("weights", {"type": "float"}), ("weights", {"actorder": "group"}),
         ("weights", {"actorder": "weight"}), ("weights", {"num_bits": 5}),
+        ("weights", {"strategy": "block"}),
     ],
 )  # fmt: skip
 def test_a_layout_that_is_not_ours_is_refused(place, change):
@@ -154,6 +164,21 @@ def test_a_layout_that_is_not_ours_is_refused(place, change):
     group = config["config_groups"]["group_0"]
     (group if place == "group" else group["weights"]).update(change)
     with pytest.raises(InputError):
+        CompressedTensors().scheme_of(config, "a.weight", "a")
+
+
+def test_ignored_modules_are_float_whatever_a_group_says():
+    config = config_of({"a.weight": Placement("a", LOW)}, ["b", "re:.*down_proj"])
+    layout = CompressedTensors()
+    found = [
+        layout.scheme_of(config, f"{module}.weight", module) for module in ("a", "b", "x.down_proj")
+    ]
+    assert found == [LOW, None, None]
+
+
+def test_a_broken_pattern_in_the_config_is_refused():
+    config = config_of({"a.weight": Placement("a", LOW)}, ["re:("])
+    with pytest.raises(InputError, match="no pattern"):
         CompressedTensors().scheme_of(config, "a.weight", "a")
 
 

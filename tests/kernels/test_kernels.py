@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from checks import DTYPES, check_kernel, random_weight, schemes
+from checks import DTYPES, check_kernel, product_and_bound, random_weight, schemes
 from fewbits.kernels import KERNELS, Int4Pack, Int4PackCuda, Int8Pack, Reference, choose_kernel
 from fewbits.kernels.aten import kernel_group
 from fewbits.scheme import QuantScheme
@@ -37,6 +37,16 @@ def test_kernels_give_the_same_result_twice():
         kernel = KERNELS[name](weight, torch.float32, CPU)
         x = torch.randn(33, 1024)
         assert torch.equal(kernel(x), kernel(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8pack_sums_its_offset_in_float32(dtype):
+    # Codes in the middle: the product is zero and all of the result is the offset, rounded once.
+    weight = random_weight(QuantScheme(8, symmetric=False), (16, 32), dtype)
+    weight.codes.fill_(128)
+    x = torch.randn(33, 32).to(dtype)
+    exact, bound = product_and_bound(Int8Pack, weight, x)
+    assert ((Int8Pack(weight, dtype, CPU)(x).double() - exact).abs() <= bound).all()
 
 
 def test_the_reference_takes_float64_and_multiplies_in_it():

@@ -3,7 +3,7 @@
 Every other tool's zero-point and layout convention is translated in exactly one of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -48,12 +48,15 @@ class Format(Protocol):
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
         """What a user must know to load these weights in the format's clients."""
 
-    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
-        """The scheme that `quantization_config` gives to the weight `name` of `module`.
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
+        """The scheme that `quantization_config` gives to the weight `name` of `module`; None: float.
 
         Raises:
-            InputError: the configuration is not understood, or names no scheme for it.
+            InputError: the configuration is not understood.
         """
+
+    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
+        """The weights of which a checkpoint with these tensors holds codes, or part of them."""
 
 
 FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fewbits": Own()}

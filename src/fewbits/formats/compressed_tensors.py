@@ -16,7 +16,7 @@ missing. Every group carries its own `format`. A dequantized weight is `(q - zer
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,20 @@ class CompressedTensors:
             remarks.append(f"linears of a class of their own: {_OPTION}")
         return remarks
 
-    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
+    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
+        """By the tensors that stand for `X.weight`."""
+        return {
+            base
+            for name in tensors
+            for suffix in ("_packed", "_scale", "_zero_point", "_shape")
+            if (base := name.removesuffix(suffix)) != name and base.endswith(".weight")
+        }
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """By exact name first, then by pattern, then by the class "Linear", as its clients do."""
         names = {module, name.removesuffix(".weight")}
+        if any(_match(ignored, names) is not None for ignored in config.get("ignore") or ()):
+            return None
         found = [
             (rank, group)
             for group in config.get("config_groups", {}).values()
@@ -112,7 +123,7 @@ class CompressedTensors:
             if (rank := _match(target, names)) is not None
         ]
         if not found:
-            raise InputError(f"{name}: quantization_config names no scheme for it")
+            return None
         group = min(found, key=lambda item: item[0])[1]
         return _scheme(group, group.get("format") or config.get("format"))
 
@@ -151,7 +162,10 @@ def _match(target: str, names: set[str]) -> int | None:
     if target in names:
         return 0
     if target.startswith("re:"):
-        return 1 if any(re.match(target[3:], name) for name in names) else None
+        try:
+            return 1 if any(re.match(target[3:], name) for name in names) else None
+        except re.error as error:
+            raise InputError(f"quantization_config: {target!r} is no pattern: {error}") from None
     return 2 if target == "Linear" else None
 
 

@@ -11,7 +11,7 @@ in one 3-D tensor keep their axis in front. Promised for `fewbits.load` only.
                                          "weights": {"X.weight": "w4-g32-asym", ...}}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,16 @@ class Own:
         """Nothing that the choice of this format has not said."""
         return []
 
-    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme:
+    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
+        """As the configuration lists them."""
+        return set(config["weights"])
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """By name."""
         if config.get("version") != VERSION:
             raise InputError(
                 f"quant_method fewbits, version {config.get('version')} is not read; "
                 f"accepted is {VERSION}"
             )
-        if name not in config["weights"]:
-            raise InputError(f"{name}: quantization_config names no scheme for it")
-        return QuantScheme.parse(config["weights"][name])
+        label = config["weights"].get(name)
+        return None if label is None else QuantScheme.parse(label)
