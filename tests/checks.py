@@ -145,7 +145,7 @@ def _check_quantized_names(layout: Format) -> None:
     names = ("model.layers.1.q_proj.weight", "model.layers.11.q_proj.weight")
     scheme = QuantScheme(4, "channel", symmetric=False)
     placements = {name: Placement(name.removesuffix(".weight"), scheme) for name in names}
-    config, floats = layout.config(placements, ["lm_head"]), ["lm_head.weight", "q_proj.bias"]
+    config, floats = layout.config(placements, ["lm_head"]), ["lm_head.weight", "attn.logit_scale"]
     written = [key for name in names for key in layout.write(name, random_weight(scheme, (3, 8)))]
     assert layout.quantized_names(config, [*written, *floats]) == set(names)
     for name in names:

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fewbits
+from fewbits.checkpoint import open_checkpoint
 from fewbits.cli import app
 from fewbits.scheme import QuantScheme
 from fewbits.text import Text, read_text
@@ -25,9 +26,7 @@ CASES += [(STORIES, label) for label in [*WHOLE, "w4-channel", "w4-tensor", "w3-
 def test_quantize_verify_evaluate(model, label, tmp_path):
     out = tmp_path / "out"
     fewbits.quantize(model, out, scheme=QuantScheme.parse(label))
-    assert fewbits.verify(out, model).source_tensors == len(
-        fewbits.checkpoint.open_checkpoint(model).tensors
-    )
+    assert fewbits.verify(out, model).source_tensors == len(open_checkpoint(model).tensors)
     stories = read_text(SHARED / "text/tinystories_valid.txt", limit=4)
     result = fewbits.evaluate(out, model, text=stories, length=128)
     # 8 bits keep 98 of 100 predictions; fewer bits at least do better than chance among 105 or 512.

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SLICE = 2**24  # weights in float32 at a time, 64 MB: large heads need no large copies; not tuned
 
 
@@ -32,10 +33,10 @@ def choose_qparams(
     Raises:
         InputError: the weight is not a finite floating-point matrix, or groups do not fit.
     """
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
+    if weight.ndim != 2 or weight.dtype not in _DTYPES or weight.numel() == 0:
         raise InputError(
             f"a weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be "
-            "quantized; accepted are floating-point matrices (out, in)"
+            "quantized; accepted are floating-point matrices (out, in) of 16, 32 or 64 bits"
         )
     low, high = torch.aminmax(_parts(weight, scheme), dim=-1)
     low, high = low.to(_working(weight)), high.to(_working(weight))
@@ -46,9 +47,10 @@ def choose_qparams(
     if scheme.symmetric:
         steps = scheme.middle - 1
         scale = _round_scale(absmax / steps, absmax / (steps + 0.5), scale_dtype or weight.dtype)
-        return scale, torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
-    span, steps = high - low, scheme.max_code
-    scale = _round_scale(span / steps, span / (steps + 0.5), scale_dtype or weight.dtype)
+        return scale, torch.full_like(scale, scheme.middle, dtype=torch.uint8)
+    # The zero point rounds too, so the scale may not be rounded down: both could clip the same weight.
+    span = (high - low) / scheme.max_code
+    scale = _round_scale(span, span, scale_dtype or weight.dtype)
     zero_point = (-low / scale.to(low.dtype)).round().clamp(0, scheme.max_code)
     return scale, zero_point.to(torch.uint8)
 
@@ -103,10 +105,12 @@ def _working(weight: Tensor) -> torch.dtype:
 def _round_scale(exact: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
     """`exact` in `dtype`, one step up where it fell below `least` and would clip; 1 where it is 0.
 
-    Only a subnormal float16 has steps so coarse that rounding down can clip a weight.
+    A symmetric grid has room for a scale rounded down, unless it is subnormal: those lie far apart.
     """
     scale = exact.to(dtype)
     steps = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     above = (scale.view(steps) + 1).view(dtype)  # the next positive float of the dtype
     scale = torch.where(scale.to(least.dtype) < least, above, scale)
+    if not torch.isfinite(scale).all():
+        raise InputError(f"the weight's range needs a scale that {dtype} cannot hold")
     return torch.where(exact == 0, torch.ones_like(scale), scale)

@@ -85,10 +85,11 @@ def check_forward(folder: Path) -> None:
     """
     try:
         model = load(folder)
-    except InputError as error:
-        raise VerificationError(f"{folder} does not load: {error}") from None
-    vocabulary = model.config.get_text_config().vocab_size
-    logits = model(torch.arange(min(8, vocabulary))[None], use_cache=False).logits
+        vocabulary = model.config.get_text_config().vocab_size
+        logits = model(torch.arange(min(8, vocabulary))[None], use_cache=False).logits
+    except Exception as error:  # a model can fail in any way; each means that it cannot be used
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VerificationError(f"{folder} does not run: {reason}") from error
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError(f"{folder} gives logits that are not finite")
 

@@ -26,7 +26,7 @@ from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.methods import RTN, Method
 from fewbits.plan import Plan, make_plan
-from fewbits.recipe import Recipe
+from fewbits.recipe import DEFAULT_SCHEME, Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.structure import (
     EXPERT_PARAMETERS,
@@ -110,7 +110,7 @@ def quantize(
         ResourceError: the disk failed; nothing was left behind.
         VerificationError: what was read back differs from what was chosen.
     """
-    recipe = Recipe(method or RTN(), scheme or QuantScheme(4, "group", 128), overrides, head)
+    recipe = Recipe(method or RTN(), scheme or DEFAULT_SCHEME, overrides, head)
     out = Path(out)
     plan = make_plan(resolve(model), recipe, format)
     request = recipe.describe() | {"format": plan.format.name}

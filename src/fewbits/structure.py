@@ -151,9 +151,10 @@ def is_linear(module: nn.Module) -> bool:
         return type(module).__name__ != "NonDynamicallyQuantizableLinear"
     small = copy.copy(module)
     small.in_features, small.out_features = 3, 4
-    bias = None if module.bias is None else nn.Parameter(torch.rand(4))
-    small._parameters = {"weight": nn.Parameter(torch.rand(4, 3)), "bias": bias}
-    x = torch.rand(2, 3)
+    # Large and of both signs, so that a hidden activation or clamp shows.
+    bias = None if module.bias is None else nn.Parameter(100 * torch.randn(4))
+    small._parameters = {"weight": nn.Parameter(100 * torch.randn(4, 3)), "bias": bias}
+    x = 100 * torch.randn(8, 3)
     try:
         return bool(torch.allclose(small(x), F.linear(x, small.weight, bias)))
     except Exception:  # whatever it does, it is not a linear

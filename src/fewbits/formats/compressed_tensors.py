@@ -153,9 +153,13 @@ def _scheme(group: dict[str, Any], layout: str | None) -> QuantScheme:
             f"compressed-tensors with actorder {weights['actorder']!r} is not read; "
             "accepted are null and 'static'"
         )
-    if weights["strategy"] == "group":
-        return QuantScheme(weights["num_bits"], "group", weights["group_size"], weights["symmetric"])
-    return QuantScheme(weights["num_bits"], "channel", None, weights["symmetric"])
+    strategy = weights["strategy"]
+    if strategy not in ("group", "channel"):
+        raise InputError(
+            f"compressed-tensors strategy {strategy!r} is not read; accepted are group and channel"
+        )
+    size = weights["group_size"] if strategy == "group" else None
+    return QuantScheme(weights["num_bits"], strategy, size, weights["symmetric"])
 
 
 def _match(target: str, names: set[str]) -> int | None:

@@ -27,6 +27,13 @@ def kernel_group(group_size: int | None, columns: int, sizes: tuple[int, ...]) -
     return min(sizes, key=lambda size: (-columns % size, -size))
 
 
+def scales_lost(weight: QuantizedTensor, dtype: torch.dtype) -> str | None:
+    """Why the scales cannot be held in `dtype`: float16 has no digits left for very small ones."""
+    exact = weight.scale.double()
+    lost = (exact.to(dtype).double() - exact).abs() > torch.finfo(dtype).eps * exact
+    return f"has scales too small or too large for {dtype}" if bool(lost.any()) else None
+
+
 def int4_operands(
     weight: QuantizedTensor, group: int, rows: int, columns: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +72,7 @@ class Int4Pack(Kernel):
             return f"holds at most 4 bits, not {weight.scheme.bits}"
         if kernel_group(weight.scheme.group_size, weight.shape[1], _GROUP_SIZES) is None:
             return f"needs groups of a multiple of 32 columns, not {weight.scheme.group_size}"
-        return None
+        return scales_lost(weight, dtype)
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
@@ -105,7 +112,7 @@ class Int8Pack(Kernel):
             return f"holds 8 bits, not {weight.scheme.bits}"
         if weight.scheme.group_size is not None:
             return f"needs one scale per row, not groups of {weight.scheme.group_size}"
-        return None
+        return scales_lost(weight, dtype)
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
@@ -113,15 +120,16 @@ class Int8Pack(Kernel):
         signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
         self.padding = -weight.shape[1] % _INT8_COLUMNS
         self.register_buffer("codes", F.pad(signed, (0, self.padding)).contiguous())
+        # The product must not be rounded before an offset is added: then all is float32.
+        dtype = dtype if weight.scheme.symmetric else torch.float32
         self.register_buffer("scale", weight.scale[:, 0].to(dtype))
         offset = weight.scale[:, 0].float() * (128 - weight.zero_point[:, 0].float())
         self.register_buffer("offset", None if weight.scheme.symmetric else offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
-        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).to(self.scale.dtype).contiguous()
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
         if self.offset is not None:
-            total = rows.float().sum(1, keepdim=True)
-            y = (y.float() + total * self.offset).to(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+            y = y + rows.sum(1, keepdim=True) * self.offset
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
