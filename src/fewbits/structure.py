@@ -190,7 +190,6 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        apply_renamings,
         rename_source_key,
     )
 
@@ -205,7 +204,7 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
         if parameter not in known:
             parameter, pattern = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
         if parameter in known:
-            renamed = apply_renamings(name, renamings)
+            renamed, _ = rename_source_key(name, renamings, [])
             converter = by_pattern[pattern] if pattern is not None else None
             targets[name] = _Target(str(parameter), converter, pattern, renamed)
     return targets
