@@ -23,6 +23,7 @@ for version in 0.17.0 0.20.0; do
     touch "$client/installed"
   fi
   for name in int8 int4 int3 asym; do
+    [ "$version/$name" = 0.17.0/int3 ] && continue  # it pads 3-bit words; dense ones came with 0.18
     echo "compressed-tensors $version, $name"
     if [ "$version/$name" = 0.20.0/asym ]; then
       "$client/bin/python" tests/interop/client.py "$work/$name" "$work/logits.pt" dequantize 2> "$work/log"

@@ -97,7 +97,7 @@ class CompressedTensors:
         values = placements.values()
         remarks = []
         if any(not placement.scheme.symmetric for placement in values):
-            remarks.append(f"asymmetric weights: with compressed-tensors 0.19 and 0.20, {_OPTION}")
+            remarks.append(f"asymmetric weights: with compressed-tensors 0.18 to 0.20, {_OPTION}")
         if any(placement.own_forward for placement in values):
             remarks.append(f"linears of a class of their own: {_OPTION}")
         return remarks
