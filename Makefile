@@ -15,8 +15,8 @@ demo: $(INSTALLED)
 	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int4 --method rtn --bits 4 --group-size 128
 	@$(BIN)/fewbits evaluate $(MODEL) $(DEMO)/int8 $(DEMO)/int4 --reference $(MODEL) \
 	  --text $(DEMO)/heldout.jsonl --limit 192 --speed
-	@echo; echo "The 4-bit model goes on from 'class Config:':"; echo
-	@$(BIN)/fewbits generate $(DEMO)/int4 "class Config:" --max-new-tokens 96
+	@echo; echo "The 4-bit model goes on from 'def read_file(path):'"; echo
+	@$(BIN)/fewbits generate $(DEMO)/int4 "def read_file(path):" --max-new-tokens 96 --temperature 0.7
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q

@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps({"module": m, "text": t}) + "\n" for m, t in documents(args.split)]
-    text = "".join(rows)
-    args.out.write_text(text, encoding="utf-8")
+    modules = dict(documents(args.split))
+    rows = [json.dumps({"module": m, "text": t}) + "\n" for m, t in modules.items()]
+    args.out.write_text("".join(rows), encoding="utf-8")
+    # The hash that `fewbits evaluate` prints: of the texts as one JSON list.
+    digest = hashlib.sha256(json.dumps(list(modules.values())).encode()).hexdigest()
     print(
         f"{args.out}: {len(rows)} modules of the standard library of Python "
-        f"{platform.python_version()}, {args.split} split, "
-        f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        f"{platform.python_version()}, {args.split} split, sha256 {digest[:16]}"
     )
 
 
