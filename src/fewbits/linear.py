@@ -23,9 +23,9 @@ class QuantizedLinear(nn.Module):
 
     `kernel_name` is the kernel that runs, `refusals` says why those before it could not.
 
-    >>> linear = nn.Linear(64, 16)
+    >>> linear = nn.Linear(64, 16, dtype=torch.bfloat16)
     >>> quantized = QuantizedLinear.from_float(linear, QuantScheme(4, "group", 32))
-    >>> quantized.kernel_name, quantized(torch.ones(1, 64)).shape
+    >>> quantized.kernel_name, quantized(torch.ones(1, 64).bfloat16()).shape
     ('int4pack', torch.Size([1, 16]))
     """
 

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Eight elements of b bits fill exactly b bytes, so they are assembled in one 64-bit integer. Byte
-# views assume a little-endian machine, as do safetensors and every client of these formats.
-_UNIT = 8
+# Byte views assume a little-endian machine, as do safetensors and every client of these formats.
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -28,25 +26,34 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, columns) uint8 codes below 2**bits -> (rows, packed_columns) int32."""
     rows, columns = codes.shape
     words = packed_columns(columns, bits)
-    units = -(-words * 4 // bits)  # whole units that cover the words
-    codes = F.pad(codes, (0, max(0, units * _UNIT - columns))).view(rows, units, _UNIT)
-    assembled = torch.zeros(rows, units, dtype=torch.int64, device=codes.device)
-    for i in range(_UNIT):
-        assembled |= codes[..., i].to(torch.int64) << (bits * i)
-    stream = assembled.view(torch.uint8).view(rows, units, 8)[..., :bits].reshape(rows, -1)
+    count, size = _unit(bits)
+    units = -(-words * 4 // size)  # whole units that cover the words
+    codes = F.pad(codes, (0, max(0, units * count - columns))).view(rows, units, count)
+    wide = torch.uint8 if size == 1 else torch.int64
+    assembled = torch.zeros(rows, units, 1, dtype=wide, device=codes.device)
+    for i in range(count):
+        assembled[..., 0] |= codes[..., i].to(wide) << (bits * i)
+    stream = assembled.view(torch.uint8)[..., :size].reshape(rows, -1)
     return stream[:, : words * 4].clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """(rows, packed_columns) int32 -> (rows, columns) uint8 codes; the inverse of `pack`."""
     rows, words = packed.shape
-    units = -(-words * 4 // bits)
-    stream = F.pad(
-        packed.clone(memory_format=torch.contiguous_format).view(torch.uint8),
-        (0, units * bits - words * 4),
-    )
-    assembled = F.pad(stream.view(rows, units, bits), (0, 8 - bits)).view(torch.int64)
-    codes = torch.empty(rows, units, _UNIT, dtype=torch.uint8, device=packed.device)
-    for i in range(_UNIT):
-        codes[..., i] = ((assembled[..., 0] >> (bits * i)) & (2**bits - 1)).to(torch.uint8)
+    count, size = _unit(bits)
+    units = -(-words * 4 // size)
+    stream = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if size == 1:
+        assembled = stream
+    else:
+        stream = F.pad(stream, (0, units * size - words * 4)).view(rows, units, size)
+        assembled = F.pad(stream, (0, 8 - size)).view(torch.int64)[..., 0]
+    codes = torch.empty(rows, units, count, dtype=torch.uint8, device=packed.device)
+    for i in range(count):
+        codes[..., i] = ((assembled >> (bits * i)) & ((1 << bits) - 1)).to(torch.uint8)
     return codes.view(rows, -1)[:, :columns]
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """The smallest run of codes that fills whole bytes: how many codes, how many bytes."""
+    return (8 // bits, 1) if 8 % bits == 0 else (8, bits)

@@ -267,7 +267,7 @@ def quantize_(
         InputError: the scheme does not fit a module, or a pattern matches none; the model is
             unchanged.
 
-    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).bfloat16()
     >>> quantize_(model, QuantScheme(8, "channel"), overrides=(("2", None),))
     Sequential(
       (0): QuantizedLinear(
