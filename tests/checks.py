@@ -282,7 +282,7 @@ def product_and_bound(
     terms = (scale * (codes - middle)).abs() + (scale * (point - middle)).abs()
     if kernel_class is Reference:
         terms, operands = w.abs(), half_step(w, dtype)
-    elif kernel_class is Int8Pack:  # q * scale, and the offset in float32
+    elif kernel_class is Int8Pack:  # q * scale
         operands = half_step(scale, dtype) * (codes - middle).abs()
     else:  # (c - 8) * scale + zero, with both rounded
         operands = half_step(scale, dtype) * (codes - middle).abs()
@@ -292,7 +292,4 @@ def product_and_bound(
         else:
             assert kernel_class is Int4Pack, "give the new kernel's roundings here"
     bound = size @ operands.t() + (columns + 2) * eps * (size @ terms.t())
-    if kernel_class is Int8Pack and not weight.scheme.symmetric:  # rounds before it adds the offset
-        before = x.double() @ (scale * (codes - middle)).t()
-        bound += half_step(before.abs() + bound, dtype)
     return exact, bound + half_step(exact.abs() + bound, dtype)

@@ -108,7 +108,9 @@ def test_the_dtype_of_the_inputs_can_be_another_than_that_of_the_scale():
 
 
 def test_it_says_which_kernel_runs_and_why_not_a_faster_one():
-    quantized = QuantizedLinear.from_float(nn.Linear(96, 33), QuantScheme(4, "group", 8))
+    quantized = QuantizedLinear.from_float(
+        nn.Linear(96, 33, dtype=torch.bfloat16), QuantScheme(4, "group", 8)
+    )
     assert quantized.kernel_name == "reference"
     assert "multiple of 32" in quantized.refusals["int4pack"]
     assert repr(quantized).startswith("QuantizedLinear(\n  96, 33, w4-g8, reference")

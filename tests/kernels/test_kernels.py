@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from checks import DTYPES, check_kernel, product_and_bound, random_weight, schemes
+from checks import DTYPES, check_kernel, random_weight, schemes
 from fewbits.kernels import KERNELS, Int4Pack, Int4PackCuda, Int8Pack, Reference, choose_kernel
 from fewbits.kernels.aten import kernel_group
 from fewbits.scheme import QuantScheme
@@ -33,20 +33,10 @@ def test_no_input_rows_give_no_output_rows(kernel_class, dtype):
 
 def test_kernels_give_the_same_result_twice():
     for name, bits in (("int4pack", 4), ("int8pack", 8), ("reference", 4)):
-        weight = random_weight(QuantScheme(bits, symmetric=False), (130, 1024))
-        kernel = KERNELS[name](weight, torch.float32, CPU)
-        x = torch.randn(33, 1024)
+        weight = random_weight(QuantScheme(bits), (130, 1024))
+        kernel = KERNELS[name](weight, torch.bfloat16, CPU)
+        x = torch.randn(33, 1024).bfloat16()
         assert torch.equal(kernel(x), kernel(x))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_int8pack_sums_its_offset_in_float32(dtype):
-    # Codes in the middle: the product is zero and all of the result is the offset, rounded once.
-    weight = random_weight(QuantScheme(8, symmetric=False), (16, 32), dtype)
-    weight.codes.fill_(128)
-    x = torch.randn(33, 32).to(dtype)
-    exact, bound = product_and_bound(Int8Pack, weight, x)
-    assert ((Int8Pack(weight, dtype, CPU)(x).double() - exact).abs() <= bound).all()
 
 
 def test_the_reference_takes_float64_and_multiplies_in_it():
@@ -78,10 +68,13 @@ def test_the_reference_refuses_nothing():
     ("label", "dtype", "device", "expected"),
     [
         ("w4-g32", torch.bfloat16, "cpu", "int4pack"),
-        ("w3-g32-asym", torch.float16, "cpu", "int4pack"),
-        ("w2-channel", torch.float32, "cpu", "int4pack"),
+        ("w3-g32-asym", torch.bfloat16, "cpu", "int4pack"),
+        ("w2-channel", torch.bfloat16, "cpu", "int4pack"),
+        ("w4-g32", torch.float16, "cpu", "reference"),
+        ("w4-g32", torch.float32, "cpu", "reference"),
         ("w8-channel", torch.bfloat16, "cpu", "int8pack"),
-        ("w8-tensor-asym", torch.float32, "cpu", "int8pack"),
+        ("w8-tensor", torch.bfloat16, "cpu", "int8pack"),
+        ("w8-tensor-asym", torch.bfloat16, "cpu", "reference"),
         ("w8-g32", torch.bfloat16, "cpu", "reference"),
         ("w4-g8", torch.bfloat16, "cpu", "reference"),
         ("w4-g32", torch.float64, "cpu", "reference"),
