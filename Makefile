@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int8 --method int8
 	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int4 --method rtn --bits 4 --group-size 128
 	@$(BIN)/fewbits evaluate $(MODEL) $(DEMO)/int8 $(DEMO)/int4 --reference $(MODEL) \
-	  --text $(DEMO)/heldout.jsonl --limit 192 --speed
+	  --text $(DEMO)/heldout.jsonl --limit 80 --speed
 	@echo; echo "The 4-bit model goes on from 'def read_file(path):'"; echo
 	@$(BIN)/fewbits generate $(DEMO)/int4 "def read_file(path):" --max-new-tokens 96 --temperature 0.7
 
