@@ -108,7 +108,8 @@ def test_descriptions_are_json_and_tell_recipes_apart():
     described = [json.dumps(recipe.describe()) for recipe in recipes]
     assert len(set(described)) == len(recipes)
     assert Recipe(overrides=(("*", None),)).describe() == {
-        "method": "rtn", "scheme": "w4-g128", "overrides": [["*", "float"]], "head": False,
+        "method": "rtn", "options": {}, "scheme": "w4-g128", "overrides": [["*", "float"]],
+        "head": False,
     }  # fmt: skip
 
 

@@ -139,8 +139,9 @@ def _download(repository: str) -> Path:
     try:
         # model_info asks once; other calls retry for half a minute where there is no network
         files = [sibling.rfilename for sibling in HfApi().model_info(repository).siblings or []]
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(snapshot_download(repository, allow_patterns=[*_CARRIED, weights]))
+        weights = [f for f in files if re.fullmatch(r"model[^/]*\.safetensors", f)]
+        weights = weights or [f for f in files if re.fullmatch(r"pytorch_model[^/]*\.bin", f)]
+        return Path(snapshot_download(repository, allow_patterns=[*_CARRIED, *weights]))
     except Exception as error:  # the client raises many kinds; each means that we have no model
         with contextlib.suppress(Exception):
             cached = Path(snapshot_download(repository, local_files_only=True))
@@ -202,7 +203,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    # The whole file before the shards, as transformers does where a folder holds both.
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
+        if (folder / single).is_file():
+            return [single]
         if (folder / index).is_file():
             weights = read_json(folder / index).get("weight_map")
             if not isinstance(weights, dict) or not weights:
@@ -212,15 +216,13 @@ def _weight_files(folder: Path) -> list[str]:
             if outside:
                 raise InputError(f"{folder / index}: {outside[0]!r} is not the name of a file beside it")
             return files
-        if (folder / single).is_file():
-            return [single]
     return []
 
 
 def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
-    suffix = next(iter(checkpoint.file_bytes)).rpartition(".")[2]
-    path = folder / (TORCH_INDEX if suffix == "bin" else SAFETENSORS_INDEX)
-    if not path.is_file():
+    first = next(iter(checkpoint.file_bytes))
+    path = folder / (TORCH_INDEX if first.endswith(".bin") else SAFETENSORS_INDEX)
+    if first in (SAFETENSORS, TORCH) or not path.is_file():
         return
     for name, file in read_json(path)["weight_map"].items():
         if name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
@@ -287,6 +289,15 @@ def _torch_infos(path: Path, checkpoint: Checkpoint) -> tuple[list[TensorInfo], 
     return infos, 0
 
 
+def carried_files(folder: Path) -> list[str]:
+    """Names of the files that go along unchanged: tokenizer, generation config, chat templates."""
+    taken = {CONFIG, LEDGER, SAFETENSORS_INDEX, TORCH_INDEX}
+    files = [path for pattern in _CARRIED for path in folder.glob(pattern)]
+    files += [path for name in _CARRIED_FOLDERS for path in (folder / name).glob("*")]
+    names = {path.relative_to(folder).as_posix() for path in files if path.is_file()}
+    return sorted(names - taken)
+
+
 # -- hashes ------------------------------------------------------------------------------------
 
 
@@ -348,11 +359,13 @@ class CheckpointWriter:
         self.max_shard_bytes = max_shard_bytes
         self.shard_names: list[str] = []
         self._buffer: dict[str, Tensor] = {}
+        self._buffered = 0
+        self._pointers: set[int] = set()
         self._places: dict[str, int] = {}
         self._sizes: list[int] = []
 
     def __enter__(self) -> Self:
-        if self.out.exists():
+        if os.path.lexists(self.out):  # a dangling link too
             raise InputError(f"{self.out} exists; accepted is a folder that does not exist yet")
         with disk_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -371,43 +384,38 @@ class CheckpointWriter:
         if name in self._places:
             raise InputError(f"two tensors would be written as {name}")
         tensor = tensor.detach().contiguous()
-        if any(tensor.data_ptr() == other.data_ptr() for other in self._buffer.values()):
+        if tensor.data_ptr() in self._pointers:
             tensor = tensor.clone()  # torch files keep tied weights once; safetensors refuses that
         if self._buffer and self._buffered + tensor.nbytes > self.max_shard_bytes:
             self._flush()
         self._buffer[name] = tensor
+        self._buffered += tensor.nbytes
+        self._pointers.add(tensor.data_ptr())
         self._places[name] = len(self._sizes)
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
-
-    @property
-    def _buffered(self) -> int:
-        return sum(tensor.nbytes for tensor in self._buffer.values())
 
     def _flush(self) -> None:
         path = self.folder / f"shard-{len(self._sizes)}"
         with disk_errors(self.out):
             save_file(self._buffer, path, metadata={"format": "pt"})
         self._sizes.append(self._buffered)
-        self._buffer = {}
+        self._buffer, self._buffered, self._pointers = {}, 0, set()
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A JSON file of the checkpoint."""
         with disk_errors(self.out):
-            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            text = json.dumps(value, indent=1) + "\n"
             (self.folder / name).write_text(text, encoding="utf-8")
 
     def carry_over(self, source: Path) -> list[str]:
         """Copy what clients need beside weights: tokenizer, generation config, chat template."""
-        taken = {CONFIG, LEDGER, SAFETENSORS_INDEX, TORCH_INDEX}
-        names = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - taken
+        names = carried_files(source)
         with disk_errors(self.out):
-            for name in sorted(names):
+            for name in names:
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, self.folder / name)
-            for name in _CARRIED_FOLDERS:
-                if (source / name).is_dir():
-                    shutil.copytree(source / name, self.folder / name)
-        return sorted(names)
+        return names
 
     def finish_weights(self) -> None:
         """Write the last shard, give all of them their names, and write the index."""

@@ -4,8 +4,10 @@ Results go to stdout (JSON with --json), progress and errors to stderr. Exit cod
 failed, 2 the input is wrong, 3 verification failed, 130 interrupted.
 """
 
+import contextlib
 import functools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a language model 4-8x smaller and prove that the result is good.",
 )
-out = Console(soft_wrap=True)
-wide = Console(soft_wrap=True, width=200)  # tables are not squeezed into 80 columns of a pipe
-err = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, markup=False)  # a path may hold brackets
+wide = Console(
+    soft_wrap=True, width=200, markup=False
+)  # tables are not squeezed into 80 columns of a pipe
+err = Console(stderr=True, soft_wrap=True, markup=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.", show_default=False)]
@@ -62,6 +66,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread: then nobody signals us either
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             function(*args, **kwargs)
         except FewbitsError as error:
@@ -69,6 +75,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
         except MemoryError:
             err.print("error: the machine has no memory left for this")
+            raise typer.Exit(1) from None
+        except OSError as error:
+            err.print(f"error: {error}", highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             err.print("interrupted: nothing was left behind; the same command starts again")
@@ -114,13 +123,13 @@ def _scheme(
         )
     if per_tensor and group_size not in (None, "none"):
         raise InputError(f"--per-tensor with --group-size {group_size}; accepted is one of them")
-    bits = bits or (8 if method == "int8" else 4)
+    bits = (8 if method == "int8" else 4) if bits is None else bits
     if per_tensor:
         return QuantScheme(bits, "tensor", None, not asymmetric)
     size = group_size or ("none" if bits == 8 else "128")
     if size == "none":
         return QuantScheme(bits, "channel", None, not asymmetric)
-    if not size.isdigit():
+    if not (size.isascii() and size.isdigit()):
         raise InputError(f"--group-size is {size!r}; accepted are a number and none")
     return QuantScheme(bits, "group", int(size), not asymmetric)
 
@@ -287,6 +296,7 @@ def evaluate(
     with _progress() as progress:
         for model, size in zip(models, sizes, strict=True):
             # The reference is compared with itself: its row shows zeros, not blanks.
+            network = None  # the last one goes before the next one comes
             network = load(model) if model != reference else other
             measured = run(
                 network, other, text=documents, length=seq_len, limit=limit, progress=progress
@@ -323,10 +333,19 @@ def generate(
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {max_new_tokens}; accepted are numbers from 1")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
     network, tokenizer = load(model), load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise InputError("the prompt holds no token")
+    if context is not None and length + max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {length} tokens and --max-new-tokens {max_new_tokens} exceed the context of "
+            f"{context}"
+        )
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     network.generate(
@@ -355,7 +374,7 @@ def bench(
         raise InputError("--prompt and --new-tokens need numbers from 1")
     size = measure_size(resolve(model))
     network = load(model)
-    notes = [str(note) for note in kernel_notes(network)]
+    notes = kernel_notes(network)
     speed = measure_speed(network, prompt, new_tokens)
     if json_:
         sizes = {"weight_bytes": size.weight_bytes, "bits_per_weight": size.bits_per_weight}

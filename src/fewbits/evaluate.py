@@ -139,12 +139,15 @@ def load_tokenizer(model: str | Path | Any) -> Any:
 
     where = model if isinstance(model, str | Path) else model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(resolve(where))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(where))
     except InputError:
         raise
     except Exception as error:  # a missing tokenizer shows itself in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{where} has no tokenizer that can be read: {reason}") from None
+    if len(tokenizer) < 2:  # transformers makes an empty one where there are no files
+        raise InputError(f"{where} has no tokenizer")
+    return tokenizer
 
 
 def _loaded(model: str | Path | Any) -> Any:
@@ -264,5 +267,5 @@ def _quantile(windows: list[Tensor], quantile: float) -> float:
 
 def _exp(estimate: Estimate) -> Estimate:
     """exp of an estimate; its error by the delta method."""
-    value = math.exp(estimate.value)
+    value = math.exp(estimate.value) if estimate.value < 700 else math.inf
     return Estimate(value, None if estimate.error is None else value * estimate.error)

@@ -40,6 +40,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme = weight.scheme
         dtype, device = dtype or weight.scale.dtype, torch.device(device)
+        self.dtype = dtype
         self.kernel_name, self.refusals = choose_kernel(weight, dtype, device)
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -54,6 +55,17 @@ class QuantizedLinear(nn.Module):
         weight = float_weight(linear)
         bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
         return cls(quantize_tensor(weight, scheme), bias, weight.dtype, weight.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (out, in), made anew at each access: for modules that use it bare.
+
+        Multiplying by the identity gives it from any kernel's layout, each value exactly.
+        """
+        buffers = dict(self.kernel.named_buffers())
+        one = torch.eye(self.in_features, dtype=self.dtype, device=next(iter(buffers.values())).device)
+        result: Tensor = self.kernel(one)
+        return result.t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

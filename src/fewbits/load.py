@@ -18,7 +18,7 @@ from fewbits.errors import InputError, VerificationError
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.structure import Matrix, find_matrices, locate, quiet_transformers, skeleton
-from fewbits.tensor import Note, QuantizedTensor
+from fewbits.tensor import QuantizedTensor
 
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
 _SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape")  # of a quantized weight's tensors
@@ -65,15 +65,17 @@ hub id like owner/name
     return loaded.eval()
 
 
-def kernel_notes(model: nn.Module) -> list[Note]:
-    """Which kernel runs each quantized linear, where it is not the fastest one for its bits."""
+def kernel_notes(model: nn.Module) -> list[str]:
+    """Where the slow reference kernel runs, and why the fast ones could not: a line per reason."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.kernel_name == "reference":
+            reasons = (f"{kernel} {reason}" for kernel, reason in module.refusals.items())
+            places["; ".join(reasons)].append(name)
     return [
-        Note("fallback", name, f"runs {module.kernel_name}: " + "; ".join(
-            f"{kernel} {reason}" for kernel, reason in module.refusals.items()
-        ))
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and module.kernel_name == "reference"
-    ]  # fmt: skip
+        f"fallback: {names[0]} and {len(names) - 1} more run reference: {reason}"
+        for reason, names in places.items()
+    ]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from fewbits.checkpoint import (
     MAX_SHARD_BYTES,
     CheckpointWriter,
     Written,
+    carried_files,
     hash_file,
     hash_json,
     hash_tensor,
@@ -147,7 +148,13 @@ def _describe_source(model: str | Path, plan: Plan) -> dict[str, Any]:
         for name, size in checkpoint.file_bytes.items()
     }
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-    return {"name": name, "config_sha256": hash_json(checkpoint.config), "files": sizes}
+    carried = {name: hash_file(checkpoint.folder / name) for name in carried_files(checkpoint.folder)}
+    return {
+        "name": name,
+        "config_sha256": hash_json(checkpoint.config),
+        "files": sizes,
+        "carried": carried,
+    }
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -178,6 +185,8 @@ def _reuse(
         k: v for k, v in plain(source).items() if k != "name"
     }:
         differences.append("the source is another")
+    if ledger.version != version("fewbits"):
+        differences.append(f"fewbits was {ledger.version} and is {version('fewbits')} now")
     if differences:
         raise InputError(f"{out} holds another run: {', '.join(differences)}; {accepted}")
     verification = verify(out, plan.checkpoint.folder, progress)
@@ -195,6 +204,8 @@ def _write_weights(
         else:
             written, codes = [writer.add(name, tensor)], None
             if tensor.is_floating_point() and not _finite(tensor):
+                if name in plan.parameter_names:
+                    raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
                 ledger.notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
         ledger.tensors[name] = Entry.of(
             plan.info(name), hash_tensor(tensor), written, codes, origin=plan.origins.get(name)

@@ -32,6 +32,7 @@ class Plan:
         format: to write.
         floats: module names of matrices that stay in float.
         notes: what was left out, and why.
+        parameter_names: source tensors that are parameters of the model, not buffers or leftovers.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +43,7 @@ class Plan:
     format: Format
     floats: list[str]
     notes: list[Note]
+    parameter_names: set[str]
 
     def info(self, name: str) -> TensorInfo:
         """The header of the source tensor behind a name."""
@@ -83,10 +85,11 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     checkpoint = open_checkpoint(folder)
     quantization = checkpoint.config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise InputError(f"{folder} is quantized already ({method}); accepted are float checkpoints")
     model = skeleton(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    parameter_names = _check_parameters(folder, model, checkpoint)
     matrices, notes = find_matrices(model, shapes)
     config = dict(checkpoint.config)
     origins = _untie_head(model, checkpoint, matrices) if recipe.head else {}
@@ -105,9 +108,33 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     layout, why = _choose_format(format_name, placements)
     floats = sorted(_float_modules(model, matrices, placements, checkpoint))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
-    plan = Plan(checkpoint, config, matrices, placements, origins, layout, floats, notes)
+    plan = Plan(
+        checkpoint, config, matrices, placements, origins, layout, floats, notes, parameter_names
+    )
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
+
+
+def _check_parameters(folder: Path, model: torch.nn.Module, checkpoint: Checkpoint) -> set[str]:
+    """Every parameter must be there and have the model's shape; else nothing can load the result."""
+    located = locate(model, list(checkpoint.tensors))
+    parameters = dict(model.named_parameters())
+    for name, target in located.items():
+        expected = parameters.get(target.parameter)
+        shape = checkpoint.tensors[name].shape
+        if expected is not None and target.converter is None and tuple(expected.shape) != shape:
+            raise InputError(
+                f"{folder}: tensor {name} is {shape}, but config.json asks for {tuple(expected.shape)}"
+            )
+    found = {target.parameter for target in located.values()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(parameters.keys() - found - tied)
+    if missing:
+        raise InputError(
+            f"{folder}: the {type(model).__name__} of config.json needs {missing[0]} "
+            f"({len(missing)} missing in all); accepted are whole causal language models"
+        )
+    return {name for name, target in located.items() if target.parameter in parameters}
 
 
 def _check_experts(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> None:
@@ -196,8 +223,8 @@ def _float_modules(
 ) -> set[str]:
     """Matrices that stay in float, by the names of the model and of the source.
 
-    A head that is tied to the embeddings has no tensor of its own, and is a linear all the same. Routers
-    are no linears in transformers, but they are in other clients, which must leave them alone.
+    A head that is tied to the embeddings has no tensor of its own, and is a linear all the same. What is
+    no linear here, as routers are, or not part of this model at all, may be one in another client.
     """
     head = find_head(model)
     quantized = any(matrices[name].head for name in placements)
@@ -205,10 +232,10 @@ def _float_modules(
     for name, matrix in matrices.items():
         if name not in placements:
             names |= {matrix.module, name.removesuffix(".weight")}
-    experts = {m.module.rpartition(".")[0] for m in matrices.values() if m.kind == "expert"}
+    targets = locate(model, list(checkpoint.tensors))
     for name, info in checkpoint.tensors.items():
         if name not in matrices and len(info.shape) == 2 and name.endswith(".weight"):
-            owner = name.removesuffix(".weight").rpartition(".")[0]
-            if owner in experts or any(m.startswith(f"{owner}.experts.") for m in matrices):
-                names.add(name.removesuffix(".weight"))
+            module = targets[name].parameter.removesuffix(".weight") if name in targets else None
+            if module is None or not isinstance(model.get_submodule(module), torch.nn.Embedding):
+                names |= {name.removesuffix(".weight"), module or name.removesuffix(".weight")}
     return names

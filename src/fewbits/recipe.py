@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,10 +53,13 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As in the ledger: equal descriptions give equal checkpoints."""
-        name = next(name for name, kind in METHODS.items() if isinstance(self.method, kind))
+        names = [name for name, kind in METHODS.items() if isinstance(self.method, kind)]
+        if not names:
+            raise InputError(f"method {self.method!r} is unknown; accepted are {', '.join(METHODS)}")
         overrides = [[p, FLOAT if s is None else s.label] for p, s in self.overrides]
         return {
-            "method": name,
+            "method": names[0],
+            "options": asdict(self.method),  # type: ignore[call-overload]
             "scheme": self.scheme.label,
             "overrides": overrides,
             "head": self.head,

@@ -7,11 +7,14 @@ parameters in which transformers keeps mixtures of experts.
 """
 
 import copy
+import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +30,7 @@ Kind = Literal["linear", "conv1d", "expert"]
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 # Conversions that leave each source matrix whole: stacked over experts, joined by rows.
 _JOINING = {"MergeModulelist", "Concatenate"}
-# Weights of a block that are neither linears nor experts: routers and the like are far below.
+# Weights of a block that are neither linears nor experts: routers and the like are far below. Not tuned.
 _UNSEEN_LIMIT = 0.05
 
 
@@ -87,15 +90,16 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
+    if "model_type" not in settings:
         raise InputError("config.json names no model_type; accepted is one that transformers knows")
     try:
-        with quiet_transformers(), torch.device("meta"):
-            model_config = AutoConfig.for_model(model_type, **settings)
+        # Through a file, because transformers has an encoding of its own for what JSON cannot hold.
+        with tempfile.TemporaryDirectory() as folder, quiet_transformers(), torch.device("meta"):
+            (Path(folder) / "config.json").write_text(json.dumps(settings))
+            model_config = AutoConfig.from_pretrained(folder)
             model: nn.Module = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     except Exception as error:  # configs fail in as many ways as there are architectures
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
             f"transformers cannot build a causal language model from config.json: {reason}"
         ) from None
@@ -152,9 +156,11 @@ def is_linear(module: nn.Module) -> bool:
     small = copy.copy(module)
     small.in_features, small.out_features = 3, 4
     # Large and of both signs, so that a hidden activation or clamp shows.
-    bias = None if module.bias is None else nn.Parameter(100 * torch.randn(4))
-    small._parameters = {"weight": nn.Parameter(100 * torch.randn(4, 3)), "bias": bias}
-    x = 100 * torch.randn(8, 3)
+    own = torch.Generator().manual_seed(0)
+    bias = None if module.bias is None else nn.Parameter(100 * torch.randn(4, generator=own))
+    weight = nn.Parameter(100 * torch.randn(4, 3, generator=own))
+    small._parameters = {"weight": weight, "bias": bias}
+    x = 100 * torch.randn(8, 3, generator=own)
     try:
         return bool(torch.allclose(small(x), F.linear(x, small.weight, bias)))
     except Exception:  # whatever it does, it is not a linear

@@ -66,7 +66,7 @@ def _file(source: str | Path) -> Iterator[Document]:
     if path.suffix != ".jsonl":
         yield from (part.strip("\n") for part in content.split(SEPARATOR))
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             yield _row(line, f"{source}, line {number}")
 
@@ -75,6 +75,8 @@ def _row(line: str, where: str) -> Document:
     try:
         row = json.loads(line)
         document: Document = row["text"] if "text" in row else row["messages"]
+        if not isinstance(document, str | list):
+            raise TypeError
     except (json.JSONDecodeError, KeyError, TypeError):
         raise InputError(
             f'{where}: accepted are rows like {{"text": "..."}} and {{"messages": [...]}}'

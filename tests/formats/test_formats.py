@@ -85,7 +85,9 @@ def test_compressed_tensors_itself_gives_every_module_its_scheme():
         weights = groups[first].weights
         found = (weights.num_bits, weights.strategy, weights.group_size, weights.symmetric)
         assert found == (scheme.bits, scheme.granularity, scheme.group_size, scheme.symmetric), module
-    assert config.ignore == floats
+    linear = nn.Linear(1, 1)
+    assert all(match_targets(module, linear, config.ignore) for module in floats)
+    assert not any(match_targets(module, linear, config.ignore) for module in given)
     assert {group.format for group in config.config_groups.values()} == {"pack-quantized"}
 
 

@@ -64,9 +64,10 @@ class CompressedTensors:
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """One config group per scheme; with several, their modules are named by pattern."""
+        # Clients match the names of their own modules, which may differ from those of the source.
         modules: dict[QuantScheme, set[str]] = defaultdict(set)
         for source, placement in placements.items():
-            modules[on_disk(placement.scheme)].add(source.removesuffix(".weight"))
+            modules[on_disk(placement.scheme)] |= {source.removesuffix(".weight"), placement.module}
         if len({on_disk(p.scheme) for p in placements.values() if p.expert}) > 1:
             raise InputError(
                 "compressed-tensors: its clients load all experts in one scheme; use --format fewbits"
@@ -87,7 +88,7 @@ class CompressedTensors:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": floats,
+            "ignore": _patterns(set(floats), {name for names in modules.values() for name in names}),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
@@ -175,10 +176,20 @@ def _match(target: str, names: set[str]) -> int | None:
 
 def _patterns(members: set[str], others: set[str]) -> list[str]:
     r"""Members with their numbers as `\d+`, where that catches no other module; else one by one."""
+    taken = {_general(other) for other in others}
     patterns: set[str] = set()
     for member in members:
-        parts = [r"\d+" if part.isdigit() else re.escape(part) for part in member.split(".")]
-        general = re.compile(r"\.".join(parts))
-        clash = any(general.fullmatch(other) for other in others)
-        patterns.add(f"re:^{re.escape(member) if clash else general.pattern}$")
+        general = _general(member)
+        if general == member:  # no number in it
+            patterns.add(member)
+        elif general in taken:
+            patterns.add(f"re:^{re.escape(member)}$")
+        else:
+            parts = [r"\d+" if part == "#" else re.escape(part) for part in general.split(".")]
+            patterns.add("re:^" + r"\.".join(parts) + "$")
     return sorted(patterns)
+
+
+def _general(name: str) -> str:
+    """The name with its numbers as `#`."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))

@@ -50,14 +50,15 @@ def evaluation_table(rows: list[Row]) -> Table:
     timed = any(row.speed is not None for row in rows)
     for heading in ("model", "method"):
         table.add_column(heading, no_wrap=True)
-    headings = ["bits/weight", "size", "perplexity", "KL (nats)", "KL 99 %", "top-1 agreed", "flips"]
+    headings = ["bits/weight", "size", "perplexity", "ratio", "KL (nats)", "KL 99 %"]
+    headings += ["top-1 agreed", "flips"]
     for heading in headings + ["prefill tok/s", "decode tok/s"] * timed:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         result = row.evaluation
         cells = [row.name, row.size.method, f"{row.size.bits_per_weight:.2f}"]
         cells += [bytes_text(row.size.weight_bytes), str(result.perplexity)]
-        cells += [_cell(result.kl), _cell(result.kl_99)]
+        cells += [_cell(result.perplexity_ratio), _cell(result.kl), _cell(result.kl_99)]
         cells += [_percent(result.top1_agreement), _percent(result.flips)]
         if timed:
             speed = row.speed
