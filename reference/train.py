@@ -1,13 +1,14 @@
 """Trains the reference model: a small Llama on the Python standard library (see corpus.py).
 
-About an hour on two CPU cores (`make reference-model` also keeps malloc from returning pages to the
-system, a fifth of the time). Writes tokenizer, bf16 weights and `training.json` with the figures
-that the model card quotes.
+About an hour on two idle CPU cores (`make reference-model` also keeps malloc from returning pages to the
+system, a fifth of the time). Writes tokenizer, bf16 weights, `training.json` with the figures
+that the model card quotes, and `trained_lines.crc32`, which belongs beside corpus.py.
 
-Run:  python reference/train.py OUT [--steps 4000]
+Run:  python reference/train.py OUT [--steps 3600]
 """
 
 import argparse
+import array
 import collections
 import json
 import math
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from corpus import documents
+from corpus import documents, line_checksums
 
 BOS = "<|endoftext|>"  # starts every document; also ends generation
 VOCABULARY, CONTEXT, BATCH_TOKENS = 4096, 512, 4096
@@ -131,7 +132,7 @@ def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, bos: int, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3600)
     args = parser.parse_args()
     torch.manual_seed(0)
     texts = {split: [text for _, text in documents(split)] for split in ("train", "heldout")}
@@ -147,6 +148,8 @@ def main() -> None:
     }
     print(facts, flush=True)
     tokenizer.save_pretrained(args.out)
+    known = sorted({checksum for text in texts["train"] for checksum in line_checksums(text)})
+    (args.out / "trained_lines.crc32").write_bytes(array.array("I", known).tobytes())
     facts |= train(model, stream, heldout, tokenizer.bos_token_id, args.steps)
     model.save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
