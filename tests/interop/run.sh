@@ -9,6 +9,7 @@ python=${PYTHON:-python3}
 work=build/interop
 model=reference/model
 mkdir -p "$work"
+trap 'echo "failed; the client said:"; tail -n 3 "$work/log"' ERR
 for scheme in "int8:--method int8" "int4:--bits 4" "int3:--bits 3" "asym:--bits 4 --asymmetric"; do
   name=${scheme%%:*}
   # shellcheck disable=SC2086
@@ -19,7 +20,7 @@ for version in 0.17.0 0.20.0; do
   if [ ! -e "$client/installed" ]; then
     "$python" -m venv "$client"
     "$client/bin/python" -m pip install -q -c constraints.txt torch numpy transformers
-    "$client/bin/python" -m pip install -q "compressed-tensors==$version"
+    "$client/bin/python" -m pip install -q "compressed-tensors==$version" psutil  # it imports psutil undeclared
     touch "$client/installed"
   fi
   for name in int8 int4 int3 asym; do
