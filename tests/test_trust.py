@@ -62,6 +62,15 @@ def test_a_source_that_lacks_a_parameter_is_refused_before_any_work(source, tmp_
         fewbits.quantize(source, tmp_path / "out", scheme=G32)
 
 
+def test_a_source_that_lacks_an_expert_is_refused_before_any_work(tmp_path):
+    source = tmp_path / "source"
+    tiny_checkpoint(source, "mixtral")
+    gone = "model.layers.1.block_sparse_moe.experts.2."
+    rewrite(source, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(gone)})
+    with pytest.raises(InputError, match="expert 2 is not whole"):
+        fewbits.quantize(source, tmp_path / "out", scheme=G32)
+
+
 def test_a_source_whose_shapes_are_not_those_of_its_config_is_refused(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
     config["intermediate_size"] += 32

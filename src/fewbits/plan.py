@@ -96,7 +96,7 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     schemes = recipe.assign(matrices.values())
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
-    _check_experts(matrices, schemes)
+    _check_experts(folder, model, matrices, schemes)
     placements = {
         name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward)
         for name, m in matrices.items()
@@ -137,12 +137,27 @@ def _check_parameters(folder: Path, model: torch.nn.Module, checkpoint: Checkpoi
     return {name for name, target in located.items() if target.parameter in parameters}
 
 
-def _check_experts(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> None:
-    """Matrices that a model joins into one parameter, as it does with experts, need one scheme."""
-    joined: dict[tuple[str, str], dict[QuantScheme | None, str]] = {}
-    for name, matrix in matrices.items():
-        joined.setdefault((matrix.module, matrix.parameter), {})[schemes[name]] = name
-    for found in joined.values():
+def _check_experts(
+    folder: Path,
+    model: torch.nn.Module,
+    matrices: dict[str, Matrix],
+    schemes: dict[str, QuantScheme | None],
+) -> None:
+    """Matrices that a model joins into one parameter, its experts, must all be there, in one scheme."""
+    joined: dict[tuple[str, str], list[Matrix]] = {}
+    for matrix in matrices.values():
+        if matrix.expert is not None:
+            joined.setdefault((matrix.module, matrix.parameter), []).append(matrix)
+    for (module, parameter), parts in joined.items():
+        experts = model.get_submodule(module).get_parameter(parameter).shape[0]
+        there = {(matrix.expert, matrix.part) for matrix in parts}
+        needed = {(i, part) for i in range(experts) for part in {m.part for m in parts}}
+        if there != needed:
+            expert = min(there ^ needed)[0]
+            raise InputError(
+                f"{folder}: {module} has {experts} experts, but expert {expert} is not whole"
+            )
+        found = {schemes[matrix.source]: matrix.source for matrix in parts}
         if len(found) > 1:
             named = ", ".join(f"{n} {'float' if s is None else s.label}" for s, n in found.items())
             raise InputError(
