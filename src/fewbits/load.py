@@ -43,10 +43,9 @@ def load(
     Raises:
         InputError: no checkpoint, or a quantization that is not read.
 
-    >>> load("no-such-folder/at-all/here")
-    Traceback (most recent call last):
-    fewbits.errors.InputError: no-such-folder/at-all/here: no such folder; accepted are a folder and a \
-hub id like owner/name
+    >>> model = load("reference/model")
+    >>> model.generate(torch.tensor([[0, 1]]), max_new_tokens=3, min_new_tokens=3).shape
+    torch.Size([1, 5])
     """
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)

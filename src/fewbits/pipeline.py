@@ -110,6 +110,12 @@ def quantize(
         InputError: nothing was written.
         ResourceError: the disk failed; nothing was left behind.
         VerificationError: what was read back differs from what was chosen.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = quantize("reference/model", f"{folder}/int4", scheme=QuantScheme(4, "group", 128))
+    >>> result.ledger.totals["quantized"], result.verification.problems
+    (42, [])
     """
     recipe = Recipe(method or RTN(), scheme or DEFAULT_SCHEME, overrides, head)
     out = Path(out)
