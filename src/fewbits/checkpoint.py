@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewbits.errors import InputError, ResourceError
+from fewbits.errors import InputError, ResourceError, first_line
 from fewbits.tensor import Note
 
 CONFIG, LEDGER = "config.json", "fewbits.json"
@@ -148,7 +148,7 @@ def _download(repository: str) -> Path:
             wanted = _weight_files(cached)
             if wanted and all((cached / file).is_file() for file in wanted):
                 return cached
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{repository}: no such folder, and the hub did not give it ({reason}); "
             "accepted are a folder and a hub id like owner/name"
@@ -276,7 +276,7 @@ def _open_torch(path: Path, notes: list[Note]) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
             notes.append(Note("fallback", path.name, "an old torch file: read into memory as a whole"))
     except Exception as error:  # a corrupt or hostile pickle can raise almost anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{path} cannot be read as tensors: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise InputError(f"{path} does not hold a plain dictionary of tensors")

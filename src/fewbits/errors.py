@@ -31,3 +31,8 @@ class VerificationError(FewbitsError):
     """A written checkpoint differs from its ledger."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

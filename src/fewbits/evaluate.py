@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.checkpoint import resolve
-from fewbits.errors import InputError
+from fewbits.errors import InputError, first_line
 from fewbits.load import load
 from fewbits.text import Text, read_text, windows
 
@@ -143,7 +143,7 @@ def load_tokenizer(model: str | Path | Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # a missing tokenizer shows itself in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{where} has no tokenizer that can be read: {reason}") from None
     if len(tokenizer) < 2:  # transformers makes an empty one where there are no files
         raise InputError(f"{where} has no tokenizer")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
-from fewbits.errors import InputError, VerificationError
+from fewbits.errors import InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.structure import Matrix, find_matrices, locate, quiet_transformers, skeleton
@@ -89,7 +89,7 @@ def check_forward(folder: Path) -> None:
         vocabulary = model.config.get_text_config().vocab_size
         logits = model(torch.arange(min(8, vocabulary))[None], use_cache=False).logits
     except Exception as error:  # a model can fail in any way; each means that it cannot be used
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise VerificationError(f"{folder} does not run: {reason}") from error
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError(f"{folder} gives logits that are not finite")

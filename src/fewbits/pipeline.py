@@ -1,7 +1,6 @@
 """quantize(): the one loop, from a float checkpoint to a verified quantized one; and quantize_()."""
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,9 +38,7 @@ from fewbits.structure import (
     is_linear,
 )
 from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
-from fewbits.verify import Verification, verify
-
-Progress = Callable[[str, int, int], None]  # what, how many done, of how many
+from fewbits.verify import Progress, Verification, verify
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.errors import InputError
+from fewbits.errors import InputError, first_line
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file, where it has several
 ACCEPTED = "accepted are a text file, a .jsonl file, and hub:owner/name/config:split:column"
@@ -99,7 +99,7 @@ def _hub(source: str, limit: int | None) -> Iterator[Document]:
         for row in rows if limit is None else rows.take(limit):
             yield row[column]
     except Exception as error:  # the client raises many kinds; each means that we have no text
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{source} cannot be had: {reason}") from error
 
 
