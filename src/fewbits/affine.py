@@ -38,8 +38,8 @@ def choose_qparams(
             f"a weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be "
             "quantized; accepted are floating-point matrices (out, in) of 16, 32 or 64 bits"
         )
-    low, high = torch.aminmax(_parts(weight, scheme), dim=-1)
-    low, high = low.to(_working(weight)), high.to(_working(weight))
+    low, high = torch.aminmax(parts_of(weight, scheme), dim=-1)
+    low, high = low.to(working_dtype(weight)), high.to(working_dtype(weight))
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise InputError("the weight contains NaN or infinity; accepted are finite weights")
     absmax = torch.maximum(low.abs(), high.abs())
@@ -70,11 +70,15 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantSch
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         own = slice(None) if scheme.granularity == "tensor" else rows  # the scale that these rows have
-        parts = _parts(weight[rows], scheme).to(_working(weight), copy=True)
-        parts.div_(scale[own].to(parts.dtype)[..., None]).round_()
-        parts.add_(zero_point[own].to(parts.dtype)[..., None]).clamp_(0, scheme.max_code)
+        parts = parts_of(weight[rows], scheme).to(working_dtype(weight), copy=True)
+        nearest_(parts, scale[own].to(parts.dtype)[..., None], zero_point[own][..., None], scheme)
         codes[rows] = parts.to(torch.uint8).reshape(-1, weight.shape[1])
     return codes
+
+
+def nearest_(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+    """The nearest codes as floats, in place of the weights; scale and zero point broadcast to them."""
+    return weight.div_(scale).round_().add_(zero_point).clamp_(0, scheme.max_code)
 
 
 def dequantize(
@@ -86,19 +90,20 @@ def dequantize(
 ) -> Tensor:
     """`scale * (code - zero_point)`, computed in float32 and then rounded to `dtype`: (out, in)."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
-    parts = _parts(codes, scheme).to(working, copy=True)
+    parts = parts_of(codes, scheme).to(working, copy=True)
     parts.sub_(zero_point.to(working)[..., None]).mul_(scale.to(working)[..., None])
     return parts.reshape(codes.shape).to(dtype)
 
 
-def _parts(weight: Tensor, scheme: QuantScheme) -> Tensor:
+def parts_of(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """View (out, in) as (out, groups, columns), or (1, 1, out * in) for granularity "tensor"."""
     if scheme.granularity == "tensor":
         return weight.reshape(1, 1, -1)
     return weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
 
 
-def _working(weight: Tensor) -> torch.dtype:
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Of the arithmetic: float32, or float64 for float64 weights."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from fewbits.errors import InputError, ResourceError, first_line
 from fewbits.tensor import Note
 
-CONFIG, LEDGER = "config.json", "fewbits.json"
+CONFIG, LEDGER, RUN = "config.json", "fewbits.json", "run.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -291,7 +291,7 @@ def _torch_infos(path: Path, checkpoint: Checkpoint) -> tuple[list[TensorInfo], 
 
 def carried_files(folder: Path) -> list[str]:
     """Names of the files that go along unchanged: tokenizer, generation config, chat templates."""
-    taken = {CONFIG, LEDGER, SAFETENSORS_INDEX, TORCH_INDEX}
+    taken = {CONFIG, LEDGER, RUN, SAFETENSORS_INDEX, TORCH_INDEX}
     files = [path for pattern in _CARRIED for path in folder.glob(pattern)]
     files += [path for name in _CARRIED_FOLDERS for path in (folder / name).glob("*")]
     names = {path.relative_to(folder).as_posix() for path in files if path.is_file()}

@@ -59,18 +59,28 @@ class Entry:
 
     @classmethod
     def of(
-        cls, info: TensorInfo, sha256: str, written: list[Written], quantized: Codes | None, **more: Any
+        cls,
+        info: TensorInfo,
+        sha256: str,
+        written: list[Written],
+        quantized: Codes | None,
+        folded: bool = False,
+        **more: Any,
     ) -> Self:
         """An entry for a source tensor with the given header."""
         dtype = str(info.dtype).removeprefix("torch.")
-        outcome: Outcome = "copied" if quantized is None else "quantized"
+        outcome: Outcome = "quantized" if quantized is not None else "folded" if folded else "copied"
         size = info.size_bytes
         return cls(outcome, dtype, info.shape, size, sha256, written, quantized, **more)
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Everything that `fewbits.json` says; see the module."""
+    """Everything that `fewbits.json` says; see the module.
+
+    `calibration` is what the statistics were collected on, `blocks` how each block came out; both
+    are empty where nothing was calibrated.
+    """
 
     version: str
     request: dict[str, Any]
@@ -78,6 +88,8 @@ class Ledger:
     tensors: dict[str, Entry] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -103,6 +115,8 @@ class Ledger:
             "request": self.request,
             "source": self.source,
             "totals": self.totals,
+            "calibration": self.calibration,
+            "blocks": self.blocks,
             "notes": [asdict(note) for note in self.notes],
             "tensors": {name: asdict(entry) for name, entry in self.tensors.items()},
             "files": self.files,
@@ -131,8 +145,9 @@ def read_ledger(folder: Path) -> Ledger:
         tensors = {name: _entry(entry) for name, entry in value["tensors"].items()}
         notes = [Note(**note) for note in value["notes"]]
         return Ledger(
-            value["fewbits"], value["request"], value["source"], tensors, notes, value["files"]
-        )
+            value["fewbits"], value["request"], value["source"], tensors, notes, value["files"],
+            value["calibration"], value["blocks"],
+        )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / LEDGER} is not a ledger of this version: {error}") from None
 

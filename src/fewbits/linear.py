@@ -1,6 +1,6 @@
 """Modules that multiply by quantized weights: a linear, and a mixture's experts run as linears."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewbits.kernels import KERNELS, choose_kernel
 from fewbits.scheme import QuantScheme
+from fewbits.structure import EXPERT_PARAMETERS, is_experts
 from fewbits.tensor import QuantizedTensor, quantize_tensor
 
 
@@ -84,6 +85,13 @@ def float_weight(linear: nn.Module) -> Tensor:
     return weight.detach() if isinstance(linear, nn.Linear) else weight.detach().t()
 
 
+def set_float_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Give an `nn.Linear` or a `Conv1D` another weight (out, in), which is not copied."""
+    parameter = linear.weight
+    assert isinstance(parameter, Tensor)
+    parameter.data = weight if isinstance(linear, nn.Linear) else weight.t()
+
+
 # -- experts -----------------------------------------------------------------------------------
 
 EXPERTS = "fewbits"  # the name under which transformers finds `experts_forward`
@@ -136,7 +144,7 @@ def _project(experts: nn.Module, name: str, expert: int) -> Callable[[Tensor], T
     return lambda x: F.linear(x, matrix, bias)
 
 
-def replace_experts(experts: nn.Module, name: str, linears: list[QuantizedLinear]) -> None:
+def replace_experts(experts: nn.Module, name: str, linears: Sequence[nn.Module]) -> None:
     """Put one linear per expert in place of the fused parameter `name`, and route through them."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -144,3 +152,25 @@ def replace_experts(experts: nn.Module, name: str, linears: list[QuantizedLinear
     delattr(experts, name)
     setattr(experts, name, ExpertLinears(linears))
     experts.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
+
+
+def split_experts(block: nn.Module) -> None:
+    """Run every mixture in `block` as one `nn.Linear` per expert, in place; it computes the same.
+
+    An expert's path is then `...experts.gate_up_proj.3`. The weights, (out, in), are views of the fused
+    parameter: nothing is copied, and its memory is free when the last of them is replaced. A bias stays
+    in the experts module, which adds it.
+    """
+    for experts in [module for module in block.modules() if is_experts(module)]:
+        for name in EXPERT_PARAMETERS:
+            fused = experts._parameters.get(name)
+            if fused is not None and fused.ndim == 3:
+                pieces = fused.detach().mT if experts.is_transposed else fused.detach()
+                replace_experts(experts, name, [_linear(weight) for weight in pieces])
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """An `nn.Linear` around a weight (out, in) that is not copied."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -17,7 +17,15 @@ from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
 from fewbits.errors import InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
-from fewbits.structure import Matrix, find_matrices, locate, quiet_transformers, skeleton
+from fewbits.structure import (
+    Matrix,
+    find_matrices,
+    is_conv1d,
+    is_experts,
+    locate,
+    quiet_transformers,
+    skeleton,
+)
 from fewbits.tensor import QuantizedTensor
 
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
@@ -54,7 +62,8 @@ def load(
     own = {name + suffix for name in weights for suffix in _SUFFIXES}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     dtype = dtype or _config_dtype(network) or checkpoint.dtype
-    loaded = _build(network, floats, weights, dtype, folder).to(device)
+    absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
+    loaded = build(network, floats, absent, dtype, folder).to(device)
     for module, parameter, parts in _by_parameter(weights.values()):
         pieces = _read_parameter(checkpoint, parts)
         whole = network.get_submodule(module).get_parameter(parameter)
@@ -214,14 +223,25 @@ def _config_dtype(network: nn.Module) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 
 
-def _build(
+def build(
     network: nn.Module,
     floats: dict[str, Tensor],
-    weights: dict[str, Matrix],
+    absent: set[str],
     dtype: torch.dtype,
     folder: Path,
 ) -> Any:
-    """Let transformers load all but the quantized weights."""
+    """Let transformers load a model all but some of its weights.
+
+    Args:
+        network: its `skeleton`, unchanged.
+        floats: tensors of the checkpoint, by their names there.
+        absent: full names of the parameters that `floats` does not hold; large ones are left empty,
+            the others have the values they are initialized with.
+        folder: of the checkpoint, for messages and the generation config.
+
+    Raises:
+        InputError: transformers cannot load it, or another weight is missing.
+    """
     from transformers import GenerationConfig
 
     _check_floats(network, floats, folder)
@@ -233,13 +253,13 @@ def _build(
                 config=network.config,
                 state_dict=floats,
                 dtype=dtype,
-                quantization_config=_config(weights) if weights else None,
+                quantization_config=_config(absent) if absent else None,
                 output_loading_info=True,
             )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: transformers cannot load it: {reason}") from error
-    missing = sorted(set(info["missing_keys"]) - {f"{m.module}.{m.parameter}" for m in weights.values()})
+    missing = sorted(set(info["missing_keys"]) - absent)
     if missing:
         raise InputError(f"{folder}: the model needs tensor {missing[0]}, which is not there")
     if (folder / "generation_config.json").is_file():
@@ -259,12 +279,17 @@ def _check_floats(network: nn.Module, floats: dict[str, Tensor], folder: Path) -
             )
 
 
-def _config(weights: dict[str, Matrix]) -> Any:
+def _config(absent: set[str]) -> Any:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     config = QuantizationConfigMixin(quant_method=_LOADER)  # type: ignore[arg-type]
-    config.taken = {(m.module, m.parameter) for m in weights.values()}  # type: ignore[attr-defined]
+    config.taken = {tuple(name.rsplit(".", 1)) for name in absent}  # type: ignore[attr-defined]
     return config
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether its parameters may be emptied: other modules compute theirs when they are initialized."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module) or is_experts(module)
 
 
 def _register() -> None:
@@ -286,8 +311,12 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
             for module, parameter in self.quantization_config.taken:  # type: ignore[attr-defined]
                 # Empty, not absent: the initialization of some models touches every weight.
-                empty = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
-                model.get_submodule(module).register_parameter(parameter, empty)
+                owner = model.get_submodule(module)
+                if parameter in owner._parameters and _is_large(owner):
+                    empty = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+                    owner.register_parameter(parameter, empty)
+                    if isinstance(owner, nn.Embedding):
+                        owner.padding_idx = None  # initialization would set that row to zero
 
         def is_serializable(self) -> bool:
             """`save_pretrained` is refused: the kernels' layouts are no checkpoint."""

@@ -1,7 +1,9 @@
 """quantize(): the one loop, from a float checkpoint to a verified quantized one; and quantize_()."""
 
 import re
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.blockwise import Block, estimate_memory, quantize_blocks
+from fewbits.calibration import (
+    DEFAULT_SAMPLES,
+    SELF,
+    Calibration,
+    check_calibration,
+    read_calibration,
+)
 from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
     MAX_SHARD_BYTES,
+    RUN,
     CheckpointWriter,
-    Written,
     carried_files,
     hash_file,
     hash_json,
@@ -22,12 +32,15 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
+from fewbits.evaluate import load_tokenizer
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
+from fewbits.load import load
 from fewbits.methods import RTN, Method
 from fewbits.plan import Plan, make_plan
-from fewbits.recipe import DEFAULT_SCHEME, Recipe
+from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method
 from fewbits.scheme import QuantScheme
+from fewbits.speed import memory_bytes, watch_memory
 from fewbits.structure import (
     EXPERT_PARAMETERS,
     Kind,
@@ -36,8 +49,12 @@ from fewbits.structure import (
     is_conv1d,
     is_experts,
     is_linear,
+    skeleton,
+    text_config,
 )
 from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
+from fewbits.text import Text
+from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
 
 
@@ -80,10 +97,16 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    method: Method | None = None,
+    method: str | Method | None = None,
     scheme: QuantScheme | None = None,
     overrides: tuple[tuple[str, QuantScheme | None], ...] = (),
     head: bool = False,
+    transforms: tuple[Transform, ...] = (),
+    calibration: str | Path | Text | Tensor | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
     format: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
@@ -94,10 +117,16 @@ def quantize(
         model: folder of a float checkpoint, or a hub id.
         out: folder to be made. If it holds the finished result of the same run it is verified and
             left as it is.
-        method: rounds each matrix; round to nearest by default.
+        method: rounds each matrix; round to nearest by default. A name like "gptq" or "awq+gptq"
+            stands for a method and the transforms before it.
         scheme: 4 bits in groups of 128 by default.
         overrides: (pattern, scheme or None for float); see `Recipe`.
         head: quantize the output head too.
+        transforms: rewrite each block before it is rounded, like `AWQ()`.
+        calibration: what calibrated methods and transforms run the model on; see
+            `read_calibration`, also for samples, length and seed.
+        max_memory: bytes; above an estimate of what is needed, calibration states go to a file
+            beside `out`. Refused where even that would not do.
         format: "compressed-tensors" or "fewbits"; by default the first, and the second for a model
             that the first cannot hold.
         max_shard_bytes: how much is buffered before a weight file is written.
@@ -114,16 +143,29 @@ def quantize(
     >>> result.ledger.totals["quantized"], result.verification.problems
     (42, [])
     """
-    recipe = Recipe(method or RTN(), scheme or DEFAULT_SCHEME, overrides, head)
+    began = time.monotonic()
+    named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
+    recipe = Recipe(method, scheme or DEFAULT_SCHEME, overrides, head, named + transforms)
     out = Path(out)
     plan = make_plan(resolve(model), recipe, format)
+    data = _read_calibration(plan, recipe, calibration, samples, length, seed, progress)
     request = recipe.describe() | {"format": plan.format.name}
+    request |= {} if data is None else {"calibration": data.to_json()}
     source = _describe_source(model, plan)
     if out.exists():
         return _reuse(out, plan, request, source, progress)
     ledger = Ledger(version("fewbits"), request, source, notes=list(plan.notes))
-    with CheckpointWriter(out, max_shard_bytes) as writer:
-        _write_weights(plan, recipe, writer, ledger, progress)
+    with watch_memory() as memory, CheckpointWriter(out, max_shard_bytes) as writer:
+        if data is None:
+            _write_weights(plan, recipe, writer, ledger, progress)
+        else:
+            ledger.calibration = data.to_json()
+            ledger.notes += _check_calibration(plan, data)
+            states_file = _states_file(plan, data, max_memory, writer.folder, ledger.notes)
+            blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
+            _write_blocks(blocks, plan, recipe, writer, ledger)
+            if states_file is not None:
+                states_file.unlink()
         quantization = plan.format.config(plan.placements, plan.floats)
         writer.write_json(CONFIG, plan.config | {"quantization_config": quantization})
         writer.carry_over(plan.checkpoint.folder)
@@ -131,6 +173,8 @@ def quantize(
         ledger.files = _describe_files(writer.folder)
         writer.write_json(LEDGER, ledger.to_json())
         verification = verify(writer.folder, progress=progress)
+        elapsed = round(time.monotonic() - began, 3)
+        writer.write_json(RUN, {"elapsed_s": elapsed, "memory_bytes": asdict(memory)})
         writer.commit()
     return _result(out, plan, ledger, verification)
 
@@ -199,51 +243,177 @@ def _reuse(
 def _write_weights(
     plan: Plan, recipe: Recipe, writer: CheckpointWriter, ledger: Ledger, progress: Progress | None
 ) -> None:
+    """Round and write one source tensor after the other."""
     names = sorted(plan.checkpoint.tensors.keys() | plan.origins.keys(), key=_natural)
     for i, name in enumerate(names):
-        tensor = plan.checkpoint.read(plan.origins.get(name, name))
-        if name in plan.placements:
-            written, codes = _quantize_one(name, tensor, plan, recipe, writer, ledger.notes)
-        else:
-            written, codes = [writer.add(name, tensor)], None
-            if tensor.is_floating_point() and not _finite(tensor):
-                if name in plan.parameter_names:
-                    raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
-                ledger.notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
-        ledger.tensors[name] = Entry.of(
-            plan.info(name), hash_tensor(tensor), written, codes, origin=plan.origins.get(name)
-        )
+        weights = _round(name, plan, recipe, ledger.notes) if name in plan.placements else None
+        _write_one(name, plan, writer, ledger, weights)
         if progress is not None:
             progress("quantize", i + 1, len(names))
     writer.finish_weights()
     plan.checkpoint.close()
 
 
-def _quantize_one(
+def _write_blocks(
+    blocks: Iterator[Block], plan: Plan, recipe: Recipe, writer: CheckpointWriter, ledger: Ledger
+) -> None:
+    """Write what stands outside of the blocks, and each block as soon as it is done."""
+    names = plan.checkpoint.tensors.keys() | plan.origins.keys()
+    inside = {name: plan.blocks.get(name) for name in names}
+    for name in sorted((n for n in names if inside[n] is None), key=_natural):
+        weights = None
+        if name in plan.placements:
+            weights = _round(name, plan, replace(recipe, method=RTN()), ledger.notes)
+            what = "outside of the blocks: rounded to nearest, without calibration"
+            ledger.notes.append(Note("fallback", name, what))
+        _write_one(name, plan, writer, ledger, weights)
+    for block in blocks:
+        members = (name for name in names if inside[name] == block.report.block)
+        for name in sorted(members, key=_natural):
+            weights, changed = block.weights.get(name), block.changed.get(name)
+            _write_one(name, plan, writer, ledger, weights, changed)
+        ledger.notes += block.notes
+        ledger.blocks.append(block.report.to_json())
+    writer.finish_weights()
+    plan.checkpoint.close()
+
+
+def _write_one(
     name: str,
-    tensor: Tensor,
     plan: Plan,
-    recipe: Recipe,
     writer: CheckpointWriter,
-    notes: list[Note],
-) -> tuple[list[Written], Codes]:
-    """Round one source tensor, a matrix or a stack of them, and queue what its format makes of it."""
-    matrix, scheme = plan.matrices[name], plan.placements[name].scheme
+    ledger: Ledger,
+    weights: list[QuantizedTensor] | None,
+    changed: Tensor | None = None,
+) -> None:
+    """Write one source tensor as codes, rewritten, or as it is, and enter it in the ledger."""
+    tensor = plan.checkpoint.read(plan.origins.get(name, name))
+    codes = None
+    if weights is not None:
+        stacked = plan.matrices[name].stacked
+        stored = [plan.format.write(name, weight) for weight in weights]
+        tensors = {
+            key: torch.stack([s[key] for s in stored]) if stacked else stored[0][key]
+            for key in stored[0]
+        }
+        written = [writer.add(key, value) for key, value in tensors.items()]
+        codes = Codes.of(weights, stacked)
+    else:
+        written = [writer.add(name, tensor if changed is None else changed)]
+        if tensor.is_floating_point() and not _finite(tensor):
+            if name in plan.parameter_names:
+                raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
+            ledger.notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
+    ledger.tensors[name] = Entry.of(
+        plan.info(name),
+        hash_tensor(tensor),
+        written,
+        codes,
+        folded=changed is not None,
+        origin=plan.origins.get(name),
+    )
+
+
+def _round(name: str, plan: Plan, recipe: Recipe, notes: list[Note]) -> list[QuantizedTensor]:
+    """Round one source tensor, a matrix or a stack of them, without calibration."""
+    tensor = plan.checkpoint.read(plan.origins.get(name, name))
     weights: list[QuantizedTensor] = []
-    for piece in matrix.slices(tensor):
+    for piece in plan.matrices[name].slices(tensor):
         try:
-            weight, more = recipe.method(piece, scheme, {})
+            weight, more = recipe.method(piece, plan.placements[name].scheme, {})
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         weights.append(weight)
         notes += more
-    stored = [plan.format.write(name, weight) for weight in weights]
-    tensors = {
-        key: torch.stack([s[key] for s in stored]) if matrix.stacked else stored[0][key]
-        for key in stored[0]
-    }
-    written = [writer.add(key, value) for key, value in tensors.items()]
-    return written, Codes.of(weights, matrix.stacked)
+    return weights
+
+
+# -- calibration -------------------------------------------------------------------------------
+
+
+def _read_calibration(
+    plan: Plan,
+    recipe: Recipe,
+    source: str | Path | Text | Tensor | None,
+    samples: int,
+    length: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> Calibration | None:
+    """The samples that the recipe needs; None if it needs none."""
+    name = recipe.name
+    if not recipe.needs_calibration:
+        if source is not None:
+            raise InputError(f"method {name} takes no calibration; accepted with it are gptq and awq")
+        return None
+    if source is None:
+        raise InputError(
+            f"method {name} needs calibration; accepted are a text file, a .jsonl file, "
+            f"hub:owner/name/config:split:column, and {SELF} for text that the model writes itself"
+        )
+    config = text_config(skeleton(plan.checkpoint.config))
+    writes = isinstance(source, str) and source == SELF
+    return read_calibration(
+        source,
+        None if isinstance(source, Tensor) else load_tokenizer(plan.checkpoint.folder),
+        model=load(plan.checkpoint.folder) if writes else None,
+        context=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        samples=samples,
+        length=length,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
+    """Whether the data is enough, before the hours are spent."""
+    matrices = [plan.matrices[name] for name in plan.placements]
+    widths = {m.source: m.rows_columns[1] for m in matrices if m.kind != "expert"}
+    experts = {m.source: m.rows_columns[1] for m in matrices if m.kind == "expert"}
+    try:
+        tokenizer = load_tokenizer(plan.checkpoint.folder)
+    except InputError:
+        tokenizer = None
+    mapped = not experts  # experts are stacked into new memory when a whole model is loaded
+    model = load(plan.checkpoint.folder) if mapped and tokenizer is not None else None
+    return check_calibration(
+        data,
+        widths=widths or experts,
+        experts=_routing(plan) if experts else None,
+        tokenizer=tokenizer,
+        model=model,
+        expert_width=max(experts.values(), default=None),
+    )
+
+
+def _states_file(
+    plan: Plan, data: Calibration, max_memory: int | None, folder: Path, notes: list[Note]
+) -> Path | None:
+    """Where calibration states go if memory is short; None for memory itself."""
+    if max_memory is None:
+        return None
+    work, states = estimate_memory(plan, data.ids)
+    least = memory_bytes() + work
+    if least + states <= max_memory:
+        return None
+    if least > max_memory:
+        raise InputError(
+            f"--max-memory is {max_memory / 1e9:.2f} GB; this model takes about {least / 1e9:.2f} GB, "
+            f"with the calibration states on disk; accepted is that or more"
+        )
+    what = f"calibration states, {states / 1e9:.2f} GB, kept on disk to stay below --max-memory"
+    notes.append(Note("fact", "memory", what))
+    return folder / "states"
+
+
+def _routing(plan: Plan) -> tuple[int, int] | None:
+    """How many experts a block has, and how many of them a token is sent to; None if it is not told."""
+    config = text_config(skeleton(plan.checkpoint.config))
+    chosen = getattr(config, "num_experts_per_tok", None)
+    shared = [m for m in plan.matrices.values() if m.kind == "expert"]
+    counts = {m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in shared}
+    return (max(counts), chosen) if isinstance(chosen, int) and counts else None
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Preflight: everything that can go wrong and be known from config and headers, known in seconds."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from fewbits.formats import FORMATS, Format, Placement
 from fewbits.formats.packed import packed_bytes
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
-from fewbits.structure import Matrix, find_head, find_matrices, locate, skeleton
+from fewbits.structure import (
+    Matrix,
+    find_blocks,
+    find_head,
+    find_matrices,
+    locate,
+    skeleton,
+    text_config,
+)
 from fewbits.tensor import Note
 
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +42,8 @@ class Plan:
         floats: module names of matrices that stay in float.
         notes: what was left out, and why.
         parameter_names: source tensors that are parameters of the model, not buffers or leftovers.
+        blocks: number of the decoder block that a source tensor belongs to, if to one.
+        hidden_size: features of the hidden states.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +55,8 @@ class Plan:
     floats: list[str]
     notes: list[Note]
     parameter_names: set[str]
+    blocks: dict[str, int]
+    hidden_size: int
 
     def info(self, name: str) -> TensorInfo:
         """The header of the source tensor behind a name."""
@@ -109,8 +122,9 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     floats = sorted(_float_modules(model, matrices, placements, checkpoint))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
     plan = Plan(
-        checkpoint, config, matrices, placements, origins, layout, floats, notes, parameter_names
-    )
+        checkpoint, config, matrices, placements, origins, layout, floats, notes, parameter_names,
+        _blocks(model, checkpoint), text_config(model).hidden_size,
+    )  # fmt: skip
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
 
@@ -135,6 +149,13 @@ def _check_parameters(folder: Path, model: torch.nn.Module, checkpoint: Checkpoi
             f"({len(missing)} missing in all); accepted are whole causal language models"
         )
     return {name for name, target in located.items() if target.parameter in parameters}
+
+
+def _blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
+    pattern = re.compile(rf"{re.escape(find_blocks(model))}\.(\d+)\.")
+    targets = locate(model, list(checkpoint.tensors)).items()
+    found = {name: pattern.match(target.parameter) for name, target in targets}
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 def _check_experts(

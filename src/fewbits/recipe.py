@@ -1,15 +1,16 @@
-"""Recipe: which method rounds, and which scheme each weight gets."""
+"""Recipe: what is done to the blocks, which method rounds, and which scheme each weight gets."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, RTN, Method
+from fewbits.methods import METHODS, RTN, Method, WeightedRTN
 from fewbits.scheme import QuantScheme
 from fewbits.structure import Matrix
+from fewbits.transforms import TRANSFORMS, Transform
 
 DEFAULT_SCHEME = QuantScheme(4, "group", 128)
 FLOAT = "float"  # in place of a scheme: leave it alone
@@ -21,6 +22,7 @@ class Recipe:
 
     Args:
         method: rounds each matrix.
+        transforms: rewrite each block before, in this order.
         scheme: of every weight that nothing below speaks of.
         overrides: (pattern, scheme, or None for float); the last that matches decides. A pattern is a
             glob on module names (`*.down_proj`), or after `re:` a regular expression that must match
@@ -32,6 +34,20 @@ class Recipe:
     scheme: QuantScheme = DEFAULT_SCHEME
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     head: bool = False
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As `parse_method` reads it: `awq+gptq`."""
+        names = [_name(transform, TRANSFORMS) for transform in self.transforms]
+        if not (names and isinstance(self.method, WeightedRTN)):
+            names.append(_name(self.method, METHODS))
+        return "+".join(names)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it takes tokens to run the model on."""
+        return bool(self.method.needs or self.transforms)
 
     def assign(self, matrices: Iterable[Matrix]) -> dict[str, QuantScheme | None]:
         """The scheme of every matrix by source name; None for float.
@@ -53,17 +69,45 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As in the ledger: equal descriptions give equal checkpoints."""
-        names = [name for name, kind in METHODS.items() if isinstance(self.method, kind)]
-        if not names:
-            raise InputError(f"method {self.method!r} is unknown; accepted are {', '.join(METHODS)}")
         overrides = [[p, FLOAT if s is None else s.label] for p, s in self.overrides]
         return {
-            "method": names[0],
+            "method": self.name,
             "options": asdict(self.method),  # type: ignore[call-overload]
+            "transforms": [asdict(transform) for transform in self.transforms],  # type: ignore[call-overload]
             "scheme": self.scheme.label,
             "overrides": overrides,
             "head": self.head,
         }
+
+
+def _name(thing: object, kinds: Mapping[str, type]) -> str:
+    names = [name for name, kind in kinds.items() if isinstance(thing, kind)]
+    if not names:
+        raise InputError(f"{thing!r} is unknown; accepted are {', '.join(kinds)}")
+    return names[0]
+
+
+def parse_method(text: str) -> tuple[tuple[Transform, ...], Method]:
+    """Transforms and method that a name like `awq+gptq` stands for.
+
+    A transform alone is followed by rounding to nearest on the grid of least output error.
+
+    Raises:
+        InputError: not such a name.
+
+    >>> parse_method("awq")
+    ((AWQ(points=11),), WeightedRTN())
+    """
+    *names, last = text.split("+")
+    names += [last] if last in TRANSFORMS else []
+    known = last in TRANSFORMS or last in METHODS
+    if not known or not set(names) <= TRANSFORMS.keys() or len(set(names)) < len(names):
+        raise InputError(
+            f"method {text!r} is unknown; accepted are {', '.join(METHODS)}, {', '.join(TRANSFORMS)}, "
+            "and a transform before a method, like awq+gptq"
+        )
+    method = WeightedRTN() if last in TRANSFORMS else METHODS[last]()
+    return tuple(TRANSFORMS[name]() for name in names), method
 
 
 def parse_override(text: str) -> tuple[str, QuantScheme | None]:

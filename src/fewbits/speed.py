@@ -1,8 +1,13 @@
 """How large and how fast: bytes on disk and in memory, tokens per second, and which kernel runs."""
 
+import resource
 import statistics
+import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +133,58 @@ def measure_speed(model: Any, prompt: int = 256, new_tokens: int = 32, repeats: 
         count_kernels(model),
         torch.get_num_threads(),
     )
+
+
+@dataclass(slots=True)
+class Memory:
+    """What this process took while it was watched.
+
+    Args:
+        before: bytes when it began: Python and its libraries.
+        peak: the most that was seen.
+        anonymous: whether pages of mapped files, which the system takes back when it needs them, are
+            left out; only Linux tells.
+    """
+
+    before: int
+    peak: int
+    anonymous: bool
+
+
+_SAMPLED_S = 0.02  # seconds between two looks at memory; not tuned
+
+
+@contextmanager
+def watch_memory() -> Iterator[Memory]:
+    """Follow the memory of this process, by looking many times a second."""
+    began = memory_bytes()
+    memory, stop = Memory(began, began, _STATUS.exists()), threading.Event()
+
+    def look() -> None:
+        while not stop.wait(_SAMPLED_S):
+            memory.peak = max(memory.peak, memory_bytes())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        stop.set()
+        thread.join()
+        memory.peak = max(memory.peak, memory_bytes())
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def memory_bytes() -> int:
+    """Anonymous memory of this process now; where the system does not tell, its largest size so far."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return 1024 * int(line.split()[1])
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 def count_kernels(model: nn.Module) -> dict[str, int]:

@@ -123,6 +123,12 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model in it."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
 def find_blocks(model: nn.Module) -> str:
     """Path of the decoder blocks: the `ModuleList` that holds the most parameters.
 

@@ -74,6 +74,16 @@ class QuantizedTensor:
             scheme=replace(self.scheme, granularity="channel"),
         )
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Some of its rows; a matrix of granularity "tensor" is not cut."""
+        if self.scheme.granularity == "tensor":
+            assert (start, stop) == (0, self.shape[0])
+            return self
+        cut = slice(start, stop)
+        return replace(
+            self, codes=self.codes[cut], scale=self.scale[cut], zero_point=self.zero_point[cut]
+        )
+
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
         """Matrices over the same inputs, one below the other; all of one scheme."""
@@ -90,8 +100,13 @@ class QuantizedTensor:
         )
 
 
-def quantize_tensor(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
-    """Round a weight (out, in) to the nearest points of its grid; the scale gets the weight's dtype.
+def quantize_tensor(
+    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype | None = None
+) -> QuantizedTensor:
+    """Round a weight (out, in) to the nearest points of its grid.
+
+    Args:
+        scale_dtype: the weight's own by default.
 
     Raises:
         InputError: not a finite floating-point matrix, or the groups do not fit.
@@ -103,7 +118,7 @@ def quantize_tensor(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
     >>> bool((dequantize(quantized) - weight).abs().max() <= quantized.scale.max() / 2)
     True
     """
-    scale, zero_point = affine.choose_qparams(weight, scheme)
+    scale, zero_point = affine.choose_qparams(weight, scheme, scale_dtype)
     codes = affine.quantize(weight, scale, zero_point, scheme)
     return QuantizedTensor(codes, scale, zero_point, scheme)
 

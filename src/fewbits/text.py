@@ -48,12 +48,21 @@ def read_text(source: str | Path, limit: int | None = None) -> Text:
     Raises:
         InputError: cannot be read, or holds nothing.
     """
-    documents = list(_hub(str(source), limit) if str(source).startswith("hub:") else _file(source))
-    documents = [d for d in documents if d][:limit]
+    documents = list(iter_documents(source, limit))[:limit]
     if not documents:
         raise InputError(f"{source} holds no text")
-    name = str(source) if str(source).startswith("hub:") else Path(source).name
-    return Text(name, documents)
+    return Text(str(source) if is_hub(source) else Path(source).name, documents)
+
+
+def is_hub(source: str | Path) -> bool:
+    """Whether a source of text is a dataset of the hub."""
+    return str(source).startswith("hub:")
+
+
+def iter_documents(source: str | Path, limit: int | None = None) -> Iterator[Document]:
+    """The documents of `read_text` one by one; from the hub come only as many as are taken."""
+    found = _hub(str(source), limit) if is_hub(source) else _file(source)
+    yield from (document for document in found if document)
 
 
 def _file(source: str | Path) -> Iterator[Document]:
@@ -116,7 +125,7 @@ def windows(text: Text, tokenizer: Any, length: int) -> list[Tensor]:
     pieces = []
     step = length - len(start)
     for document in text.documents:
-        ids = _tokens(document, tokenizer)
+        ids = tokenize(document, tokenizer)
         for i in range(0, len(ids), step):
             piece = start + ids[i : i + step]
             if len(piece) >= 2:
@@ -124,10 +133,19 @@ def windows(text: Text, tokenizer: Any, length: int) -> list[Tensor]:
     return pieces
 
 
-def _tokens(document: Document, tokenizer: Any) -> list[int]:
+def tokenize(document: Document, tokenizer: Any) -> list[int]:
+    """Token ids of a document, without special tokens but those of the chat template.
+
+    Raises:
+        InputError: messages, and no chat template or one that refuses them.
+    """
     if not isinstance(document, str):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the text holds chat messages, but the model has no chat template")
-        document = tokenizer.apply_chat_template(document, tokenize=False)
+        try:
+            document = tokenizer.apply_chat_template(document, tokenize=False)
+        except Exception as error:  # templates are programs that raise what they like
+            reason = first_line(error)
+            raise InputError(f"the model's chat template refuses some messages: {reason}") from None
     ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -16,6 +16,7 @@ from torch import Tensor
 from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
+    RUN,
     Checkpoint,
     hash_file,
     hash_json,
@@ -130,7 +131,7 @@ def _check_files(out: Path, ledger: Ledger, result: Verification) -> list[str]:
             result.problems.append(f"{name} was changed")
         if name.endswith(".safetensors"):
             found.append(name)
-    listed = set(ledger.files) | {LEDGER}
+    listed = set(ledger.files) | {LEDGER, RUN}
     for path in sorted(out.iterdir()):  # clients read such files, ours or not; cards are for people
         if path.suffix in _READ_BY_CLIENTS and path.name not in listed:
             result.problems.append(f"{path.name} is not in the ledger")

@@ -2,9 +2,12 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from fewbits.methods.gptq import GPTQ
 from fewbits.methods.rtn import RTN
+from fewbits.methods.weighted_rtn import WeightedRTN
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor
 
@@ -17,11 +20,22 @@ class Method(Protocol):
         """Statistics that calibration must collect; empty if none."""
 
     def __call__(
-        self, weight: Tensor, scheme: QuantScheme, stats: dict[str, Tensor]
+        self,
+        weight: Tensor,
+        scheme: QuantScheme,
+        stats: dict[str, Tensor],
+        scale_dtype: torch.dtype | None = None,
     ) -> tuple[QuantizedTensor, list[Note]]:
-        """Codes for `weight` (out, in); the weight is not modified."""
+        """Codes for a weight, which is not modified.
+
+        Args:
+            weight: (out, in).
+            scheme: its grid.
+            stats: what `needs` names.
+            scale_dtype: of the scale on disk; the weight's own by default.
+        """
 
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN}
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "weighted-rtn": WeightedRTN, "gptq": GPTQ}
 
-__all__ = ["METHODS", "RTN", "Method"]
+__all__ = ["GPTQ", "METHODS", "RTN", "Method", "WeightedRTN"]

@@ -5,6 +5,7 @@ The baseline that all other methods are measured against; at 8 bits usually all 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fewbits.scheme import QuantScheme
@@ -21,7 +22,11 @@ class RTN:
         return frozenset()
 
     def __call__(
-        self, weight: Tensor, scheme: QuantScheme, stats: dict[str, Tensor]
+        self,
+        weight: Tensor,
+        scheme: QuantScheme,
+        stats: dict[str, Tensor],
+        scale_dtype: torch.dtype | None = None,
     ) -> tuple[QuantizedTensor, list[Note]]:
         """Codes for `weight` (out, in)."""
-        return quantize_tensor(weight, scheme), []
+        return quantize_tensor(weight, scheme, scale_dtype), []

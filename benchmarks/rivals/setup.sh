@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# An environment per rival, with the versions that the published figures were taken with.
+#
+# Run:  bash benchmarks/rivals/setup.sh DIR [gptqmodel llmcompressor autoround]
+set -euo pipefail
+environments=${1:?usage: setup.sh DIR [RIVAL ...]}
+shift
+rivals=${*:-gptqmodel llmcompressor autoround}
+python=${PYTHON:-python3}
+mkdir -p "$environments"
+
+# torch comes first and stays: an open range fetches gigabytes of CUDA packages on a machine without a GPU.
+for rival in $rivals; do
+  case $rival in
+    gptqmodel) packages="gptqmodel==7.6.0 transformers==5.24.0" ;;
+    llmcompressor) packages="llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0" ;;
+    autoround) packages="auto-round==0.16.1 transformers==5.24.0" ;;
+    *) echo "$rival is no rival; accepted are gptqmodel, llmcompressor and autoround" >&2; exit 2 ;;
+  esac
+  folder=$environments/$rival
+  [ -e "$folder/installed" ] && continue
+  "$python" -m venv "$folder"
+  pip="$folder/bin/python -m pip --disable-pip-version-check install -q"
+  $pip torch==2.13.0 numpy setuptools wheel
+  # shellcheck disable=SC2086
+  $pip -c <(echo torch==2.13.0) $packages
+  touch "$folder/installed"
+done

@@ -1,0 +1,118 @@
+"""The tools that benchmarks compare, each in its own environment, and what stands beside a figure."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src/fewbits"
+ENVIRONMENTS = os.environ.get("FEWBITS_RIVALS", "build/rivals")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A quantizer, its methods, and the package whose version counts."""
+
+    name: str
+    package: str
+    methods: tuple[str, ...]
+
+
+TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool("fewbits", "fewbits", ("rtn", "gptq", "awq", "awq+gptq")),
+        Tool("gptqmodel", "gptqmodel", ("gptq", "awq")),
+        Tool("llmcompressor", "llmcompressor", ("gptq", "awq", "awq+gptq")),
+        Tool("autoround", "auto-round", ("autoround",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One quantization; see `rivals/job.py`, which reads it."""
+
+    model: Path
+    out: Path
+    method: str
+    bits: int
+    group: int | None
+    symmetric: bool
+    ids: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the command line of a tool's script."""
+        group = [] if self.group is None else ["--group", str(self.group)]
+        grid = [] if self.symmetric else ["--asymmetric"]
+        paths = [str(path) for path in (self.model, self.out)]
+        options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids)]
+        return [*paths, *options, *group, *grid]
+
+
+class ToolError(Exception):
+    """A tool stopped, or its environment is not there."""
+
+
+def version(tool: Tool, environments: Path) -> str:
+    """Of a rival its version; of fewbits a hash of its source, committed or not."""
+    if tool.name == "fewbits":
+        sources = sorted(SOURCE.rglob("*.py"))
+        content = b"".join(path.name.encode() + path.read_bytes() for path in sources)
+        return hashlib.sha256(content).hexdigest()[:16]
+    folders = [str(path) for path in environments.glob(f"{tool.name}/lib/python*/site-packages")]
+    for distribution in Distribution.discover(name=tool.package, path=folders):
+        return distribution.version
+    raise ToolError(
+        f"{tool.package} is not installed in {environments / tool.name}; "
+        "accepted is a folder made by benchmarks/rivals/setup.sh"
+    )
+
+
+def run(tool: Tool, task: Task, environments: Path, threads: int) -> dict[str, Any]:
+    """Quantize with one tool in a process of its own; what it says about it."""
+    python = sys.executable if tool.name == "fewbits" else environments / tool.name / "bin/python"
+    script = HERE / "rivals" / f"run_{tool.name}.py"
+    settings = {
+        "OMP_NUM_THREADS": threads,
+        "GPTQMODEL_CPU_WORKERS": threads,  # its default stops on machines with two cores
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": 1,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment = os.environ | {key: str(value) for key, value in settings.items()}
+    done = subprocess.run(
+        [str(python), str(script), *task.arguments],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ToolError(f"{tool.name} stopped: {lines[-1]}")
+    return json.loads(results[-1].removeprefix("RESULT "))
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What stands beside a figure: command, commit, machine, versions; no path."""
+    git = ["git", "-C", str(HERE)]
+    commit = subprocess.run(
+        [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": command,
+        "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,448 @@
+"""Calibrated quantization: block by block, each on what the quantized blocks before it really give.
+
+For every block: rewrite it (`transforms`), collect the Hessians of all inputs in one run, round
+matrix after matrix (`methods`), and take the samples through the rounded block.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.errors import InputError
+from fewbits.linear import ExpertLinears, float_weight
+from fewbits.methods import RTN, Method, WeightedRTN
+from fewbits.plan import Plan
+from fewbits.recipe import Recipe
+from fewbits.scheme import QuantScheme
+from fewbits.stream import TOKENS, Stream
+from fewbits.structure import Matrix
+from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
+from fewbits.wiring import Wiring, find_wiring, signature
+
+_HELD_OUT = 16  # at most one sample in so many is kept for judging; not tuned
+_JUDGED = 4096  # tokens that are kept for judging, and that transforms search with, at most; not tuned
+_PROBE = 64  # tokens that the wiring is found with; not tuned
+_COMPARED_ROWS = 128  # of each matrix, on which its error is compared with round to nearest; not tuned
+_LENS = 512  # positions at which the logits after each block are compared; not tuned
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReport:
+    """One rounded matrix.
+
+    Args:
+        name: source tensor; stacked experts have their number behind it.
+        method: what rounded it in the end.
+        scheme: label.
+        tokens: that its Hessian was collected on.
+        error_to_rtn: squared error of its output over that of rounding it to nearest, estimated on
+            some of its rows, on the calibration tokens; None without a Hessian.
+        steps: notes of the method: what it had to fall back to.
+    """
+
+    name: str
+    method: str
+    scheme: str
+    tokens: int
+    error_to_rtn: float | None
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block, on the held-out samples.
+
+    Args:
+        error: squared error of its output over the output's variance, both given the same states.
+        kl: divergence in nats, of the logits that the model's norm and head make of the states
+            behind this block, from those that they make of the float model's. At the last block
+            this is the KL of the quantized model.
+    """
+
+    block: int
+    error: float
+    kl: float
+    matrices: tuple[MatrixReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the ledger."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Block:
+    """What became of the source tensors of one block.
+
+    Args:
+        weights: codes by source name; several of a stack.
+        changed: source names of tensors that stay in float but were rewritten, and their values.
+    """
+
+    report: BlockReport
+    weights: dict[str, list[QuantizedTensor]] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A source matrix, or one of a stack, as rows of a linear of the block."""
+
+    source: str
+    linear: str
+    start: int
+    stop: int
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source if self.expert is None else f"{self.source}[{self.expert}]"
+
+
+@dataclass(slots=True)
+class _Stats:
+    """The Hessian of a linear's inputs: the mean of x.T @ x over its tokens."""
+
+    hessian: Tensor
+    tokens: int = 0
+
+
+def quantize_blocks(
+    plan: Plan,
+    recipe: Recipe,
+    ids: Tensor,
+    progress: Callable[[str, int, int], None] | None = None,
+    states_file: Any = None,
+) -> Iterator[Block]:
+    """Quantize the blocks of a model one after the other.
+
+    Args:
+        plan: of the run.
+        recipe: method and transforms; schemes are the plan's.
+        ids: (samples, length) calibration tokens; the last of them are held out for judging.
+        progress: called with (what, blocks done, blocks).
+        states_file: where states are kept instead of in memory.
+
+    Raises:
+        InputError: blocks that cannot be run on their own, or tokens that the model cannot take.
+    """
+    length = ids.shape[1]
+    held_out = max(1, min(len(ids) // _HELD_OUT, _JUDGED // length))
+    if len(ids) < 2:
+        raise InputError(
+            f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
+        )
+    every = max(1, held_out * length // _LENS)
+    stream = Stream(plan.checkpoint, ids, every, states_file)
+    run = _Run(plan, recipe, stream, range(len(ids) - held_out))
+    for number in range(stream.count):
+        if progress is not None:
+            progress("blocks", number, stream.count)
+        yield run.block(number)
+    if progress is not None:
+        progress("blocks", stream.count, stream.count)
+
+
+def estimate_memory(plan: Plan, ids: Tensor) -> tuple[int, int]:
+    """Bytes that `quantize_blocks` takes beside its states, at most, and of the states.
+
+    One block in float32 and its codes, its Hessians, three more of the largest while it is factored,
+    and what the block computes on the way.
+    """
+    samples, length = ids.shape
+    blocks, hessians = defaultdict[int, int](int), defaultdict[int, set[tuple[str, int]]](set)
+    for name, number in plan.blocks.items():
+        blocks[number] += 5 * plan.info(name).count
+        if name in plan.placements:
+            matrix = plan.matrices[name]
+            columns = matrix.rows_columns[1]
+            for i in range(matrix.shape[0] if matrix.stacked else 1):
+                owner = f"{matrix.module}.{matrix.expert or i}" if matrix.kind == "expert" else ""
+                hessians[number].add((owner, columns))
+    widest = max((columns for found in hessians.values() for _, columns in found), default=0)
+    squares = max((sum(4 * n * n for _, n in found) for found in hessians.values()), default=0)
+    batch = max(TOKENS, length)
+    work = max(blocks.values(), default=0) + squares + 3 * 4 * widest**2 + 4 * 4 * batch * widest
+    return work, 2 * samples * length * plan.hidden_size
+
+
+class _Run:
+    """The state between blocks: the stream, the float model's held-out states, wirings found."""
+
+    def __init__(self, plan: Plan, recipe: Recipe, stream: Stream, fitted: range) -> None:
+        self.plan, self.recipe, self.stream, self.fitted = plan, recipe, stream, fitted
+        self.held_out = slice(fitted.stop, len(stream.states))
+        self.float_states = stream.states[self.held_out].float()
+        self.wirings: dict[Any, Wiring] = {}
+        self.search = slice(0, min(max(1, _JUDGED // stream.ids.shape[1]), len(fitted)))
+        self.by_block: dict[int, list[Matrix]] = defaultdict(list)
+        for name in plan.placements:
+            matrix = plan.matrices[name]
+            if matrix.block is not None:
+                self.by_block[matrix.block].append(matrix)
+
+    def block(self, number: int) -> Block:
+        """Quantize one block and take the samples through it."""
+        stream = self.stream
+        block = stream.load(number)
+        self.float_states = stream.run_all(number, block, self.float_states)
+        inputs = stream.states[self.held_out]
+        wanted = stream.run_all(number, block, inputs)
+        pieces = self._pieces(number)
+        result = Block(BlockReport(number, 0.0, 0.0, ()))
+        wiring = self._wiring(number, block)
+        self._note_unseen(number, wiring, result)
+        self._transform(number, block, wiring, pieces, result)
+        stats = self._collect(number, block, wiring, pieces)
+        matrices = self._round(number, block, wiring, pieces, stats, result)
+        self._note_changed(number, block, pieces, result)
+        got = stream.run_all(number, block, inputs)
+        error = float((got - wanted).square().mean() / wanted.var())
+        stream.advance(number, block)
+        kl = self._kl(stream.states[self.held_out])
+        result.report = BlockReport(number, error, kl, tuple(matrices))
+        return result
+
+    # -- where things are --------------------------------------------------------------------------
+
+    def _prefix(self, number: int) -> str:
+        return f"{self.stream.path}.{number}."
+
+    def _pieces(self, number: int) -> dict[str, list[_Piece]]:
+        """The source matrices to be rounded, by the linear of the block that they are rows of."""
+        pieces: dict[str, list[_Piece]] = defaultdict(list)
+        rows: dict[str, int] = defaultdict(int)
+        for matrix in sorted(self.by_block[number], key=lambda m: (m.expert or 0, m.part)):
+            module = matrix.module.removeprefix(self._prefix(number))
+            linears: list[tuple[str, int | None]]
+            if matrix.kind != "expert":
+                linears = [(module, None)]
+            elif matrix.expert is not None:
+                linears = [(f"{module}.{matrix.parameter}.{matrix.expert}", None)]
+            else:
+                linears = [(f"{module}.{matrix.parameter}.{i}", i) for i in range(matrix.shape[0])]
+            height = matrix.rows_columns[0]
+            for linear, expert in linears:
+                start = rows[linear]
+                rows[linear] = start + height
+                pieces[linear].append(_Piece(matrix.source, linear, start, start + height, expert))
+        return pieces
+
+    def _scheme(self, piece: _Piece) -> QuantScheme:
+        return self.plan.placements[piece.source].scheme
+
+    def _dtype(self, piece: _Piece) -> torch.dtype:
+        return self.plan.info(piece.source).dtype
+
+    def _wiring(self, number: int, block: nn.Module) -> Wiring:
+        """Found once for each distinct shape of a block."""
+        shape = signature(block)
+        if shape not in self.wirings:
+            probe = self.stream.states[:1, :_PROBE]
+            self.wirings[shape] = find_wiring(block, lambda: self.stream.run(number, block, probe))
+        return self.wirings[shape]
+
+    def _note_unseen(self, number: int, wiring: Wiring, result: Block) -> None:
+        for path in wiring.unseen:
+            where = self._prefix(number) + path
+            result.notes.append(Note("fallback", where, "never called: rounded to nearest, if at all"))
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    def _transform(
+        self,
+        number: int,
+        block: nn.Module,
+        wiring: Wiring,
+        pieces: dict[str, list[_Piece]],
+        result: Block,
+    ) -> None:
+        stream = self.stream
+        schemes = {linear: self._scheme(parts[0]) for linear, parts in pieces.items()}
+        for transform in self.recipe.transforms:
+            notes = transform(
+                block,
+                wiring,
+                schemes,
+                lambda: stream.run_all(number, block, stream.states[self.search]),
+                lambda: stream.run_all(number, block, stream.states[self.held_out]),
+                self.plan.checkpoint.dtype,
+            )
+            prefix = self._prefix(number)
+            result.notes += [Note(note.kind, prefix + note.where, note.what) for note in notes]
+
+    def _collect(
+        self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
+    ) -> dict[str, _Stats]:
+        """Hessians by linear; linears that read one tensor have one in common."""
+        if "hessian" not in self.recipe.method.needs:
+            return {}
+        stats: dict[str, _Stats] = {}
+        for group in wiring.groups:
+            shared = [path for path in group.linears if path in pieces and not _is_expert(block, path)]
+            stats |= dict.fromkeys(shared, _new_stats(block, shared[0])) if shared else {}
+            own = [path for path in group.linears if path in pieces and _is_expert(block, path)]
+            stats |= {path: _new_stats(block, path) for path in own}
+        first = {id(stat): path for path, stat in reversed(stats.items())}
+        with _hooks(block, {path: stats[path] for path in first.values()}):
+            for rows in self.stream.batches(self.fitted):
+                self.stream.run(number, block, self.stream.states[rows])
+        for path in first.values():
+            stats[path].hessian.div_(max(1, stats[path].tokens))
+        return stats
+
+    def _round(
+        self,
+        number: int,
+        block: nn.Module,
+        wiring: Wiring,
+        pieces: dict[str, list[_Piece]],
+        stats: dict[str, _Stats],
+        result: Block,
+    ) -> list[MatrixReport]:
+        """Round what reads one tensor together: a Hessian is factored once."""
+        together: dict[Any, list[_Piece]] = defaultdict(list)
+        for linear, parts in pieces.items():
+            for piece in parts:
+                scheme, stat = self._scheme(piece), stats.get(linear)
+                alone = piece.name if scheme.granularity == "tensor" else None
+                key = (id(stat) if stat is not None else linear, scheme, self._dtype(piece), alone)
+                together[key].append(piece)
+        reports = []
+        for alike in together.values():
+            reports += self._round_alike(number, block, alike, stats.get(alike[0].linear), result)
+        return reports
+
+    def _round_alike(
+        self, number: int, block: nn.Module, alike: list[_Piece], stat: _Stats | None, result: Block
+    ) -> list[MatrixReport]:
+        scheme, dtype = self._scheme(alike[0]), self._dtype(alike[0])
+        weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
+        weight = torch.cat(weights)
+        method, why = self._method(block, alike[0].linear, stat)
+        given = {} if stat is None else {"hessian": stat.hessian}
+        try:
+            rounded, notes = method(weight, scheme, given, dtype)
+        except InputError as error:
+            raise InputError(f"{alike[0].name}: {error}") from None
+        steps = tuple(note.what for note in notes) if why is None else (why, *(n.what for n in notes))
+        reports, start = [], 0
+        for piece, own in zip(alike, weights, strict=True):
+            part = rounded.rows(start, start + len(own))
+            start += len(own)
+            ratio = None if stat is None else _error_to_rtn(own, part, stat.hessian, dtype)
+            own.copy_(part.dequantize(torch.float32))
+            result.weights.setdefault(piece.source, []).append(part)
+            result.notes += [Note("fallback", piece.name, step) for step in steps]
+            tokens = 0 if stat is None else stat.tokens
+            name = type(method).__name__
+            reports.append(MatrixReport(piece.name, name, scheme.label, tokens, ratio, steps))
+        return reports
+
+    def _method(self, block: nn.Module, linear: str, stat: _Stats | None) -> tuple[Method, str | None]:
+        """The recipe's method, or a simpler one where there is too little to go on."""
+        method = self.recipe.method
+        if "hessian" not in method.needs:
+            return method, None
+        if stat is None or stat.tokens == 0:
+            return RTN(), "no calibration token reached it: rounded to nearest"
+        columns = len(stat.hessian)
+        if _is_expert(block, linear) and stat.tokens < columns:
+            why = f"only {stat.tokens} calibration tokens for {columns} inputs: weighted rounding"
+            return WeightedRTN(), why
+        return method, None
+
+    def _note_changed(
+        self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]], result: Block
+    ) -> None:
+        """Find what transforms changed of the tensors that stay in float."""
+        prefix, checkpoint = self._prefix(number), self.plan.checkpoint
+        names = [n for n, t in self.stream.located.items() if t.parameter.startswith(prefix)]
+        for name in names:
+            if name in result.weights:
+                continue
+            value = self._value(name, block, prefix)
+            source = checkpoint.read(name)
+            if value is not None and not torch.equal(value.to(source.dtype), source):
+                result.changed[name] = value.to(source.dtype).clone()
+
+    def _value(self, name: str, block: nn.Module, prefix: str) -> Tensor | None:
+        """What the block holds now for a source tensor, in its shape there."""
+        target, matrix = self.stream.located[name], self.plan.matrices.get(name)
+        if matrix is not None and matrix.kind == "expert":
+            return self._expert_value(matrix, block, prefix)
+        if target.converter is not None:
+            return None
+        return block.state_dict(keep_vars=True).get(target.parameter.removeprefix(prefix))
+
+    def _expert_value(self, matrix: Matrix, block: nn.Module, prefix: str) -> Tensor:
+        linears = block.get_submodule(f"{matrix.module.removeprefix(prefix)}.{matrix.parameter}")
+        assert isinstance(linears, ExpertLinears)
+        if matrix.expert is None:
+            whole = torch.stack([float_weight(linear) for linear in linears])
+            return whole.mT if matrix.transposed else whole
+        rows = matrix.rows_columns[0]
+        return float_weight(linears[matrix.expert])[matrix.part * rows : (matrix.part + 1) * rows]
+
+    def _kl(self, states: Tensor) -> float:
+        total, count = 0.0, 0
+        for i in range(len(states)):
+            log_p = F.log_softmax(self.stream.logits(self.float_states[i : i + 1]), -1)
+            log_q = F.log_softmax(self.stream.logits(states[i : i + 1].float()), -1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            total, count = total + float(kl.sum()), count + kl.numel()
+        return total / count
+
+
+def _is_expert(block: nn.Module, path: str) -> bool:
+    return isinstance(block.get_submodule(path.rpartition(".")[0]), ExpertLinears)
+
+
+def _new_stats(block: nn.Module, path: str) -> _Stats:
+    width = float_weight(block.get_submodule(path)).shape[1]
+    return _Stats(torch.zeros(width, width))
+
+
+@contextmanager
+def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
+    """Add x.T @ x of every input to the statistics while the block runs."""
+
+    def watch(stat: _Stats) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            stat.hessian.addmm_(x.t(), x)
+            stat.tokens += len(x)
+
+        return record
+
+    handles = [
+        block.get_submodule(path).register_forward_pre_hook(watch(stat)) for path, stat in stats.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _error_to_rtn(
+    weight: Tensor, rounded: QuantizedTensor, hessian: Tensor, dtype: torch.dtype
+) -> float | None:
+    """Squared output error over that of round to nearest, on some rows."""
+    nearest = quantize_tensor(weight, rounded.scheme, dtype)
+    rows = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS)).long()
+    ours, theirs = (
+        _cost(weight[rows] - other.dequantize(torch.float32)[rows], hessian)
+        for other in (rounded, nearest)
+    )
+    return ours / theirs if theirs > 0 else None
+
+
+def _cost(error: Tensor, hessian: Tensor) -> float:
+    return float(((error @ hessian) * error).sum())

@@ -1,0 +1,104 @@
+"""The grid that loses least: the scale of each group chosen by weighted rounding error, not by range.
+
+A smaller scale clips the few largest weights and rounds all the others more finely. What an error costs
+is told by calibration: a weight for each column, or the Hessian of the inputs, of which the
+blocks along the diagonal are used, so that errors of neighbours may cancel each other. AWQ (Lin et al.
+2023, arXiv 2306.00978) searches its clipping so, and llama.cpp its importance matrices.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fewbits.affine import choose_qparams, nearest_, parts_of, working_dtype
+from fewbits.scheme import QuantScheme
+
+# Of the scale that covers the range; the range itself comes first, so that ties keep it. They reach from
+# what is of use at 2 bits to a little over the range. Not tuned.
+_SHRINKS = (1.0, *torch.linspace(0.3, 1.1, 24).tolist())
+_BLOCK = 128  # columns whose errors are weighed together, at most; not tuned
+_SLICE = 2**18  # weights at a time: they stay in the cache through all candidates; not tuned
+
+
+def search_qparams(
+    weight: Tensor, scheme: QuantScheme, importance: Tensor, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale, among fractions of the one that covers the range, of least weighted error.
+
+    Args:
+        weight: (out, in).
+        importance: (in,), what a squared error costs in each column; or (in, in), the Hessian.
+        scale_dtype: of the scale on disk; the weight's own by default.
+
+    Returns:
+        scale and zero point, as `choose_qparams` gives them; the zero point is the same.
+
+    Raises:
+        InputError: as `choose_qparams`.
+    """
+    scale, zero_point = choose_qparams(weight, scheme, scale_dtype)
+    columns = weight.shape[1]
+    cost = _blocks(importance.to(working_dtype(weight)), columns // scheme.groups(columns))
+    whole = scheme.granularity == "tensor"
+    errors = []
+    for rows in _slices(*weight.shape):
+        own = slice(None) if whole else rows  # the scale that these rows have
+        errors.append(_errors(weight[rows], scale[own], zero_point[own], scheme, cost))
+    if whole:
+        total = torch.stack([e.sum((1, 2)) for e in errors]).sum(0)[:, None, None]
+    else:
+        total = torch.cat(errors, 1)
+    best = total.argmin(0)
+    shrinks = torch.tensor(_SHRINKS, dtype=torch.float64, device=weight.device)
+    return _shrunk(scale, shrinks[best]), zero_point
+
+
+def _slices(rows: int, columns: int) -> list[slice]:
+    step = max(1, _SLICE // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _blocks(importance: Tensor, group: int) -> Tensor:
+    """Costs by block of columns inside of groups: (blocks, size); of a Hessian (blocks, size, size)."""
+    size = group if importance.ndim == 1 else _divisor(group)
+    if importance.ndim == 1:
+        return importance.reshape(-1, size)
+    starts = range(0, len(importance), size)
+    return torch.stack([importance[i : i + size, i : i + size] for i in starts])
+
+
+def _divisor(group: int) -> int:
+    return next(size for size in range(min(group, _BLOCK), 0, -1) if group % size == 0)
+
+
+def _errors(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, cost: Tensor
+) -> Tensor:
+    """Weighted squared error of each candidate: (candidates, rows, groups); rows first if "tensor"."""
+    dtype, rows = working_dtype(weight), weight.shape[0]
+    groups = weight.shape[1] // max(1, math.prod(parts_of(weight[:1], scheme).shape[2:]))
+    parts = weight.to(dtype).reshape(rows, groups, -1)
+    points = zero_point.to(dtype)[..., None]
+    error = torch.empty_like(parts)
+    found = []
+    for shrink in _SHRINKS:
+        step = _shrunk(scale, shrink).to(dtype)[..., None]
+        nearest_(error.copy_(parts), step, points, scheme)
+        error.sub_(points).mul_(step).sub_(parts)
+        found.append(_weighted(error, cost).reshape(rows, groups, -1).sum(-1))
+    return torch.stack(found)
+
+
+def _weighted(error: Tensor, cost: Tensor) -> Tensor:
+    """Cost of errors (rows, ...) by block: (rows, blocks)."""
+    split = error.reshape(len(error), *cost.shape[:2])
+    if cost.ndim == 2:
+        return (split.square_() * cost).sum(-1)
+    return (torch.matmul(split.transpose(0, 1), cost).transpose(0, 1) * split).sum(-1)
+
+
+def _shrunk(scale: Tensor, shrink: float | Tensor) -> Tensor:
+    """The scale times a fraction, rounded to its dtype; as it is where that would leave nothing."""
+    smaller = (scale.double() * shrink).to(scale.dtype)
+    return torch.where(torch.isfinite(smaller) & (smaller > 0), smaller, scale)

@@ -1,0 +1,285 @@
+"""A model run one decoder block at a time, so that only one block is in memory.
+
+The model is built without the weights of its blocks, and its own forward tells what each block is given
+beside the hidden states: masks, position embeddings, which may differ from block to block. Then
+blocks are loaded one by one, by transformers' own conversion, and run on all samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.checkpoint import Checkpoint
+from fewbits.errors import InputError
+from fewbits.linear import split_experts
+from fewbits.load import build
+from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton
+
+TOKENS = 2048  # run through a block at a time, at least one sample; not tuned
+_HEAD_ROWS = 2**24  # weights of the output head in float32 at a time: 64 MB; not tuned
+
+
+class _Reached(Exception):  # noqa: N818
+    """The first block was called: nothing behind it need be run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the model handed a block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stub(nn.Module):
+    """Stands where a block was: records its call, and passes hidden states on.
+
+    `given` are hidden states to pass on instead; `as_tuple` is how the block returns them, None
+    if that is not known yet.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.call: _Call | None = None
+        self.hidden: Tensor | None = None
+        self.given: Tensor | None = None
+        self.as_tuple: bool | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)  # models ask blocks for their kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states, as they came."""
+        if args:
+            self.hidden, args = args[0], args[1:]
+        else:
+            kwargs = dict(kwargs)
+            self.hidden = kwargs.pop("hidden_states")
+        self.call = _Call(args, kwargs)
+        if self.as_tuple is None:
+            raise _Reached
+        hidden = self.hidden if self.given is None else self.given
+        return (hidden,) if self.as_tuple else hidden
+
+
+class _Head(nn.Module):
+    """An output head in the dtype of the checkpoint, multiplied in float32, at some positions only."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, every: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.every = nn.Parameter(weight, requires_grad=False), bias, every
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., tokens, in) -> (..., tokens / every, out)."""
+        x, step = x[..., :: self.every, :], max(1, _HEAD_ROWS // self.weight.shape[1])
+        rows = (self.weight[i : i + step] for i in range(0, len(self.weight), step))
+        parts = [F.linear(x, some.to(x.dtype)) for some in rows]
+        logits = torch.cat(parts, -1)
+        return logits if self.bias is None else logits + self.bias
+
+
+class Stream:
+    """The hidden states of all samples, taken through the model block by block.
+
+    Args:
+        checkpoint: of a float model.
+        ids: (samples, length), the tokens.
+        every: logits are computed at every so manieth position.
+        states_file: where the states are kept instead of in memory.
+
+    `states` is (samples, length, hidden) bfloat16: what the next block gets. `count` blocks there are.
+
+    Raises:
+        InputError: blocks that cannot be run on their own.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, ids: Tensor, every: int = 1, states_file: Path | None = None
+    ) -> None:
+        self.checkpoint, self.ids = checkpoint, ids
+        self.network = skeleton(checkpoint.config)
+        self.path = find_blocks(self.network)
+        self.count = len(self.network.get_submodule(self.path))  # type: ignore[arg-type]
+        self.located = locate(self.network, list(checkpoint.tensors))
+        self.shell, self.stubs = self._shell(every)
+        self.calls: dict[tuple[int, int], list[_Call]] = {}  # by samples and tokens of each
+        self.batch = max(1, min(len(ids), TOKENS // ids.shape[1]))
+        self._first_calls()
+        self.states = self._embed(states_file)
+
+    # -- the model around its blocks ---------------------------------------------------------------
+
+    def _shell(self, every: int) -> tuple[Any, list[_Stub]]:
+        prefix = f"{self.path}."
+        head, embedding = find_head(self.network), self._embedding()
+        mapped = {f"{path}.weight" for path in (head, embedding) if path is not None}
+        absent = {n for n in self.network.state_dict() if n.startswith(prefix)} | mapped
+        shell = self._build(absent)
+        blocks = shell.get_submodule(self.path)
+        stubs = [_Stub(block) for block in blocks]
+        for i, stub in enumerate(stubs):
+            blocks[i] = stub
+        self._map_large(shell, embedding, head, every)
+        return shell, stubs
+
+    def _embedding(self) -> str | None:
+        module = self.network.get_input_embeddings()  # type: ignore[operator]
+        names = [n for n, m in self.network.named_modules() if m is module]
+        return names[0] if names and isinstance(module, nn.Embedding) else None
+
+    def _map_large(self, shell: Any, embedding: str | None, head: str | None, every: int) -> None:
+        """Embeddings and head stay on the disk, in their own dtype; what leaves them is float32."""
+        weight = None
+        if embedding is not None:
+            weight = self._tensor(f"{embedding}.weight")
+            assert weight is not None
+            module = shell.get_submodule(embedding)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.register_forward_hook(lambda _module, _args, output: output.float())
+        if head is not None:
+            module = shell.get_submodule(head)
+            own = self._tensor(f"{head}.weight")
+            own = weight if own is None else own
+            assert own is not None
+            module.weight = nn.Parameter(own, requires_grad=False)
+            if is_linear(module):
+                shell.set_submodule(head, _Head(own, module.bias, every))
+
+    def _tensor(self, parameter: str) -> Tensor | None:
+        """The source tensor behind a parameter; None for the tied one of two."""
+        names = [name for name, target in self.located.items() if target.parameter == parameter]
+        return self.checkpoint.read(names[0]) if names else None
+
+    def _build(self, absent: set[str]) -> Any:
+        names = [name for name, target in self.located.items() if target.parameter not in absent]
+        tensors = {name: self.checkpoint.read(name) for name in names}
+        model = build(self.network, tensors, absent, torch.float32, self.checkpoint.folder)
+        return model.eval()
+
+    @torch.no_grad()
+    def _reach(self, ids: Tensor) -> Tensor:
+        """The first block's hidden states; its call is recorded too."""
+        self.stubs[0].as_tuple = None
+        try:
+            self.shell(ids, use_cache=False)
+        except _Reached:
+            hidden = self.stubs[0].hidden
+            assert hidden is not None
+            return hidden
+        raise InputError(f"{self.checkpoint.folder}: the model does not call the blocks of {self.path}")
+
+    def _first_calls(self) -> None:
+        """Learn how blocks return, and that what they are given does not depend on the tokens."""
+        one = self.ids[:1]
+        hidden = self._reach(one)
+        call = self.stubs[0].call
+        assert call is not None
+        with torch.no_grad():
+            output = self.load(0)(hidden, *call.args, **call.kwargs)
+        self.as_tuple = isinstance(output, tuple)
+        first, second = self._record(one), self._record(one.roll(1))
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            if not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs):
+                raise InputError(
+                    f"{self.checkpoint.folder}: block {i} is given inputs that depend on the tokens "
+                    "beside its hidden states; such models cannot be calibrated"
+                )
+
+    @torch.no_grad()
+    def _record(self, ids: Tensor) -> list[_Call]:
+        for stub in self.stubs:
+            stub.as_tuple, stub.given, stub.call = self.as_tuple, None, None
+        self.shell(ids, use_cache=False)
+        calls = [stub.call for stub in self.stubs]
+        if any(call is None for call in calls):
+            raise InputError(
+                f"{self.checkpoint.folder}: block {calls.index(None)} of {self.path} is never called"
+            )
+        return [call for call in calls if call is not None]
+
+    def _embed(self, states_file: Path | None) -> Tensor:
+        states: Tensor | None = None
+        for rows in self.batches(range(len(self.ids))):
+            hidden = self._reach(self.ids[rows])
+            if states is None:
+                states = _buffer((*self.ids.shape, hidden.shape[-1]), states_file)
+            states[rows] = hidden.to(states.dtype)
+        assert states is not None
+        return states
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def load(self, number: int) -> nn.Module:
+        """A block with its weights, in float32, its experts split into linears."""
+        prefix = f"{self.path}.{number}."
+        absent = {name for name in self.network.state_dict() if not name.startswith(prefix)}
+        block: nn.Module = self._build(absent).get_submodule(prefix[:-1])
+        for parameter in block.parameters():
+            if self.checkpoint.dtype == torch.float32:  # the file itself, mapped: never written to
+                parameter.data = parameter.data.clone()
+            parameter.requires_grad_(False)
+        split_experts(block)
+        return block
+
+    def batches(self, samples: range) -> Iterator[slice]:
+        """Slices of samples that are run at a time."""
+        for start in range(samples.start, samples.stop, self.batch):
+            yield slice(start, min(start + self.batch, samples.stop))
+
+    @torch.no_grad()
+    def run(self, number: int, block: nn.Module, states: Tensor) -> Tensor:
+        """What the block makes of the states (samples, length, hidden): float32."""
+        samples, length, _ = states.shape
+        if (samples, length) not in self.calls:
+            self.calls[samples, length] = self._record(self.ids[:1, :length].expand(samples, -1))
+        call = self.calls[samples, length][number]
+        output = block(states.float(), *call.args, **call.kwargs)
+        hidden: Tensor = output[0] if self.as_tuple else output
+        return hidden
+
+    def run_all(self, number: int, block: nn.Module, states: Tensor) -> Tensor:
+        """`run` on any number of samples."""
+        parts = [self.run(number, block, states[rows]) for rows in self.batches(range(len(states)))]
+        return torch.cat(parts)
+
+    def advance(self, number: int, block: nn.Module) -> None:
+        """Replace the states of all samples by what the block makes of them."""
+        for rows in self.batches(range(len(self.states))):
+            self.states[rows] = self.run(number, block, self.states[rows]).to(self.states.dtype)
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """What the model's own norm and head make of hidden states (samples, length, hidden)."""
+        for stub in self.stubs:
+            stub.as_tuple, stub.given = self.as_tuple, None
+        self.stubs[-1].given = states
+        logits: Tensor = self.shell(self.ids[: len(states)], use_cache=False).logits
+        return logits.float()
+
+
+def _buffer(shape: tuple[int, ...], path: Path | None) -> Tensor:
+    """One allocation in memory; or a file that is mapped, so that its pages are not ours."""
+    if path is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    size = torch.Size(shape).numel()
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+    return mapped.view(shape)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return isinstance(a, type(b))
