@@ -1,12 +1,14 @@
-"""One suite per protocol; a test calls it for every method, format and kernel there is."""
+"""One suite per protocol; a test calls it for every method, transform, format and kernel there is."""
 
 import json
+import re
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.errors import InputError
 from fewbits.formats import Format, Placement
@@ -14,7 +16,10 @@ from fewbits.formats.packed import on_disk, packed_bytes
 from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
-from fewbits.tensor import QuantizedTensor
+from fewbits.structure import find_blocks, is_conv1d, is_linear
+from fewbits.tensor import Note, QuantizedTensor
+from fewbits.transforms import Transform
+from fewbits.wiring import Wiring, find_wiring
 from oracles import half_step
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,6 +97,106 @@ def check_method(method: Method) -> None:
         assert torch.equal(quantized.dequantize()[1], torch.zeros(24, dtype=dtype))
         again, _ = method(weight, scheme, {})
         assert_same(again, quantized)
+
+
+# -- transforms --------------------------------------------------------------------------------
+
+FRESH = 3  # of the seeds below: neither searched nor judged with
+
+
+@torch.no_grad()
+def block_runs(
+    model: nn.Module, vocabulary: int, samples: int = 2, length: int = 12
+) -> list[tuple[nn.Module, Callable[[int], Tensor]]]:
+    """Each block with what runs it, as it stands then, on what it got in the model from tokens of a seed."""
+    blocks = list(model.get_submodule(find_blocks(model)))
+    calls: dict[tuple[nn.Module, int], tuple[tuple, dict]] = {}
+    for seed in range(1, FRESH + 1):
+        handles = [
+            block.register_forward_pre_hook(
+                lambda block, args, kwargs, seed=seed: calls.update({(block, seed): (args, kwargs)}),
+                with_kwargs=True,
+            )
+            for block in blocks
+        ]
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, vocabulary, (samples, length), generator=generator)
+        model(ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def run(block: nn.Module, seed: int) -> Tensor:
+        args, kwargs = calls[block, seed]
+        output = block(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    return [(block, lambda seed, block=block: run(block, seed)) for block in blocks]
+
+
+def linears_of(block: nn.Module) -> list[str]:
+    return [path for path, module in block.named_modules() if is_linear(module) or is_conv1d(module)]
+
+
+def check_transform(
+    transform: Transform,
+    block: nn.Module,
+    run: Callable[[int], Tensor],
+    schemes: dict[str, QuantScheme],
+    dtype: torch.dtype,
+) -> list[Note]:
+    """The float block computes what it computed; only what a note tells was touched.
+
+    Args:
+        block: in float32; what stays in float is representable in `dtype`.
+        run: as `block_runs` gives it: searched with on 1, judged on 2.
+        dtype: in which norms are written.
+    """
+    wiring = find_wiring(block, lambda: run(1))
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    wanted = run(FRESH)
+    notes = transform(block, wiring, schemes, lambda: run(1), lambda: run(2), dtype)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+    # A fold is exact but for float32's rounding, whatever `dtype` is: what rounding a norm's weight
+    # takes away is given to the readers.
+    error = (run(FRESH) - wanted).abs().max()
+    assert error <= 1e-5 * wanted.abs().max(), f"{error} of {wanted.abs().max()}"
+
+    folded, considered = _check_notes(notes, wiring, schemes)
+    touched = {path for pair in folded for path in (pair.source, *pair.readers)}
+    after = block.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        path = name.rpartition(".")[0]
+        own_bias = any(source.startswith(f"{path}.") for source in touched) and name.endswith("_bias")
+        if path not in touched and not own_bias:
+            assert torch.equal(tensor, before[name]), f"{name} was changed"
+    for pair in folded:
+        if pair.form != "linear":
+            weight = after[f"{pair.source}.weight"]
+            assert torch.equal(weight, weight.to(dtype).float()), f"{pair.source} is not in {dtype}"
+        changed = [not torch.equal(after[f"{r}.weight"], before[f"{r}.weight"]) for r in pair.readers]
+        assert all(changed) or not any(changed)  # a mixture's pairs share a note, not their scales
+    assert considered
+    return notes
+
+
+def _check_notes(
+    notes: list[Note], wiring: Wiring, schemes: dict[str, QuantScheme]
+) -> tuple[list, list]:
+    """Pairs that were folded, and all that were considered; one note for each, of experts for all."""
+    places: dict[str, list] = {}
+    for pair in wiring.pairs:
+        if set(pair.readers) & schemes.keys():
+            source, reader = (re.sub(r"\.\d+$", ".*", p) for p in (pair.source, pair.readers[0]))
+            places.setdefault(f"{source} -> {reader}", []).append(pair)
+    assert [note.where for note in notes] == list(places)
+    assert {note.kind for note in notes} <= {"fact"}
+    folded = []
+    for note in notes:
+        assert note.what.startswith(("folded with exponent", "not folded: ")), note
+        folded += places[note.where] if note.what.startswith("folded") else []
+    return folded, [pair for alike in places.values() for pair in alike]
 
 
 # -- formats -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Slow references written from the definitions: one weight and one bit at a time.
 
-They share no code with fewbits except QuantScheme, whose fields they read.
+They share no code with fewbits except QuantScheme and QuantizedTensor, whose fields they read.
 """
 
 from itertools import product
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.scheme import QuantScheme
+from fewbits.tensor import QuantizedTensor
 
 
 def place_of_scale(row: int, column: int, scheme: QuantScheme) -> tuple[int, int]:
@@ -76,3 +77,55 @@ def half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     relative = value.double().abs() * (limits.eps / 2)
     return relative.clamp(min=limits.smallest_normal * limits.eps / 2)  # subnormals are evenly spaced
+
+
+def gptq_codes(
+    weight: Tensor, hessian: Tensor, quantized: QuantizedTensor, order: list[int], damp: float
+) -> Tensor:
+    """GPTQ from its definition, on the grid of `quantized`: round a column, then move the columns that
+    are still free to where they make the least squared output error, given what was rounded.
+    """
+    scheme, weight, hessian = quantized.scheme, weight.double(), hessian.double()
+    hessian = hessian + damp * hessian.diagonal().diag()
+    scale = spread(quantized.scale, tuple(weight.shape), scheme)
+    point = spread(quantized.zero_point, tuple(weight.shape), scheme)
+    free, rounded = weight.clone(), weight.clone()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for i, k in enumerate(order):
+        code = (free[:, k] / scale[:, k] + point[:, k]).round().clamp(0, 2**scheme.bits - 1)
+        codes[:, k] = code.to(torch.uint8)
+        rounded[:, k] = scale[:, k] * (code - point[:, k])
+        done, rest = order[: i + 1], order[i + 1 :]
+        if rest:
+            pull = (weight - rounded)[:, done] @ hessian[done][:, rest]
+            free[:, rest] = weight[:, rest] + torch.linalg.solve(hessian[rest][:, rest], pull.T).T
+    return codes
+
+
+def best_shrinks(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, hessian: Tensor,
+    shrinks: list[float],
+) -> Tensor:  # fmt: skip
+    """The index of the shrink of least error for each scale; only costs inside of a group count."""
+    shape, places = tuple(weight.shape), {}
+    for row, column in product(range(shape[0]), range(shape[1])):
+        places.setdefault(place_of_scale(row, column, scheme), []).append((row, column))
+    best = torch.zeros(scale.shape, dtype=torch.int64)
+    for place, members in places.items():
+        found = []
+        for shrink in shrinks:
+            step = (scale[place].double() * shrink).to(scale.dtype).double()
+            error = {}
+            for row, column in members:
+                code = (weight[row, column].double() / step + zero_point[place]).round()
+                code = code.clamp(0, 2**scheme.bits - 1)
+                error[row, column] = step * (code - zero_point[place].double()) - weight[row, column]
+            rows = {row for row, _ in members}
+            cost = 0.0
+            for row in rows:
+                columns = [c for r, c in members if r == row]
+                e = torch.stack([error[row, c] for c in columns])
+                cost += float(e @ hessian[columns][:, columns].double() @ e)
+            found.append(cost)
+        best[place] = min(range(len(shrinks)), key=lambda i: found[i])
+    return best

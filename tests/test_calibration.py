@@ -242,6 +242,15 @@ def test_own_text_follows_the_model_s_distribution_whatever_its_generation_setti
     assert (drawn - mean).sum().abs() < 5 * variance.sum().sqrt()
 
 
+def test_a_token_that_both_begins_and_ends_texts_is_not_doubled():
+    table = torch.zeros(VOCABULARY, VOCABULARY)
+    table[:, EOS] = math.log(95)  # every second token
+    found = read_calibration(SELF, Letters(bos_token_id=EOS), model=bigram(table), samples=40, length=50)
+    ids = found.ids[(found.ids != 3).all(-1)]  # 3 ends a text too, and is followed by EOS for sure
+    share = (ids[:, 1:] == EOS).double().mean()
+    assert abs(share - 0.5) < 5 * 0.5 / ids[:, 1:].numel() ** 0.5
+
+
 def test_own_text_depends_on_the_seed_alone():
     model = bigram(torch.randn(VOCABULARY, VOCABULARY))
     steps = []

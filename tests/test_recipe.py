@@ -3,9 +3,11 @@ import json
 import pytest
 
 from fewbits.errors import InputError
-from fewbits.recipe import Recipe, parse_override
+from fewbits.methods import GPTQ, RTN, WeightedRTN
+from fewbits.recipe import Recipe, parse_method, parse_override
 from fewbits.scheme import QuantScheme
 from fewbits.structure import Matrix
+from fewbits.transforms import AWQ
 
 LOW, HIGH = QuantScheme(4, "group", 32), QuantScheme(8)
 
@@ -103,14 +105,40 @@ def test_descriptions_are_json_and_tell_recipes_apart():
     recipes = [
         Recipe(), Recipe(scheme=LOW), Recipe(head=True), Recipe(overrides=(("*", HIGH),)),
         Recipe(overrides=(("*", None),)), Recipe(overrides=(("*", HIGH), ("*", None))),
-        Recipe(overrides=(("*", None), ("*", HIGH))),
+        Recipe(overrides=(("*", None), ("*", HIGH))), Recipe(GPTQ()), Recipe(GPTQ(damp=0.1)),
+        Recipe(WeightedRTN()), Recipe(GPTQ(), transforms=(AWQ(),)), Recipe(GPTQ(), transforms=(AWQ(5),)),
     ]  # fmt: skip
     described = [json.dumps(recipe.describe()) for recipe in recipes]
     assert len(set(described)) == len(recipes)
     assert Recipe(overrides=(("*", None),)).describe() == {
-        "method": "rtn", "options": {}, "scheme": "w4-g128", "overrides": [["*", "float"]],
-        "head": False,
+        "method": "rtn", "options": {}, "transforms": [], "scheme": "w4-g128",
+        "overrides": [["*", "float"]], "head": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "transforms", "method"),
+    [
+        ("rtn", (), RTN()),
+        ("gptq", (), GPTQ()),
+        ("awq", (AWQ(),), WeightedRTN()),
+        ("awq+gptq", (AWQ(),), GPTQ()),
+        ("awq+rtn", (AWQ(),), RTN()),
+    ],
+)
+def test_a_name_stands_for_transforms_and_a_method_and_back(name, transforms, method):
+    assert parse_method(name) == (transforms, method)
+    recipe = Recipe(method, transforms=transforms)
+    assert recipe.name == recipe.describe()["method"] == name
+    assert recipe.needs_calibration == (name != "rtn")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "gptqq", "gptq+awq", "gptq+gptq", "awq+awq", "awq+", "+gptq", "int8"]
+)
+def test_another_name_is_refused_with_those_there_are(name):
+    with pytest.raises(InputError, match="accepted are rtn, weighted-rtn, gptq, awq"):
+        parse_method(name)
 
 
 @pytest.mark.parametrize(

@@ -294,9 +294,12 @@ def test_interleaved_experts_with_a_bias_are_scaled(monkeypatch):
 
     monkeypatch.setattr(GptOssExperts, "_apply_gate", gate)
     model = tiny_model("gpt_oss").float()
+    split_experts(model)
+    expected = logits(model)
     found = wired(model)
+    assert torch.equal(logits(model), expected)
     assert spelled(found)[2:] == ["gate_up_proj.* [1::2] > down_proj.*"]
-    expected, block = logits(model), model.model.layers[0]
+    block = model.model.layers[0]
     pairs = [pair for pair in found[0].pairs if "down_proj" in pair.readers[0]]
     bias = block.mlp.experts.gate_up_proj_bias
     before = bias.clone()
@@ -313,9 +316,9 @@ def test_interleaved_experts_with_a_bias_are_scaled(monkeypatch):
 def test_a_residual_stream_of_huge_values_hides_nothing(model_type):
     model, expected = tiny(model_type)
     model = copy.deepcopy(model)
-    model.model.embed_tokens.weight.data[:, 5] += 3e3
-    found = [find_wiring(block, run) for block, run in runs(model)]
-    assert spelled(found) == spelled(expected)
+    # A last bit of these is up to 0.007 of the largest effect, and sometimes one flips.
+    model.model.embed_tokens.weight.data[:, :48] *= 1e5
+    assert [find_wiring(block, run) for block, run in runs(model)] == expected
 
 
 def test_blocks_with_the_same_signature_have_the_same_wiring():
@@ -415,8 +418,12 @@ def test_a_norm_that_does_not_alone_make_what_is_read_is_refused(mislead):
 
 
 def test_linears_that_do_not_read_all_the_same_tensors_are_not_grouped():
+    block = Block(mislead=lambda at: (at.block.idle(at.y), at.block.idle(at.x), at.y)[-1])
+    assert [group.linears for group in block.wiring().groups] == [
+        ("idle",), ("first", "second"), ("last",)
+    ]  # fmt: skip
     block = Block(mislead=lambda at: (at.block.first(at.x), at.y)[1])
-    assert {group.linears for group in block.wiring().groups} == {("first",), ("second",), ("last",)}
+    assert [group.linears for group in block.wiring().groups] == [("first",), ("second",), ("last",)]
 
 
 def test_a_tensor_that_was_changed_in_place_is_another_one():
@@ -427,10 +434,10 @@ def test_a_tensor_that_was_changed_in_place_is_another_one():
 
 
 def test_a_norm_is_preferred_to_a_linear():
-    # Both scale what `last` reads; the linear is called later.
+    # Each scales what `last` reads; the linear is called later.
     block = Block()
     block.norm = Norm(8, 0)
-    block.forward = lambda x: x + block.last(block.second(x) * block.norm(F.pad(x, (1, 1), value=1)))
+    block.forward = lambda x: x + block.last(block.norm(F.pad(x, (1, 1), value=1)) * block.second(x))
     (pair,) = find_wiring(block, lambda: block.forward(block.x)).pairs
     assert (pair.source, pair.form, pair.readers) == ("norm", "weight", ("last",))
 

@@ -1,18 +1,23 @@
 """fewbits shrinks a language model 4-8x after training and proves that the result is good."""
 
+from fewbits.calibration import Calibration, read_calibration
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
 from fewbits.evaluate import Estimate, Evaluation, evaluate
 from fewbits.linear import QuantizedLinear
 from fewbits.load import load
-from fewbits.methods import RTN
+from fewbits.methods import GPTQ, RTN, WeightedRTN
 from fewbits.pipeline import Quantized, quantize, quantize_
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor, dequantize, quantize_tensor
+from fewbits.transforms import AWQ
 from fewbits.verify import Verification, verify
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
     "RTN",
+    "Calibration",
     "Estimate",
     "Evaluation",
     "FewbitsError",
@@ -26,11 +31,13 @@ __all__ = [
     "ResourceError",
     "Verification",
     "VerificationError",
+    "WeightedRTN",
     "dequantize",
     "evaluate",
     "load",
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "read_calibration",
     "verify",
 ]

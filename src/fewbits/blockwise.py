@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.affine import choose_qparams, quantize
 from fewbits.errors import InputError
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.methods import RTN, Method, WeightedRTN
@@ -22,7 +23,7 @@ from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.stream import TOKENS, Stream
 from fewbits.structure import Matrix
-from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
+from fewbits.tensor import Note, QuantizedTensor
 from fewbits.wiring import Wiring, find_wiring, signature
 
 _HELD_OUT = 16  # at most one sample in so many is kept for judging; not tuned
@@ -141,12 +142,15 @@ def quantize_blocks(
     every = max(1, held_out * length // _LENS)
     stream = Stream(plan.checkpoint, ids, every, states_file)
     run = _Run(plan, recipe, stream, range(len(ids) - held_out))
+    what = "blocks"
     for number in range(stream.count):
         if progress is not None:
-            progress("blocks", number, stream.count)
-        yield run.block(number)
+            progress(what, number, stream.count)
+        block = run.block(number)
+        what = f"blocks, KL so far {block.report.kl:.3g}"
+        yield block
     if progress is not None:
-        progress("blocks", stream.count, stream.count)
+        progress(what, stream.count, stream.count)
 
 
 def estimate_memory(plan: Plan, ids: Tensor) -> tuple[int, int]:
@@ -201,6 +205,7 @@ class _Run:
         self._transform(number, block, wiring, pieces, result)
         stats = self._collect(number, block, wiring, pieces)
         matrices = self._round(number, block, wiring, pieces, stats, result)
+        del stats  # the largest there is
         self._note_changed(number, block, pieces, result)
         got = stream.run_all(number, block, inputs)
         error = float((got - wanted).square().mean() / wanted.var())
@@ -324,7 +329,7 @@ class _Run:
     ) -> list[MatrixReport]:
         scheme, dtype = self._scheme(alike[0]), self._dtype(alike[0])
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
-        weight = torch.cat(weights)
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method, why = self._method(block, alike[0].linear, stat)
         given = {} if stat is None else {"hessian": stat.hessian}
         try:
@@ -334,7 +339,7 @@ class _Run:
         steps = tuple(note.what for note in notes) if why is None else (why, *(n.what for n in notes))
         reports, start = [], 0
         for piece, own in zip(alike, weights, strict=True):
-            part = rounded.rows(start, start + len(own))
+            part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
             ratio = None if stat is None else _error_to_rtn(own, part, stat.hessian, dtype)
             own.copy_(part.dequantize(torch.float32))
@@ -361,34 +366,44 @@ class _Run:
     def _note_changed(
         self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]], result: Block
     ) -> None:
-        """Find what transforms changed of the tensors that stay in float."""
+        """Find what transforms changed of the tensors that stay in float, and round it to their dtype."""
         prefix, checkpoint = self._prefix(number), self.plan.checkpoint
         names = [n for n, t in self.stream.located.items() if t.parameter.startswith(prefix)]
         for name in names:
             if name in result.weights:
                 continue
-            value = self._value(name, block, prefix)
+            parts, whole = self._parts(name, block, prefix)
             source = checkpoint.read(name)
-            if value is not None and not torch.equal(value.to(source.dtype), source):
-                result.changed[name] = value.to(source.dtype).clone()
+            if parts and not torch.equal(whole(parts).to(source.dtype), source):
+                for part in parts:  # what is run from here on is what will be written
+                    part.copy_(part.to(source.dtype))
+                result.changed[name] = whole(parts).to(source.dtype).clone()
 
-    def _value(self, name: str, block: nn.Module, prefix: str) -> Tensor | None:
-        """What the block holds now for a source tensor, in its shape there."""
+    def _parts(
+        self, name: str, block: nn.Module, prefix: str
+    ) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
+        """Where the block holds a source tensor now, and how to join that to its shape there."""
         target, matrix = self.stream.located[name], self.plan.matrices.get(name)
         if matrix is not None and matrix.kind == "expert":
-            return self._expert_value(matrix, block, prefix)
-        if target.converter is not None:
-            return None
-        return block.state_dict(keep_vars=True).get(target.parameter.removeprefix(prefix))
+            return self._expert_parts(matrix, block, prefix)
+        held = block.state_dict(keep_vars=True).get(target.parameter.removeprefix(prefix))
+        found = [held.detach()] if held is not None and target.converter is None else []
+        return found, lambda parts: parts[0]
 
-    def _expert_value(self, matrix: Matrix, block: nn.Module, prefix: str) -> Tensor:
+    def _expert_parts(
+        self, matrix: Matrix, block: nn.Module, prefix: str
+    ) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
         linears = block.get_submodule(f"{matrix.module.removeprefix(prefix)}.{matrix.parameter}")
         assert isinstance(linears, ExpertLinears)
         if matrix.expert is None:
-            whole = torch.stack([float_weight(linear) for linear in linears])
-            return whole.mT if matrix.transposed else whole
+            weights = [float_weight(linear) for linear in linears]
+            return (
+                weights,
+                lambda parts: torch.stack(parts).mT if matrix.transposed else torch.stack(parts),
+            )
         rows = matrix.rows_columns[0]
-        return float_weight(linears[matrix.expert])[matrix.part * rows : (matrix.part + 1) * rows]
+        own = slice(matrix.part * rows, (matrix.part + 1) * rows)
+        return [float_weight(linears[matrix.expert])[own]], lambda parts: parts[0]
 
     def _kl(self, states: Tensor) -> float:
         total, count = 0.0, 0
@@ -435,11 +450,14 @@ def _error_to_rtn(
     weight: Tensor, rounded: QuantizedTensor, hessian: Tensor, dtype: torch.dtype
 ) -> float | None:
     """Squared output error over that of round to nearest, on some rows."""
-    nearest = quantize_tensor(weight, rounded.scheme, dtype)
     rows = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS)).long()
+    scale, zero_point = choose_qparams(weight, rounded.scheme, dtype)
+    rounded, weight = rounded.rows(rows), weight[rows]
+    own = slice(None) if rounded.scheme.granularity == "tensor" else rows
+    codes = quantize(weight, scale[own], zero_point[own], rounded.scheme)
+    nearest = QuantizedTensor(codes, scale[own], zero_point[own], rounded.scheme)
     ours, theirs = (
-        _cost(weight[rows] - other.dequantize(torch.float32)[rows], hessian)
-        for other in (rounded, nearest)
+        _cost(weight - other.dequantize(torch.float32), hessian) for other in (rounded, nearest)
     )
     return ours / theirs if theirs > 0 else None
 

@@ -7,6 +7,7 @@ failed, 2 the input is wrong, 3 verification failed, 130 interrupted.
 import contextlib
 import functools
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,26 @@ err = Console(stderr=True, soft_wrap=True, markup=False)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.", show_default=False)]
 Method = Annotated[
-    str, typer.Option(help="rtn: round to nearest. int8: the same with --bits 8 --group-size none.")
+    str,
+    typer.Option(
+        help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. With "
+        "--calibration: gptq, awq, awq+gptq, weighted-rtn."
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model is run on: a text file, a .jsonl file, hub:owner/name/config:split:column, "
+        "or self for text that the model writes."
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Of calibration.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens of a sample.  [default: 2048, at most the context]")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Like 6GB: beyond it calibration states go to disk, or the run is refused."),
 ]
 Bits = Annotated[int | None, typer.Option(help="8, 4, 3 or 2.  [default: 4; int8: 8]")]
 GroupSize = Annotated[
@@ -99,9 +119,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            name = what.partition(",")[0]  # behind a comma stands how it is going
+            if name not in tasks:
+                tasks[name] = bars.add_task(what, total=total)
+            bars.update(tasks[name], description=what, completed=done, total=total)
 
         yield update
 
@@ -110,11 +131,20 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def _bytes(text: str | None) -> int | None:
+    """A size like 6GB or 500MB in bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    size = 0 if match is None else float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")
+    if size < 1:
+        raise InputError(f"--max-memory is {text!r}; accepted are sizes like 6GB and 500MB")
+    return int(size)
+
+
 def _scheme(
     method: str, bits: int | None, group_size: str | None, per_tensor: bool, asymmetric: bool
 ) -> QuantScheme:
-    if method not in ("rtn", "int8"):
-        raise InputError(f"method {method!r} is unknown; accepted are rtn and int8")
     if method == "int8" and bits not in (None, 8):
         raise InputError(f"--method int8 with --bits {bits}; accepted is 8, or --method rtn")
     if method == "int8" and group_size not in (None, "none"):
@@ -150,11 +180,13 @@ def plan(
     """Say what `quantize` would do and how large the result would be; reads headers only."""
     from fewbits.checkpoint import resolve
     from fewbits.plan import make_plan
-    from fewbits.recipe import Recipe, parse_override
+    from fewbits.recipe import Recipe, parse_method, parse_override
     from fewbits.report import bytes_text
 
+    transforms, rounder = parse_method("rtn" if method == "int8" else method)
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
-    recipe = Recipe(scheme=scheme, overrides=tuple(map(parse_override, override or ())), head=head)
+    overrides = tuple(map(parse_override, override or ()))
+    recipe = Recipe(rounder, scheme, overrides, head, transforms)
     made = make_plan(resolve(model), recipe, format)
     value = {
         "format": made.format.name,
@@ -191,13 +223,18 @@ def quantize(
     asymmetric: Asymmetric = False,
     override: Override = None,
     head: Head = False,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    max_memory: MaxMemory = None,
     format: Format = None,
     json_: Json = False,
 ) -> None:
     """Quantize MODEL, write it to OUT, and verify what was written."""
     from fewbits.pipeline import quantize as run
     from fewbits.recipe import parse_override
-    from fewbits.report import bytes_text
+    from fewbits.report import blocks_table, bytes_text
 
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
     overrides = tuple(map(parse_override, override or ()))
@@ -205,9 +242,15 @@ def quantize(
         result = run(
             model,
             out_folder,
+            method="rtn" if method == "int8" else method,
             scheme=scheme,
             overrides=overrides,
             head=head,
+            calibration=calibration,
+            samples=samples,
+            length=seq_len,
+            seed=seed,
+            max_memory=_bytes(max_memory),
             format=format,
             progress=progress,
         )
@@ -226,6 +269,14 @@ def quantize(
         "weights, read back by compressed-tensors",
         highlight=False,
     )
+    if result.ledger.blocks:
+        out.print(blocks_table(result.ledger.blocks))
+        memory = result.run["memory_bytes"]
+        out.print(
+            f"{result.run['elapsed_s']:.0f} s; memory {bytes_text(memory['before'])} before, at most "
+            f"{bytes_text(memory['peak'])}{'' if memory['anonymous'] else ' with mapped files'}",
+            highlight=False,
+        )
     _print_notes([str(note) for note in result.ledger.notes])
 
 

@@ -29,6 +29,7 @@ from fewbits.checkpoint import (
     hash_file,
     hash_json,
     hash_tensor,
+    read_json,
     resolve,
 )
 from fewbits.errors import InputError
@@ -62,7 +63,8 @@ from fewbits.verify import Progress, Verification, verify
 class Quantized:
     """A finished run: where, what the ledger says, what verification compared.
 
-    `reused` tells that `out` held the finished result of the same run already.
+    `run` says how long it took and how much memory; it is no part of what is promised to be the same
+    each time. `reused` tells that `out` held the finished result of the same run already.
     """
 
     out: Path
@@ -71,6 +73,7 @@ class Quantized:
     weight_bytes: int
     source_weight_bytes: int
     parameters: int
+    run: dict[str, Any]
     reused: bool = False
 
     @property
@@ -87,6 +90,9 @@ class Quantized:
             "weight_bytes": self.weight_bytes,
             "source_weight_bytes": self.source_weight_bytes,
             "bits_per_weight": self.bits_per_weight,
+            "calibration": self.ledger.calibration,
+            "blocks": self.ledger.blocks,
+            "run": self.run,
             "notes": [asdict(note) for note in self.ledger.notes],
             "verified": asdict(self.verification),
             "reused": self.reused,
@@ -184,7 +190,8 @@ def _result(
 ) -> Quantized:
     weights = sum(f["size_bytes"] for n, f in ledger.files.items() if n.endswith(".safetensors"))
     source = sum(plan.checkpoint.file_bytes.values())
-    return Quantized(out, ledger, verification, weights, source, plan.parameters, reused)
+    run = read_json(out / RUN)
+    return Quantized(out, ledger, verification, weights, source, plan.parameters, run, reused)
 
 
 def _describe_source(model: str | Path, plan: Plan) -> dict[str, Any]:

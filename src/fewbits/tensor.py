@@ -74,14 +74,11 @@ class QuantizedTensor:
             scheme=replace(self.scheme, granularity="channel"),
         )
 
-    def rows(self, start: int, stop: int) -> Self:
-        """Some of its rows; a matrix of granularity "tensor" is not cut."""
-        if self.scheme.granularity == "tensor":
-            assert (start, stop) == (0, self.shape[0])
-            return self
-        cut = slice(start, stop)
+    def rows(self, which: slice | Tensor) -> Self:
+        """Some of its rows; with granularity "tensor" they have its one scale."""
+        own = slice(None) if self.scheme.granularity == "tensor" else which
         return replace(
-            self, codes=self.codes[cut], scale=self.scale[cut], zero_point=self.zero_point[cut]
+            self, codes=self.codes[which], scale=self.scale[own], zero_point=self.zero_point[own]
         )
 
     @classmethod

@@ -33,7 +33,7 @@ class WeightedRTN:
     ) -> tuple[QuantizedTensor, list[Note]]:
         """Codes for `weight` (out, in); `stats["hessian"]` is the mean of x.T @ x, (in, in)."""
         H = stats["hessian"]
-        if not bool(torch.isfinite(H).all()):
+        if not bool(torch.isfinite(H.sum())):
             note = Note("fallback", "", "the Hessian is not finite: plain rounding to nearest")
             return quantize_tensor(weight, scheme, scale_dtype), [note]
         scale, zero_point = search_qparams(weight, scheme, H, scale_dtype)

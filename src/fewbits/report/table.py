@@ -76,3 +76,33 @@ def _percent(estimate: Estimate | None) -> str:
         return ""
     error = None if estimate.error is None else 100 * estimate.error
     return f"{Estimate(100 * estimate.value, error)} %"
+
+
+def blocks_table(blocks: list[dict[str, Any]]) -> Table:
+    """How each calibrated block came out, from the ledger's own words."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    headings = [
+        "block",
+        "output error",
+        "KL so far (nats)",
+        "matrices",
+        "their error to rtn's",
+        "fell back",
+    ]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for block in blocks:
+        matrices = block["matrices"]
+        errors = [m["error_to_rtn"] for m in matrices if m["error_to_rtn"] is not None]
+        ratios = f"{min(errors):.2f} to {max(errors):.2f}" if errors else ""
+        fallen = sum(bool(matrix["steps"]) for matrix in matrices)
+        cells = (
+            block["block"],
+            f"{block['error']:.3g}",
+            f"{block['kl']:.3g}",
+            len(matrices),
+            ratios,
+            fallen,
+        )
+        table.add_row(*map(str, cells))
+    return table
