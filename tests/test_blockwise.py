@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewbits import GPTQ, AWQ, InputError, QuantScheme, WeightedRTN, load, quantize, quantize_tensor, verify
+from fewbits import (
+    GPTQ,
+    InputError,
+    QuantScheme,
+    WeightedRTN,
+    load,
+    quantize,
+    quantize_tensor,
+    verify,
+)
 from fewbits.blockwise import estimate_memory
-from fewbits.checkpoint import open_checkpoint
 from fewbits.ledger import Codes, read_ledger
 from fewbits.plan import make_plan
 from fewbits.recipe import Recipe
@@ -101,7 +109,9 @@ def rounding_states(model: nn.Module, between: bool):
     blocks = blocks_of(model)
     handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
     if between:
-        handles += [b.register_forward_hook(lambda _module, _args, output: rounded(output)) for b in blocks]
+        handles += [
+            b.register_forward_hook(lambda _module, _args, output: rounded(output)) for b in blocks
+        ]
     try:
         yield
     finally:
@@ -176,3 +186,502 @@ def _check_kl(source: Path, out: Path, outside: list[str], told: float) -> None:
         loaded.set_submodule(module, model.get_submodule(module))
     measured = kl(logits(model, HELD_OUT, between=False), logits(loaded, HELD_OUT, between=True))
     assert told == pytest.approx(measured, rel=2e-3, abs=1e-7)
+
+
+GAINS = ("llama", "gpt2", "bloom", "gemma2", "phi3", "qwen2", "mixtral", "qwen3_next", "stablelm")
+
+
+def test_gptqs_output_error_is_below_that_of_round_to_nearest(tiny):
+    logs = []
+    for model_type in GAINS:
+        errors = [m["error_to_rtn"] for m in matrices_of(read_ledger(tiny.out(model_type, "gptq")))]
+        assert all(error < 1.2 for error in errors), model_type
+        logs += [math.log(error) for error in errors]
+    assert math.exp(sum(logs) / len(logs)) < 0.75
+
+
+# -- what it is calibrated on ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(GPTQ):
+    """GPTQ that keeps what it is given."""
+
+    def __call__(self, weight, scheme, stats, scale_dtype=None):
+        RECORDED.append((weight.clone(), stats["hessian"].clone()))
+        return super(Recording, self).__call__(weight, scheme, stats, scale_dtype)
+
+
+RECORDED: list[tuple[Tensor, Tensor]] = []
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weights (out, in) of a block and what they multiply, from transformers' own modules."""
+    found: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def linear(name: str, weight: Tensor):
+        def record(_module, args):
+            found.setdefault(name, (weight, []))[1].append(args[0].reshape(-1, args[0].shape[-1]))
+
+        return record
+
+    def mixture(name: str):
+        def record(module, args):
+            hidden, chosen, _ = args
+            for i in range(len(module.gate_up_proj)):
+                x = hidden[(chosen == i).any(-1)]
+                gate, up = (x @ module.gate_up_proj[i].T).chunk(2, -1)
+                found.setdefault(f"{name}.{i}", (module.gate_up_proj[i], []))[1].append(x)
+                middle = module.act_fn(gate) * up
+                found.setdefault(f"{name}.{i}.down", (module.down_proj[i], []))[1].append(middle)
+
+        return record
+
+    handles = []
+    for name, module in block.named_modules():
+        if is_experts(module):
+            handles.append(module.register_forward_pre_hook(mixture(name)))
+        elif isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(linear(name, module.weight)))
+        elif type(module).__name__ == "Conv1D":
+            handles.append(module.register_forward_pre_hook(linear(name, module.weight.T)))
+    with rounding_states(model, between=True):
+        model(FITTED, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [(weight, torch.cat(parts)) for weight, parts in found.values()]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+def test_hessians_are_of_the_inputs_that_quantized_blocks_before_give_the_float_block(tiny, model_type):
+    source = tiny.source(model_type)
+    RECORDED.clear()
+    out = tiny.out(model_type, Recording())
+    recorded, count = list(RECORDED), 0
+    ledger = read_ledger(out)
+    for number in range(2):
+        model, original = load(out, dtype=torch.float32), load(source, dtype=torch.float32)
+        blocks_of(model)[number] = block = blocks_of(original)[number]
+        model.get_submodule(find_blocks(model))[number] = block
+        original.config._experts_implementation = "eager"
+        for weight, x in inputs_of(model, block):
+            expected = (x.double().T @ x.double() / len(x)).float()
+            given = [h for w, h in recorded if _holds(w, weight)]
+            if not given:  # routers are no matrices to be rounded
+                assert len(weight) == 4
+                continue
+            (hessian,) = given
+            count += 1
+            # Of mixtures too: a token more or less moves it by a hundredth.
+            assert (hessian - expected).abs().max() <= 1e-3 * expected.abs().max()
+            assert len(x) in {m["tokens"] for m in ledger.blocks[number]["matrices"]}
+    assert count == {"llama": 14, "gpt2": 8}.get(model_type, 2 * (4 + 8))
+
+
+def _holds(several: Tensor, one: Tensor) -> bool:
+    """Matrices that share a Hessian are rounded as one; of experts, gate and up are."""
+    if several.shape[1] != one.shape[1]:
+        return False
+    return bool((several == one[0]).all(-1).any() and (several == one[-1]).all(-1).any())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_the_written_codes_are_those_of_the_method_on_the_recorded_hessians(tiny, model_type):
+    RECORDED.clear()
+    out = tiny.folder / f"recorded-{model_type}"
+    ids = IDS.repeat(4, 1)  # so that no expert is starved
+    result = quantize(tiny.source(model_type), out, method=Recording(), scheme=G32, calibration=ids)
+    matrices, expected = iter(matrices_of(result.ledger)), dict[str, list]()
+    for weight, hessian in RECORDED:
+        rounded, notes = GPTQ()(weight, G32, {"hessian": hessian}, torch.bfloat16)
+        assert not notes
+        start = 0
+        while start < len(weight):  # what was rounded as one stands together in the report
+            name, _, expert = next(matrices)["name"].partition("[")
+            shape = result.ledger.tensors[name].quantized.shape
+            part = rounded.rows(start, start + shape[-2])
+            assert not expert or len(expected.get(name, [])) == int(expert[:-1])
+            expected.setdefault(name, []).append(part)
+            start += shape[-2]
+    assert next(matrices, None) is None
+    for name, parts in expected.items():
+        stacked = len(result.ledger.tensors[name].shape) == 3
+        assert result.ledger.tensors[name].quantized == Codes.of(parts, stacked), name
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A mixture of 32 experts, one for each token, with 40 tokens to calibrate on."""
+    folder = tmp_path_factory.mktemp("sparse")
+    tiny_checkpoint(folder / "model", "qwen3_moe", num_experts=32, num_experts_per_tok=1)
+    ids = IDS[:6, :8]
+    for method in ("gptq", "awq+gptq"):
+        quantize(folder / "model", folder / method, method=method, scheme=G32, calibration=ids)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_starved_experts_are_named_and_rounded_by_what_there_is(sparse, method):
+    ledger, before = read_ledger(sparse / method), tensors_of(sparse / "model")
+    notes: dict[str, list[str]] = {}
+    for note in ledger.notes:
+        notes.setdefault(note.where, []).append(note.what)
+    for block in ledger.blocks:
+        experts = [m for m in block["matrices"] if ".experts." in m["name"]]
+        assert len(experts) == 3 * 32
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            assert sum(m["tokens"] for m in experts if kind in m["name"]) == 40
+        for matrix in experts:
+            columns = before[matrix["name"]].shape[1]
+            if matrix["tokens"] == 0:
+                assert matrix["method"] == "RTN"
+                assert matrix["error_to_rtn"] in (None, 1.0)
+                expected = "no calibration token reached it: rounded to nearest"
+            elif matrix["tokens"] < columns:
+                assert matrix["method"] == "WeightedRTN"
+                assert matrix["error_to_rtn"] < 1
+                expected = f"only {matrix['tokens']} calibration tokens for {columns} inputs: weighted"
+            assert matrix["steps"][0].startswith(expected)
+            assert any(what.startswith(expected) for what in notes[matrix["name"]])
+        assert min(m["tokens"] for m in experts) == 0 < max(m["tokens"] for m in experts)
+        assert {m["method"] for m in block["matrices"] if m not in experts} == {"GPTQ"}
+        assert {m["tokens"] for m in block["matrices"] if m not in experts} == {40}
+
+
+def test_an_expert_without_a_token_is_rounded_to_nearest(sparse):
+    ledger, before = read_ledger(sparse / "gptq"), tensors_of(sparse / "model")
+    idle = [m["name"] for m in matrices_of(ledger) if m["tokens"] == 0]
+    assert idle
+    for name in idle:
+        expected = Codes.of([quantize_tensor(before[name], G32)], stacked=False)
+        assert ledger.tensors[name].quantized == expected
+
+
+# -- recipes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twin(tiny):
+    """The tiny llama with outliers: what a norm gives is folded for sure, from any exponent."""
+    folder = tiny.folder / "twin"
+    shutil.copytree(tiny.source("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+               "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}  # fmt: skip
+    for i in range(2):
+        for norm, read in readers.items():
+            tensors[f"model.layers.{i}.{norm}.weight"][[3, 40]] *= 64
+            for name in read:
+                tensors[f"model.layers.{i}.{name}.weight"][:, [3, 40]] /= 64
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_readers_that_stay_in_float_are_rewritten_with_the_norm(tiny, twin, tmp_path, method):
+    overrides = (("*.q_proj", None), ("*.0.mlp.up_proj", None), ("*.k_proj", W8))
+    result = quantize(
+        twin, tmp_path / "out", method=method, scheme=G32, overrides=overrides, calibration=IDS
+    )
+    ledger, before, after = result.ledger, tensors_of(twin), tensors_of(tmp_path / "out")
+    folded = {name for name, entry in ledger.tensors.items() if entry.outcome == "folded"}
+    norms = {f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in NORMS}
+    floats = {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    assert folded == norms | floats | {"model.layers.0.mlp.up_proj.weight"}
+    for name in floats:  # by powers of two, so exactly
+        norm = name.replace("self_attn.q_proj", "input_layernorm")
+        ratio = before[norm].float() / after[norm].float()
+        assert torch.equal(after[name].float(), before[name].float() * ratio)
+        assert ratio.max() > 4 * ratio.min()
+    schemes = {m["name"].rsplit(".", 2)[1]: m["scheme"] for m in matrices_of(ledger)}
+    assert schemes["k_proj"] == "w8-channel"
+    assert schemes["v_proj"] == "w4-g32"
+    totals = ledger.totals
+    assert (totals["quantized"], totals["folded"], totals["copied"]) == (11, 7, 3)
+    assert result.verification.problems == []
+    assert verify(tmp_path / "out", twin).source_tensors == 21
+    _check_kl(twin, tmp_path / "out", [], ledger.blocks[-1]["kl"])
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_outliers_cost_awq_nothing(tiny, twin, method):
+    """What they cost the method alone is taken away."""
+
+    def last_kl(folder, out, **how):
+        return quantize(folder, out, scheme=G32, calibration=IDS, **how).ledger.blocks[-1]["kl"]
+
+    plain = last_kl(
+        twin,
+        tiny.folder / f"plain-{method}",
+        method=method.removeprefix("awq+") if "+" in method else WeightedRTN(),
+    )
+    folded = last_kl(twin, tiny.folder / f"folded-{method}", method=method)
+    assert folded < 0.7 * plain
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"), [("llama", "gptq"), ("qwen3", "gptq"), ("qwen3", "awq")]
+)
+def test_a_head_is_rounded_to_nearest_and_said_to_be(tiny, model_type, method):
+    source, out = tiny.source(model_type), tiny.out(model_type, method, head=True)
+    ledger, before = read_ledger(out), tensors_of(source)
+    origin = "lm_head.weight" if "lm_head.weight" in before else "model.embed_tokens.weight"
+    expected = Codes.of([quantize_tensor(before[origin], G32)], stacked=False)
+    assert ledger.tensors["lm_head.weight"].quantized == expected
+    notes = {note.where: note.what for note in ledger.notes}
+    assert notes["lm_head.weight"].startswith("outside of the blocks: rounded to nearest")
+    assert verify(out, source).problems == []
+    # The blocks do not know: the same as without.
+    without = read_ledger(tiny.out(model_type, method))
+    assert ledger.blocks == without.blocks
+    _check_kl(source, out, ["lm_head"], ledger.blocks[-1]["kl"])
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2"])
+def test_the_bias_of_a_linear_that_is_a_source_is_folded_with_its_rows(tiny, model_type):
+    ledger = read_ledger(tiny.out(model_type, "awq+gptq"))
+    name = {"opt": r"self_attn\.v_proj|fc1", "gpt2": r"attn\.c_attn"}[model_type]
+    folds = {n.where for n in ledger.notes if n.what.startswith("folded")}
+    sources = {where.partition(" -> ")[0] for where in folds if re.search(rf"({name}) ->", where)}
+    assert sources
+    biases = {
+        n
+        for n, e in ledger.tensors.items()
+        if e.outcome == "folded" and re.search(rf"({name})\.bias", n)
+    }
+    assert {bias.removesuffix(".bias") for bias in biases} == sources
+
+
+@pytest.mark.parametrize("label", ["w2-channel", "w3-g32-asym", "w8-tensor", "w4-channel-asym"])
+def test_any_scheme_is_calibrated(tiny, label):
+    source = tiny.source("llama")
+    out = tiny.out("llama", "awq+gptq", scheme=QuantScheme.parse(label))
+    assert verify(out, source).problems == []
+    _check_kl(source, out, [], read_ledger(out).blocks[-1]["kl"])
+
+
+def test_what_transformers_rebuilds_from_other_tensors_is_not_folded(twin, tmp_path, monkeypatch):
+    def rebuilt(model, names, locate=stream.locate):
+        targets = locate(model, names)
+        name = "model.layers.0.input_layernorm.weight"
+        return targets | ({name: replace(targets[name], converter=object())} if name in targets else {})
+
+    monkeypatch.setattr(stream, "locate", rebuilt)
+    ledger = quantize(twin, tmp_path / "out", method="awq", scheme=G32, calibration=IDS).ledger
+    (note,) = [note for note in ledger.notes if note.kind == "skip" and "rebuilt" in note.what]
+    assert note.where == "model.layers.0.input_layernorm"
+    outcomes = [ledger.tensors[f"model.layers.{i}.input_layernorm.weight"].outcome for i in range(2)]
+    assert outcomes == ["copied", "folded"]
+
+
+# -- the same again ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "method"), [("llama", "awq+gptq"), ("mixtral", "gptq")])
+def test_the_same_input_gives_the_same_bytes(tiny, tmp_path, model_type, method):
+    first = tiny.out(model_type, method)
+    quantize(
+        tiny.source(model_type), tmp_path / "two", method=method, scheme=G32, calibration=IDS.clone()
+    )
+    one, two = contents(first), contents(tmp_path / "two")
+    assert one.pop("run.json")
+    assert two.pop("run.json")
+    assert one == two
+
+
+def test_the_finished_result_of_the_same_run_is_reused_without_work(tiny, monkeypatch):
+    out = tiny.out("llama", "gptq")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    monkeypatch.setattr("fewbits.pipeline.quantize_blocks", None)
+    again = quantize(tiny.source("llama"), out, method="gptq", scheme=G32, calibration=IDS)
+    assert again.reused
+    assert again.verification.source_tensors == 21
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"calibration": IDS.flip(0)}, ["calibration was", "sha256"]),
+        ({"calibration": IDS[:5]}, ["calibration was", "'samples': 8", "'samples': 5"]),
+        ({"seed": 7}, ["calibration was", "'seed': 0", "'seed': 7"]),
+        ({"method": "awq+gptq"}, ["method was 'gptq' and is 'awq+gptq' now", "transforms was []"]),
+        ({"method": GPTQ(damp=0.05)}, ["options was", "0.01", "0.05"]),
+        ({"method": "rtn", "calibration": None}, ["method was 'gptq' and is 'rtn' now"]),
+    ],
+)
+def test_the_result_of_another_run_is_refused_and_the_difference_named(tiny, arguments, words):
+    out = tiny.out("llama", "gptq")
+    before = contents(out)
+    with pytest.raises(InputError, match="holds another run: ") as refused:
+        quantize(
+            tiny.source("llama"),
+            out,
+            **{"method": "gptq", "scheme": G32, "calibration": IDS} | arguments,
+        )
+    for word in words:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert contents(out) == before
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def needed(tiny, monkeypatch):
+    """Bytes that a run takes by the estimate, without and with its states, as if it began with 1 GB."""
+    monkeypatch.setattr("fewbits.pipeline.memory_bytes", lambda: 10**9)
+    plan = make_plan(tiny.source("llama"), Recipe(GPTQ(), G32))
+    work, states = estimate_memory(plan, IDS)
+    assert states == 2 * IDS.numel() * 64  # bfloat16
+    return 10**9 + work, 10**9 + work + states
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(tiny, needed, tmp_path):
+    least, _ = needed
+    with pytest.raises(
+        InputError, match=rf"takes about {least / 1e9:.2f} GB.*accepted is that or more$"
+    ):
+        quantize(tiny.source("llama"), tmp_path / "out", method="gptq", scheme=G32, calibration=IDS,
+                 max_memory=least - 1)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_go_to_a_file_where_memory_is_short_and_nothing_else_changes(
+    tiny, needed, tmp_path, monkeypatch
+):
+    made = []
+
+    def from_file(path, *args, real=torch.from_file, **kwargs):
+        made.append(Path(path).name)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "from_file", from_file)
+    least, enough = needed
+    for name, limit in (("least", least), ("nearly", enough - 1), ("enough", enough)):
+        quantize(tiny.source("llama"), tmp_path / name, method="gptq", scheme=G32, calibration=IDS,
+                 max_memory=limit)  # fmt: skip
+    assert made == ["states", "states"]
+    expected, ledger = contents(tiny.out("llama", "gptq")), read_ledger(tiny.out("llama", "gptq"))
+    for name in ("least", "nearly", "enough"):
+        found = contents(tmp_path / name)
+        assert found.keys() == expected.keys()
+        own = {n for n in found if found[n] != expected[n]} - {"run.json"}
+        assert own == (set() if name == "enough" else {"fewbits.json"})
+        other = read_ledger(tmp_path / name)
+        extra = [note for note in other.notes if note not in ledger.notes]
+        assert [note.where for note in extra] == ([] if name == "enough" else ["memory"])
+        assert (other.tensors, other.blocks) == (ledger.tensors, ledger.blocks)
+
+
+# -- what is refused, and what goes wrong ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "gptq"}, r"^method gptq needs calibration; accepted are a text file"),
+        ({"method": "awq"}, r"^method awq needs calibration; "),
+        ({"method": "rtn", "calibration": IDS}, r"^method rtn takes no calibration; accepted with it"),
+        (
+            {"method": "gptq", "calibration": IDS[:1]},
+            r"^calibration has 1 sample; accepted are 2 or more",
+        ),
+        ({"method": "gptq", "calibration": IDS.int()}, r"^calibration ids are \(8, 32\) torch\.int32"),
+        ({"method": "gptq", "calibration": IDS + VOCABULARY}, r"gives token \d+, but the model knows"),
+        (
+            {"method": "gptq", "calibration": IDS.view(2, 128)},
+            r"samples of 128 tokens; accepted is .* 64",
+        ),
+        ({"method": "gptq+awq", "calibration": IDS}, r"^method 'gptq\+awq' is unknown; accepted are"),
+        ({"method": "awq+awq", "calibration": IDS}, r"^method 'awq\+awq' is unknown"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(tiny, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message) as refused:
+        quantize(tiny.source("llama"), tmp_path / "out", scheme=G32, **arguments)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj.weight"),
+        ("llama", "model.layers.0.mlp.down_proj.weight"),
+        ("llama", "model.layers.1.post_attention_layernorm.weight"),
+        ("llama", "model.embed_tokens.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.2.w3.weight"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named_and_nothing_left_behind(
+    tiny, tmp_path, model_type, name, method
+):
+    folder = Path(shutil.copytree(tiny.source(model_type), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[5] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}:? .*contains NaN or infinity"):
+        quantize(folder, tmp_path / "out", method=method, scheme=G32, calibration=IDS)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("stage", "at"), [("blocks", 0), ("blocks", 1), ("blocks", 2), ("verify", 9)])
+def test_an_interruption_leaves_nothing_behind(tiny, tmp_path, stage, at):
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith(stage) and done == at:
+            assert list(tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny.source("llama"), tmp_path / "out", method="gptq", scheme=G32, calibration=IDS,
+                 max_shard_bytes=10_000, max_memory=None, progress=interrupt)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hessian_without_a_factor_never_loses_the_run(tiny, tmp_path, monkeypatch):
+    def failing(matrix, *args, **kwargs):
+        return torch.zeros_like(matrix), torch.tensor(1)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    ledger = quantize(
+        tiny.source("llama"), tmp_path / "out", method="gptq", scheme=G32, calibration=IDS
+    ).ledger
+    noted = {(note.where, note.what) for note in ledger.notes if note.kind == "fallback"}
+    for matrix in matrices_of(ledger):
+        assert len(matrix["steps"]) == 5
+        assert "weighted rounding" in matrix["steps"][-1]
+        assert {(matrix["name"], step) for step in matrix["steps"]} <= noted
+    weighted = read_ledger(tiny.out("llama", WeightedRTN()))
+    assert {n: e.quantized for n, e in ledger.tensors.items()} == {
+        n: e.quantized for n, e in weighted.tensors.items()
+    }
+    assert [b["kl"] for b in ledger.blocks] == [b["kl"] for b in weighted.blocks]
+
+
+def test_only_some_positions_are_judged_where_there_are_many(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("fewbits.blockwise._LENS", 8)
+    source = tiny.source("llama")
+    result = quantize(source, tmp_path / "out", method="gptq", scheme=G32, calibration=IDS)
+    float_logits = logits(load(source, dtype=torch.float32), HELD_OUT, between=False)[:, ::4]
+    measured = logits(load(tmp_path / "out", dtype=torch.float32), HELD_OUT, between=True)[:, ::4]
+    told = result.ledger.blocks[-1]["kl"]
+    assert told == pytest.approx(kl(float_logits, measured), rel=2e-3)
+    assert told != pytest.approx(read_ledger(tiny.out("llama", "gptq")).blocks[-1]["kl"], rel=2e-3)
+
+
+def test_the_kl_of_each_block_is_that_of_the_model_quantized_up_to_there(tiny):
+    source, out = tiny.source("llama"), tiny.out("llama", "gptq")
+    ledger = read_ledger(out)
+    assert json.loads((out / "fewbits.json").read_text())["blocks"] == ledger.blocks
+    # The float model's states behind block 0, and the quantized one's, through its own norm and head.
+    seen = []
+    for folder, between in ((source, False), (out, True)):
+        model = load(folder, dtype=torch.float32)
+        blocks = model.get_submodule(find_blocks(model))
+        del blocks[1:]
+        seen.append(logits(model, HELD_OUT, between))
+    assert ledger.blocks[0]["kl"] == pytest.approx(kl(*seen), rel=2e-3)

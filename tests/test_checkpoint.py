@@ -419,7 +419,7 @@ def test_a_failing_save_is_a_full_disk_and_nothing_left(tmp_path, monkeypatch, c
         raise OSError(code, os.strerror(code))
 
     tiny_checkpoint(tmp_path / "model")
-    monkeypatch.setattr("fewbits.checkpoint.save_file", full)
+    monkeypatch.setattr("fewbits.checkpoint._copy", full)
     with pytest.raises(ResourceError, match=r"out could not be written: the disk is full"):
         quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme(8))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

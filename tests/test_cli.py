@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewbits.checkpoint.save_file", full)
+    monkeypatch.setattr("fewbits.checkpoint._copy", full)
     result = run("quantize", model, tmp_path / "out", "--group-size", "32")
     assert result.exit_code == 1
     assert "the disk is full" in result.stderr

@@ -7,7 +7,7 @@ matrix after matrix (`methods`), and take the samples through the rounded block.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -199,6 +199,7 @@ class _Run:
         inputs = stream.states[self.held_out]
         wanted = stream.run_all(number, block, inputs)
         pieces = self._pieces(number)
+        self._check_finite(block, pieces)
         result = Block(BlockReport(number, 0.0, 0.0, ()))
         wiring = self._wiring(number, block)
         self._note_unseen(number, wiring, result)
@@ -239,6 +240,16 @@ class _Run:
                 pieces[linear].append(_Piece(matrix.source, linear, start, start + height, expert))
         return pieces
 
+    def _check_finite(self, block: nn.Module, pieces: dict[str, list[_Piece]]) -> None:
+        """Name the weight before others, which are rounded or scaled together with it, are blamed."""
+        for linear, parts in pieces.items():
+            weight = float_weight(block.get_submodule(linear))
+            for piece in parts:
+                if not bool(torch.isfinite(weight[piece.start : piece.stop]).all()):
+                    raise InputError(
+                        f"{piece.name}: the weight contains NaN or infinity; accepted are finite weights"
+                    )
+
     def _scheme(self, piece: _Piece) -> QuantScheme:
         return self.plan.placements[piece.source].scheme
 
@@ -270,6 +281,7 @@ class _Run:
     ) -> None:
         stream = self.stream
         schemes = {linear: self._scheme(parts[0]) for linear, parts in pieces.items()}
+        wiring = self._writable(number, wiring, result) if self.recipe.transforms else wiring
         for transform in self.recipe.transforms:
             notes = transform(
                 block,
@@ -281,6 +293,26 @@ class _Run:
             )
             prefix = self._prefix(number)
             result.notes += [Note(note.kind, prefix + note.where, note.what) for note in notes]
+
+    def _writable(self, number: int, wiring: Wiring, result: Block) -> Wiring:
+        """Without the pairs that touch what transformers rebuilds from other tensors on disk."""
+        prefix = self._prefix(number)
+        located = self.stream.located.items()
+        held = {
+            target.parameter
+            for name, target in located
+            if target.converter is None or name in self.plan.matrices
+        }
+        pairs = []
+        for pair in wiring.pairs:
+            paths = [prefix + path for path in (pair.source, *pair.readers)]
+            lost = [p for p in paths if held.isdisjoint({f"{p}.weight", p.rpartition(".")[0]})]
+            if lost:
+                what = f"not folded: {lost[0]} is rebuilt by transformers"
+                result.notes.append(Note("skip", prefix + pair.source, what))
+            else:
+                pairs.append(pair)
+        return replace(wiring, pairs=tuple(pairs))
 
     def _collect(
         self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
@@ -366,7 +398,7 @@ class _Run:
     def _note_changed(
         self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]], result: Block
     ) -> None:
-        """Find what transforms changed of the tensors that stay in float, and round it to their dtype."""
+        """Find what transforms changed of what stays in float, and round it to its dtype."""
         prefix, checkpoint = self._prefix(number), self.plan.checkpoint
         names = [n for n, t in self.stream.located.items() if t.parameter.startswith(prefix)]
         for name in names:

@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbits.errors import InputError, ResourceError, first_line
@@ -42,7 +41,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-MAX_SHARD_BYTES = 2**28  # buffered before a shard is written; bounds memory, not tuned
+MAX_SHARD_BYTES = 2**32  # of a weight file, as other tools cut them; not tuned
+_COPIED = 2**20  # bytes at a time; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,9 +310,13 @@ def hash_tensors(tensors: list[Tensor]) -> str:
     """sha256 of the values of several tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(values.numpy().data)
+        digest.update(_values(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
+
+
+def _values(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_file(path: Path) -> str:
@@ -347,7 +351,7 @@ class CheckpointWriter:
 
     Args:
         out: the folder to be; must not exist.
-        max_shard_bytes: tensors are buffered up to this size, then written as one shard.
+        max_shard_bytes: tensors go to a shard until it would be larger.
 
     Raises:
         InputError: `out` exists, or its parent does not and cannot be made.
@@ -358,9 +362,8 @@ class CheckpointWriter:
         self.out = out
         self.max_shard_bytes = max_shard_bytes
         self.shard_names: list[str] = []
-        self._buffer: dict[str, Tensor] = {}
-        self._buffered = 0
-        self._pointers: set[int] = set()
+        self._pending: list[tuple[TensorInfo, int]] = []  # of this shard; where it stands in the spool
+        self._pending_bytes = 0
         self._places: dict[str, int] = {}
         self._sizes: list[int] = []
 
@@ -380,27 +383,37 @@ class CheckpointWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> Written:
-        """Queue one tensor; the buffered ones are written when they fill a shard."""
+        """Write one tensor, at once: nothing is kept in memory."""
         if name in self._places:
             raise InputError(f"two tensors would be written as {name}")
-        tensor = tensor.detach().contiguous()
-        if tensor.data_ptr() in self._pointers:
-            tensor = tensor.clone()  # torch files keep tied weights once; safetensors refuses that
-        if self._buffer and self._buffered + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        self._buffer[name] = tensor
-        self._buffered += tensor.nbytes
-        self._pointers.add(tensor.data_ptr())
+        tensor = tensor.detach().cpu().contiguous()
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._close_shard()
+        with disk_errors(self.out), self._spool.open("ab") as spool:
+            spool.write(_values(tensor))
+        info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), "")
+        self._pending.append((info, self._pending_bytes))
+        self._pending_bytes += tensor.nbytes
         self._places[name] = len(self._sizes)
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
 
-    def _flush(self) -> None:
+    @property
+    def _spool(self) -> Path:
+        """Values of the tensors of a shard, in the order they came; the header must know them all."""
+        return self.folder / "spool"
+
+    def _close_shard(self) -> None:
+        # Wide dtypes first, so that every tensor is aligned.
+        ordered = sorted(self._pending, key=lambda item: (-item[0].dtype.itemsize, item[0].name))
         path = self.folder / f"shard-{len(self._sizes)}"
-        with disk_errors(self.out):
-            save_file(self._buffer, path, metadata={"format": "pt"})
-        self._sizes.append(self._buffered)
-        self._buffer, self._buffered, self._pointers = {}, 0, set()
+        with disk_errors(self.out), self._spool.open("rb") as spool, path.open("wb") as shard:
+            shard.write(_header([info for info, _ in ordered]))
+            for info, start in ordered:
+                _copy(spool, shard, start, info.size_bytes)
+        self._spool.unlink()
+        self._sizes.append(self._pending_bytes)
+        self._pending, self._pending_bytes = [], 0
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A JSON file of the checkpoint."""
@@ -419,8 +432,8 @@ class CheckpointWriter:
 
     def finish_weights(self) -> None:
         """Write the last shard, give all of them their names, and write the index."""
-        if self._buffer:
-            self._flush()
+        if self._pending:
+            self._close_shard()
         total = len(self._sizes)
         names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
         self.shard_names = [SAFETENSORS] if total == 1 else names
@@ -441,6 +454,28 @@ class CheckpointWriter:
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp made it private
             self.folder.rename(self.out)
             _sync(self.out.parent)
+
+
+def _header(infos: list[TensorInfo]) -> bytes:
+    """Of a safetensors file that holds these tensors one after the other."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        offsets = [end, end := end + info.size_bytes]
+        entry = {"dtype": names[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        entries[info.name] = entry
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
+    source.seek(start)
+    while count:
+        piece = source.read(min(count, _COPIED))
+        target.write(piece)
+        count -= len(piece)
 
 
 def _sync(path: Path) -> None:

@@ -135,7 +135,7 @@ def quantize(
             beside `out`. Refused where even that would not do.
         format: "compressed-tensors" or "fewbits"; by default the first, and the second for a model
             that the first cannot hold.
-        max_shard_bytes: how much is buffered before a weight file is written.
+        max_shard_bytes: of a weight file.
         progress: called with (what, done, total).
 
     Raises:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -101,8 +102,9 @@ def test_outliers_of_any_size_and_place_give_the_same_block(model_type):
         blocks = tiny_blocks(model_type)
         for block, run in blocks:
             pairs = make_outliers(block, run, seed)
-            notes = AWQ()(block, find_wiring(block, lambda: run(1)), schemes_of(block),
-                          lambda: run(1), lambda: run(2), BF16)  # fmt: skip
+            search, held_out = partial(run, 1), partial(run, 2)
+            wiring = find_wiring(block, search)
+            notes = AWQ()(block, wiring, schemes_of(block), search, held_out, BF16)
             twins.append((block, pairs, notes))
     count = len(twins) // 2
     for (one, pairs, notes), (other, _, others) in zip(twins[:count], twins[count:], strict=True):
@@ -203,7 +205,7 @@ def test_the_errors_it_tells_are_those_of_the_rounded_block():
 def test_a_change_of_the_float_block_beyond_what_is_allowed_is_undone(monkeypatch):
     block = Block()
     before = state(block)
-    monkeypatch.setattr("fewbits.transforms.awq.scale_readers", lambda block, pair, s: None)
+    monkeypatch.setattr("fewbits.transforms.awq.scale_readers", lambda *_: None)
     (note,) = awq(block, inputs(3), inputs(3))
     assert re.match(r"not folded: the float block would change by \S+, over", note.what)
     assert same(block, before)
