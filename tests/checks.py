@@ -108,7 +108,7 @@ FRESH = 3  # of the seeds below: neither searched nor judged with
 def block_runs(
     model: nn.Module, vocabulary: int, samples: int = 2, length: int = 12
 ) -> list[tuple[nn.Module, Callable[[int], Tensor]]]:
-    """Each block with what runs it, as it stands then, on what it got in the model from tokens of a seed."""
+    """Each block, and what runs it as it stands on what it was given for the tokens of a seed."""
     blocks = list(model.get_submodule(find_blocks(model)))
     calls: dict[tuple[nn.Module, int], tuple[tuple, dict]] = {}
     for seed in range(1, FRESH + 1):

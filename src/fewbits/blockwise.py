@@ -6,8 +6,9 @@ matrix after matrix (`methods`), and take the samples through the rounded block.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.wiring import Wiring, find_wiring, signature
 
-_HELD_OUT = 16  # at most one sample in so many is kept for judging; not tuned
+_HELD_OUT = 32  # at most one sample in so many is kept for judging; not tuned
 _JUDGED = 4096  # tokens that are kept for judging, and that transforms search with, at most; not tuned
 _PROBE = 64  # tokens that the wiring is found with; not tuned
 _COMPARED_ROWS = 128  # of each matrix, on which its error is compared with round to nearest; not tuned
+_PANEL = 256  # columns of a Hessian that are added to by one product; not tuned
 _LENS = 512  # positions at which the logits after each block are compared; not tuned
 
 
@@ -210,8 +212,9 @@ class _Run:
         self._note_changed(number, block, pieces, result)
         got = stream.run_all(number, block, inputs)
         error = float((got - wanted).square().mean() / wanted.var())
-        stream.advance(number, block)
-        kl = self._kl(stream.states[self.held_out])
+        kl = self._kl(got)
+        if number + 1 < stream.count:
+            stream.advance(number, block)
         result.report = BlockReport(number, error, kl, tuple(matrices))
         return result
 
@@ -261,7 +264,9 @@ class _Run:
         shape = signature(block)
         if shape not in self.wirings:
             probe = self.stream.states[:1, :_PROBE]
-            self.wirings[shape] = find_wiring(block, lambda: self.stream.run(number, block, probe))
+            with_pairs = bool(self.recipe.transforms)
+            run = partial(self.stream.run, number, block, probe)
+            self.wirings[shape] = find_wiring(block, run, with_pairs)
         return self.wirings[shape]
 
     def _note_unseen(self, number: int, wiring: Wiring, result: Block) -> None:
@@ -326,12 +331,16 @@ class _Run:
             stats |= dict.fromkeys(shared, _new_stats(block, shared[0])) if shared else {}
             own = [path for path in group.linears if path in pieces and _is_expert(block, path)]
             stats |= {path: _new_stats(block, path) for path in own}
-        first = {id(stat): path for path, stat in reversed(stats.items())}
-        with _hooks(block, {path: stats[path] for path in first.values()}):
+        watched: dict[int, str] = {}
+        for path, stat in stats.items():
+            watched.setdefault(id(stat), path)
+        with _hooks(block, {path: stats[path] for path in watched.values()}):
             for rows in self.stream.batches(self.fitted):
-                self.stream.run(number, block, self.stream.states[rows])
-        for path in first.values():
+                with suppress(_AllSeen):
+                    self.stream.run(number, block, self.stream.states[rows], fast=True)
+        for path in watched.values():
             stats[path].hessian.div_(max(1, stats[path].tokens))
+            _mirror_(stats[path].hessian)
         return stats
 
     def _round(
@@ -456,26 +465,43 @@ def _new_stats(block: nn.Module, path: str) -> _Stats:
     return _Stats(torch.zeros(width, width))
 
 
+class _AllSeen(Exception):  # noqa: N818
+    """The last linear was reached: what it would give is of no use."""
+
+
 @contextmanager
 def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
-    """Add x.T @ x of every input to the statistics while the block runs."""
+    """Add x.T @ x of every input to the statistics while the block runs; `stats` in call order."""
+    last = next(reversed(stats), None)
 
-    def watch(stat: _Stats) -> Callable[..., None]:
+    def watch(path: str, stat: _Stats) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            stat.hessian.addmm_(x.t(), x)
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            for start in range(0, x.shape[1], _PANEL):  # below the diagonal only: it is symmetric
+                panel = slice(start, start + _PANEL)
+                stat.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
             stat.tokens += len(x)
+            if path == last and not _is_expert(block, path):
+                raise _AllSeen
 
         return record
 
     handles = [
-        block.get_submodule(path).register_forward_pre_hook(watch(stat)) for path, stat in stats.items()
+        block.get_submodule(path).register_forward_pre_hook(watch(path, stat))
+        for path, stat in stats.items()
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mirror_(hessian: Tensor) -> None:
+    """Fill in what is above the panels on the diagonal."""
+    for start in range(0, len(hessian), _PANEL):
+        panel = slice(start, start + _PANEL)
+        hessian[panel, start + _PANEL :] = hessian[start + _PANEL :, panel].t()
 
 
 def _error_to_rtn(

@@ -30,7 +30,8 @@ _CACHED = 2**14  # tokens in the cache while the model writes: 2 GB for Llama-3-
 _RUN = 32  # tokens; the same as before in a row are a repetition; not tuned
 _REPEATED = 0.1  # share of repeated runs that is warned of; not tuned
 _UNKNOWN = 0.01  # share of unknown tokens that is warned of; not tuned
-_COMPARED = 16, 128  # windows, and tokens of each, that perplexities are measured on; not tuned
+_AT_ONCE = 8  # windows; not tuned
+_COMPARED = 32, 32  # windows, and tokens of each, that perplexities are measured on; not tuned
 # Perplexity ratio that is warned of. On three small models, 2026-11-24: 0.5 to 2.4 on text like the one
 # they were trained on, 11 to 271 on other text (WikiText, C4, TinyStories, Python).
 _FAR = 4.0
@@ -265,7 +266,7 @@ def check_calibration(
         widths: in features of each matrix, by name.
         experts: how many a block has, and to how many of them each token is sent.
         tokenizer: the model's, or None.
-        model: loaded and in float: it writes 16 x 128 tokens and is run on as many of the text.
+        model: loaded and in float: it writes 32 x 32 tokens and is run on as many of the text.
         expert_width: in features of the experts' widest matrix; the widest of all by default.
 
     Returns:
@@ -345,7 +346,8 @@ def _distance(calibration: Calibration, tokenizer: Any, model: Any) -> Note:
 def _losses(model: Any, ids: Tensor) -> Tensor:
     """Mean negative log-likelihood of each window of ids (n, length), in nats per token."""
     losses = []
-    for window in ids.to(model.device):
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(F.cross_entropy(logits, window[1:]).double().cpu())
-    return torch.stack(losses)
+    for windows in torch.split(ids.to(model.device), _AT_ONCE):
+        logits = model(windows, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+        losses.append(loss.double().mean(1).cpu())
+    return torch.cat(losses)

@@ -94,7 +94,7 @@ class Wiring:
 
 
 @torch.no_grad()
-def find_wiring(block: nn.Module, run: Callable[[], Tensor]) -> Wiring:
+def find_wiring(block: nn.Module, run: Callable[[], Tensor], with_pairs: bool = True) -> Wiring:
     """Run a block and find its input groups and scale pairs.
 
     Args:
@@ -103,6 +103,7 @@ def find_wiring(block: nn.Module, run: Callable[[], Tensor]) -> Wiring:
             group, of a mixture only those of experts that a token was routed to.
         run: runs the block on the same few rows of tokens each time; returns its hidden states. What
             else leaves the block (values that later blocks read) is seen only if it is joined to them.
+        with_pairs: find the pairs too, which takes most of the runs.
 
     Raises:
         InputError: the block does not compute in float32.
@@ -112,7 +113,7 @@ def find_wiring(block: nn.Module, run: Callable[[], Tensor]) -> Wiring:
         raise InputError(f"a block is probed in float32, and this one computes in {trace.output.dtype}")
     groups = _find_groups(block, trace)
     pairs: list[ScalePair] = []
-    for _, alike in groupby(groups, key=lambda group: _kind(block, group)):
+    for _, alike in groupby(groups if with_pairs else [], key=lambda group: _kind(block, group)):
         pairs += _find_pairs(block, trace, list(alike))
     seen = {name for group in groups for name in group.linears}
     unseen = [n for n, m in block.named_modules() if _is_quantizable(m) and n not in seen]

@@ -1,4 +1,4 @@
-"""AWQ leaves every float block's output alone, is not misled by outliers, and undoes what does not help."""
+"""AWQ leaves what float blocks compute alone, undoes outliers, and folds only what helps."""
 
 import copy
 import re
