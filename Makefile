@@ -11,12 +11,16 @@ MODEL := reference/model
 
 demo: $(INSTALLED)
 	@$(BIN)/python reference/corpus.py heldout $(DEMO)/heldout.jsonl
+	@$(BIN)/python reference/corpus.py train $(DEMO)/train.jsonl
 	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int8 --method int8
 	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/int4 --method rtn --bits 4 --group-size 128
-	@$(BIN)/fewbits evaluate $(MODEL) $(DEMO)/int8 $(DEMO)/int4 --reference $(MODEL) \
-	  --text $(DEMO)/heldout.jsonl --limit 80 --speed
+	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/gptq --method gptq --calibration $(DEMO)/train.jsonl --seq-len 256
+	@$(BIN)/fewbits quantize $(MODEL) $(DEMO)/awq+gptq --method awq+gptq --calibration $(DEMO)/train.jsonl \
+	  --seq-len 256
+	@$(BIN)/fewbits evaluate $(MODEL) $(DEMO)/int8 $(DEMO)/int4 $(DEMO)/gptq $(DEMO)/awq+gptq \
+	  --reference $(MODEL) --text $(DEMO)/heldout.jsonl --limit 80 --speed
 	@echo; echo "The 4-bit model goes on from 'def read_file(path):'"; echo
-	@$(BIN)/fewbits generate $(DEMO)/int4 "def read_file(path):" --max-new-tokens 96 --temperature 0.7
+	@$(BIN)/fewbits generate $(DEMO)/gptq "def read_file(path):" --max-new-tokens 96 --temperature 0.7
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q

@@ -78,9 +78,7 @@ def main() -> None:
         make_checkpoint(args.inside / "model", args.make)
         return
     if args.inside:
-        found = run(
-            args.inside / "model", args.inside / "out", args.method, args.samples, args.length
-        )
+        found = run(args.inside / "model", args.inside / "out", args.method, args.samples, args.length)
         print(json.dumps(found))
         return
     results = [measure(blocks, args) for blocks in args.blocks]

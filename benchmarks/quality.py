@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from fewbits.evaluate import Estimate, ratio_estimate
 from samples import (
@@ -353,6 +354,7 @@ def command(args: argparse.Namespace) -> str:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     bench = Bench(args.work, args.environments, args.threads)
     results: Results = {}
     refused: dict[str, str] = {}
@@ -372,7 +374,7 @@ def main() -> None:
             "calibration": f"{SAMPLES} x {LENGTH} tokens",
             "heldout": f"{WINDOWS} x {LENGTH} tokens",
         }
-        rows = [json.loads(json.dumps(row, default=vars)) for row in rows]
+        rows = [json.loads(json.dumps(row, default=asdict)) for row in rows]
         facts |= {"rows": rows, "refused": refused, "checks": [str(v) for v in verdicts]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
     failed = [verdict for verdict in verdicts if not verdict.holds]

@@ -80,10 +80,16 @@ def half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gptq_codes(
-    weight: Tensor, hessian: Tensor, quantized: QuantizedTensor, order: list[int], damp: float
+    weight: Tensor,
+    hessian: Tensor,
+    quantized: QuantizedTensor,
+    order: list[int],
+    damp: float,
+    sweeps: int = 0,
 ) -> Tensor:
     """GPTQ from its definition, on the grid of `quantized`: round a column, then move the columns that
-    are still free to where they make the least squared output error, given what was rounded.
+    are still free to where they make the least squared output error, given what was rounded. In a sweep
+    each column alone is free.
     """
     scheme, weight, hessian = quantized.scheme, weight.double(), hessian.double()
     hessian = hessian + damp * hessian.diagonal().diag()
@@ -99,6 +105,12 @@ def gptq_codes(
         if rest:
             pull = (weight - rounded)[:, done] @ hessian[done][:, rest]
             free[:, rest] = weight[:, rest] + torch.linalg.solve(hessian[rest][:, rest], pull.T).T
+    for k in order * sweeps:
+        others = [j for j in order if j != k]
+        best = weight[:, k] + (weight - rounded)[:, others] @ hessian[others, k] / hessian[k, k]
+        code = (best / scale[:, k] + point[:, k]).round().clamp(0, 2**scheme.bits - 1)
+        codes[:, k] = code.to(torch.uint8)
+        rounded[:, k] = scale[:, k] * (code - point[:, k])
     return codes
 
 

@@ -213,3 +213,111 @@ def test_help_does_not_wait_for_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# -- calibrated ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"line {i}: " + "abcdefghij klmnop"[i % 7 : i % 17 + 3] * 3 for i in range(150)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+CALIBRATED = ("--group-size", "32", "--samples", "8", "--seq-len", "32")
+
+
+@pytest.fixture(scope="module")
+def gptq(model, text):
+    out = model.parent / "gptq"
+    result = run("quantize", model, out, "--method", "gptq", "--calibration", text, *CALIBRATED)
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+def test_a_calibrated_run_prints_how_each_block_came_out(gptq):
+    out, result = gptq
+    ledger = json.loads((out / "fewbits.json").read_text())
+    assert len(ledger["blocks"]) == 2
+    lines = [line.split() for line in result.stdout.splitlines()]
+    (heading,) = [i for i, words in enumerate(lines) if words[:1] == ["block"]]
+    for i, block in enumerate(ledger["blocks"]):
+        number, error, kl, matrices, *_, fallen = lines[heading + 1 + i]
+        assert (number, error, kl) == (str(i), f"{block['error']:.3g}", f"{block['kl']:.3g}")
+        assert (matrices, fallen) == ("7", "0")
+    assert ledger["calibration"]["samples"] == 8
+    assert ledger["calibration"]["tokens"] == 256
+    assert ledger["calibration"]["source"] == "text.txt"
+    assert "calibration: " in result.stdout  # whether the data is enough
+
+
+def test_json_of_a_calibrated_run_has_its_blocks(model, text, gptq):
+    out, _ = gptq
+    again = run("quantize", model, out, "--method", "gptq", "--calibration", text, *CALIBRATED, "--json")
+    value, ledger = json.loads(again.stdout), json.loads((out / "fewbits.json").read_text())
+    assert value["reused"]
+    assert value["blocks"] == ledger["blocks"]
+    assert value["request"]["calibration"] == ledger["calibration"]
+
+
+def test_another_seed_is_another_run(model, text, gptq):
+    out, _ = gptq
+    options = ["--method", "gptq", "--calibration", text, *CALIBRATED, "--seed", "1"]
+    assert refused(run("quantize", model, out, *options), "another run", "calibration", "seed")
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "weighted-rtn"])
+def test_every_calibrated_method_is_known_by_name(model, text, tmp_path, method):
+    options = ["--method", method, "--calibration", text, *CALIBRATED, "--json"]
+    result = run("quantize", model, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["request"]["method"] == method
+    assert run("verify", tmp_path / "out", "--source", model).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "gptq"], ["gptq needs calibration", "text file", "self"]),
+        (["--method", "gtpq", "--calibration", "TEXT"], ["'gtpq' is unknown", "gptq", "awq+gptq"]),
+        (["--method", "gptq+awq", "--calibration", "TEXT"], ["'gptq+awq' is unknown"]),
+        (["--calibration", "TEXT"], ["rtn takes no calibration", "gptq"]),
+        (["--method", "gptq", "--calibration", "nowhere.txt"], ["nowhere.txt"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--samples", "9999"], ["9999", "at most"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--samples", "0"], ["samples"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--samples", "1"], ["1 sample", "2 or more"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--seq-len", "65"], ["65", "context, 64"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--seq-len", "1"], ["1"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "lots"], ["'lots'", "6GB"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "-1GB"], ["'-1GB'", "6GB"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "0"], ["'0'", "6GB"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "1kB"], ["--max-memory", "GB"]),
+    ],
+)
+def test_bad_calibration_is_one_line_and_writes_nothing(model, text, tmp_path, options, words):
+    options = [text if option == "TEXT" else option for option in options]
+    out = tmp_path / "out"
+    assert refused(run("quantize", model, out, *CALIBRATED, *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_calibrated_run_leaves_nothing_and_exits_130(model, text, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewbits.stream.Stream.advance", interrupt)
+    options = ["--method", "gptq", "--calibration", text, *CALIBRATED]
+    assert run("quantize", model, tmp_path / "out", *options).exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_model_is_calibrated_on_a_text_file(text, tmp_path):
+    out, options = tmp_path / "out", ["--samples", "8", "--seq-len", "64"]
+    result = run("quantize", "reference/model", out, "--method", "gptq", "--calibration", text, *options)
+    assert result.exit_code == 0, result.output
+    assert "42 quantized" in result.stdout
+    assert "KL so far" in result.stdout
+    blocks = json.loads((out / "fewbits.json").read_text())["blocks"]
+    assert [len(block["matrices"]) for block in blocks] == [7] * 6

@@ -15,7 +15,10 @@ BACKENDS = {"gptq": BACKEND.GPTQ_TORCH, "awq": BACKEND.AWQ_TORCH}
 
 def config(job: Job) -> GPTQConfig | AWQConfig:
     grid = {"bits": job.bits, "group_size": job.group or -1, "sym": job.symmetric, "device": "cpu"}
-    return AWQConfig(**grid, format=FORMAT.GEMM) if job.method == "awq" else GPTQConfig(**grid)
+    if job.method == "awq":
+        return AWQConfig(**grid, format=FORMAT.GEMM)
+    # Its own ordering of columns needs groups; with whole rows the usual one costs nothing at run time.
+    return GPTQConfig(**grid, desc_act=None if job.group else True)
 
 
 def quantize(job: Job, clock: Clock) -> None:

@@ -18,7 +18,7 @@ from fewbits.checkpoint import Checkpoint
 from fewbits.errors import InputError
 from fewbits.linear import split_experts
 from fewbits.load import build
-from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton
+from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton, text_config
 
 TOKENS = 4096  # run through a block at a time, at least one sample; not tuned
 _HEAD_ROWS = 2**24  # weights of the output head in float32 at a time: 64 MB; not tuned
@@ -190,7 +190,8 @@ class Stream:
         with torch.no_grad():
             output = block(hidden, *call.args, **call.kwargs)
         self.as_tuple = isinstance(output, tuple)
-        first, second = self._record(one), self._record(one.roll(1))
+        others = (one + 1) % text_config(self.network).vocab_size
+        first, second = self._record(one), self._record(others)
         for i, (a, b) in enumerate(zip(first, second, strict=True)):
             if not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs):
                 raise InputError(

@@ -33,23 +33,37 @@ def loss(weight: Tensor, quantized, hessian: Tensor) -> float:
     return float(torch.trace(error @ hessian.double() @ error.T))
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "by activations"])
 @pytest.mark.parametrize("scheme", schemes("tensor", "channel", 8, 16), ids=lambda s: s.label)
-def test_codes_equal_the_least_squares_oracle(scheme, act_order):
+def test_codes_equal_the_least_squares_oracle(scheme, act_order, sweeps):
     weight, hessian = problem()
-    quantized, notes = GPTQ(act_order=act_order)(weight, scheme, {"hessian": hessian})
+    method = GPTQ(act_order=act_order, sweeps=sweeps)
+    quantized, notes = method(weight, scheme, {"hessian": hessian})
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True).tolist() if act_order else list(range(len(hessian)))
-    codes = oracles.gptq_codes(weight, hessian, quantized, order, damp=0.01)
+    codes = oracles.gptq_codes(weight, hessian, quantized, order, 0.01, sweeps)
     assert torch.equal(quantized.codes, codes)
     assert not notes
 
 
 def test_more_columns_than_one_lazy_update_holds_change_nothing():
     weight, hessian = problem(rows=4, columns=200)
-    quantized, _ = GPTQ()(weight, QuantScheme(3, "group", 40), {"hessian": hessian})
+    quantized, _ = GPTQ(sweeps=1)(weight, QuantScheme(3, "group", 40), {"hessian": hessian})
     order = hessian.diagonal().argsort(descending=True).tolist()
-    assert torch.equal(quantized.codes, oracles.gptq_codes(weight, hessian, quantized, order, 0.01))
+    codes = oracles.gptq_codes(weight, hessian, quantized, order, 0.01, sweeps=1)
+    assert torch.equal(quantized.codes, codes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_sweep_lowers_the_error_or_leaves_it(seed):
+    weight, hessian = problem(rows=16, columns=96, seed=seed)
+    scheme = QuantScheme(3, "group", 16)
+    damped, stats = hessian + 0.01 * hessian.diagonal().diag(), {"hessian": hessian}
+    counts = (0, 1, 2, 5, 50)
+    found = [loss(weight, GPTQ(sweeps=n)(weight, scheme, stats)[0], damped) for n in counts]
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.98 * found[0]
 
 
 def test_its_grid_is_the_search_weighted_by_what_is_left_of_each_column():
@@ -171,7 +185,7 @@ def test_an_input_that_is_always_zero_costs_nothing_and_disturbs_nothing():
     assert not notes
     others = [k for k in range(48) if k != 7]
     order = [k for k in hessian.diagonal().argsort(descending=True).tolist() if k != 7]
-    codes = oracles.gptq_codes(weight, hessian, quantized, order, damp=0.01)
+    codes = oracles.gptq_codes(weight, hessian, quantized, order, 0.01, GPTQ().sweeps)
     assert torch.equal(quantized.codes[:, others], codes[:, others])
 
 
@@ -187,6 +201,11 @@ def test_a_rank_deficient_hessian_is_no_problem():
 def test_damping_out_of_range_is_refused(damp):
     with pytest.raises(InputError, match="damp is"):
         GPTQ(damp=damp)
+
+
+def test_fewer_sweeps_than_none_are_refused():
+    with pytest.raises(InputError, match="sweeps is -1"):
+        GPTQ(sweeps=-1)
 
 
 def test_it_is_known_by_name_and_says_what_it_needs():

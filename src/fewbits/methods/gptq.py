@@ -8,10 +8,13 @@ with the errors made so far, and nothing has to be inverted.
 
 Beyond the paper, each measured in LOG.md: columns in order of falling H_kk on grids that were chosen
 before (so files need no `g_idx`); the grid of least error weighted by D; damping in proportion to each
-column's own H_kk; a ladder of fallbacks where H has no factor.
+column's own H_kk; sweeps of coordinate descent afterwards (Behdin et al. 2023, QuantEase,
+arXiv 2309.01885, section 3); a ladder of fallbacks where H has no factor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,14 +36,18 @@ class GPTQ:
     Args:
         damp: of each column's H_kk, added to it; the paper's 1 %, there of their mean.
         act_order: round the columns with the largest inputs first.
+        sweeps: how often each column is rounded again afterwards, given all the others.
     """
 
     damp: float = 0.01
     act_order: bool = True
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
             raise InputError(f"damp is {self.damp}; accepted are numbers between 0 and 1")
+        if self.sweeps < 0:
+            raise InputError(f"sweeps is {self.sweeps}; accepted are numbers from 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -61,15 +68,20 @@ class GPTQ:
         """
         H = stats["hessian"].to(affine.working_dtype(weight))
         order = _order(H, self.act_order)
-        U, D, notes = _factor_or_less(H, order, self.damp)
-        if U is None or D is None:
+        found, notes = _factor_or_less(H, order, self.damp)
+        if found is None:
             quantized, more = WeightedRTN()(weight, scheme, stats, scale_dtype)
             return quantized, notes + more
-        importance = torch.empty_like(D)
-        importance[order] = D
+        importance = torch.empty_like(found.D)
+        importance[order] = found.D
         scale, zero_point = search_qparams(weight, scheme, importance, scale_dtype)
-        codes = _round(weight, scale, zero_point, scheme, U, order)
-        return QuantizedTensor(codes, scale, zero_point, scheme), notes
+        columns = _Columns.of(weight, scale, zero_point, scheme, order)
+        _round(columns, found.U)
+        H, diagonal = found.H, found.diagonal
+        del found  # its U is as large as H
+        for _ in range(self.sweeps):
+            _round_again(columns, H, diagonal, order)
+        return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor:
@@ -78,27 +90,42 @@ def _order(H: Tensor, act_order: bool) -> Tensor:
     return torch.arange(len(H), device=H.device)
 
 
-def _factor_or_less(
-    H: Tensor, order: Tensor, damp: float
-) -> tuple[Tensor | None, Tensor | None, list[Note]]:
+@dataclass(slots=True)
+class _Factored:
+    """A Hessian that could be factored: `U @ diag(D) @ U.T` is H with the `diagonal`, both in order."""
+
+    H: Tensor
+    diagonal: Tensor
+    U: Tensor
+    D: Tensor
+
+
+def _factor_or_less(H: Tensor, order: Tensor, damp: float) -> tuple[_Factored | None, list[Note]]:
     """The factors of the damped H, with more damping where needed, and what had to be done."""
     notes: list[Note] = []
     if not bool(torch.isfinite(H.sum())):  # the sum, since a mask would be as large as H
-        return None, None, [Note("fallback", "", "the Hessian is not finite: weighted rounding instead")]
+        return None, [Note("fallback", "", "the Hessian is not finite: weighted rounding instead")]
     for times in (1, 10, 100):
         factors = factor(H, order, damp * times)
         if factors is not None:
-            return *factors, notes
+            return _Factored(H, _damped_diagonal(H, damp * times)[order], *factors), notes
         notes.append(Note("fallback", "", f"H has no Cholesky factor with damp {damp * times:g}"))
     values, vectors = torch.linalg.eigh(H)
     least = damp * values.clamp(min=0).mean()
     raised = int((values < least).sum())
     notes.append(Note("fallback", "", f"{raised} eigenvalues of H raised to {damp:g} of their mean"))
-    factors = factor((vectors * values.clamp(min=least)) @ vectors.t(), order, damp)
+    H = (vectors * values.clamp(min=least)) @ vectors.t()
+    factors = factor(H, order, damp)
     if factors is not None:
-        return *factors, notes
+        return _Factored(H, _damped_diagonal(H, damp)[order], *factors), notes
     notes.append(Note("fallback", "", "H has no Cholesky factor at all: weighted rounding instead"))
-    return None, None, notes
+    return None, notes
+
+
+def _damped_diagonal(H: Tensor, damp: float) -> Tensor:
+    """H_kk and what is added to it; an input that is always zero gets a share of the mean."""
+    diagonal = H.diagonal()
+    return diagonal + damp * torch.where(diagonal > 0, diagonal, diagonal.mean())
 
 
 def factor(H: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor] | None:
@@ -109,8 +136,7 @@ def factor(H: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor] | Non
     """
     back = order.flip(0)  # Cholesky's factor is lower triangular: of the reversed matrix, turned round
     damped = H[back[:, None], back]
-    # An input that is always zero has no weight of its own.
-    damped.diagonal().add_(damp * torch.where(H.diagonal() > 0, H.diagonal(), H.diagonal().mean())[back])
+    damped.diagonal().copy_(_damped_diagonal(H, damp)[back])
     lower, failed = torch.linalg.cholesky_ex(damped)
     del damped
     if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
@@ -121,26 +147,77 @@ def factor(H: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor] | Non
     return U.div_(root), root.square()
 
 
-def _round(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, U: Tensor, order: Tensor
-) -> Tensor:
-    """Codes (out, in). Works on transposed matrices, whose columns lie together in memory."""
-    W = weight.t()[order].to(U.dtype)
-    columns, rows = W.shape
-    group = order // (columns // scale.shape[1])
-    scales = scale.t().to(U.dtype).expand(-1, rows).contiguous()
-    points = zero_point.t().to(U.dtype).expand(-1, rows).contiguous()
-    places = group.tolist()
-    E, codes = torch.zeros_like(W), torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
+@dataclass(slots=True)
+class _Columns:
+    """A matrix being rounded, (in, out): columns in the order of rounding, each in one piece of memory.
+
+    Args:
+        W: the weights.
+        E: what rounding left of them, zero for columns not rounded yet.
+        codes: of those that are.
+        scales, points: (groups, out).
+        groups: of each column, its row in them.
+    """
+
+    W: Tensor
+    E: Tensor
+    codes: Tensor
+    scales: Tensor
+    points: Tensor
+    groups: list[int]
+    scheme: QuantScheme
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, order: Tensor
+    ) -> Self:
+        """Nothing is rounded yet."""
+        W = weight.t()[order].to(affine.working_dtype(weight))
+        scales, points = (q.t().to(W.dtype).expand(-1, W.shape[1]) for q in (scale, zero_point))
+        groups = (order // (len(W) // scale.shape[1])).tolist()
+        codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+        return cls(
+            W, torch.zeros_like(W), codes, scales.contiguous(), points.contiguous(), groups, scheme
+        )
+
+    def round(self, k: int, w: Tensor) -> None:
+        """Give column k the codes nearest to w, which is used up."""
+        step, point = self.scales[self.groups[k]], self.points[self.groups[k]]
+        code = affine.nearest_(w, step, point, self.scheme)
+        self.codes[k] = code
+        torch.sub(self.W[k], code.sub_(point).mul_(step), out=self.E[k])
+
+    def codes_in(self, order: Tensor) -> Tensor:
+        """The codes (out, in), as the weight had them."""
+        result = torch.empty_like(self.codes)
+        result[order] = self.codes
+        return result.t().contiguous()
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, _BLOCK):
+        yield start, min(start + _BLOCK, count)
+
+
+def _round(columns: _Columns, U: Tensor) -> None:
+    """Each column once, corrected by the errors of those before it."""
+    W, E = columns.W, columns.E
+    for start, stop in _blocks(len(W)):
         corrected = torch.addmm(W[start:stop], U[:start, start:stop].t(), E[:start])
         for k in range(start, stop):
-            step, point = scales[places[k]], points[places[k]]
-            w = corrected[k - start].addmv_(E[start:k].t(), U[start:k, k])
-            code = affine.nearest_(w, step, point, scheme)
-            codes[k] = code
-            torch.sub(W[k], code.sub_(point).mul_(step), out=E[k])
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.t().contiguous()
+            columns.round(k, corrected[k - start].addmv_(E[start:k].t(), U[start:k, k]))
+
+
+def _round_again(columns: _Columns, H: Tensor, diagonal: Tensor, order: Tensor) -> None:
+    """Each column again, at the best place given the errors of all others: the loss cannot grow."""
+    W, E = columns.W, columns.E
+    for start, stop in _blocks(len(W)):
+        panel = H[order[start:stop, None], order]
+        panel[:, start:stop].diagonal().copy_(diagonal[start:stop])
+        pull = panel @ E
+        changed = torch.zeros_like(pull)
+        for i, k in enumerate(range(start, stop)):
+            before = E[k].clone()
+            w = pull[i].addmv_(changed[:i].t(), panel[i, start:k])
+            columns.round(k, w.div_(diagonal[k]).sub_(before).add_(W[k]))
+            torch.sub(E[k], before, out=changed[i])

@@ -17,10 +17,12 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fewbits.affine import dequantize, quantize
 from fewbits.errors import InputError
 from fewbits.linear import float_weight, set_float_weight
+from fewbits.methods.grid import search_qparams
 from fewbits.scheme import QuantScheme
-from fewbits.tensor import Note, quantize_tensor
+from fewbits.tensor import Note
 from fewbits.wiring import ScalePair, Wiring, scale_readers, scale_source
 
 # Relative change of a block's output that a fold may make in float32: what `wiring` accepts.
@@ -178,13 +180,14 @@ class _Trial:
         """Mean squared error of the block's output with its readers scaled, rounded, scaled back."""
         with self._undoable() as undo:
             for pair, s in zip(self.pairs, scales, strict=True):
-                for reader in pair.readers:
-                    if reader in self.schemes:
-                        module = self.block.get_submodule(reader)
-                        rounded = quantize_tensor(
-                            float_weight(module) * s, self.schemes[reader], self.dtype
-                        )
-                        set_float_weight(module, rounded.dequantize(torch.float32).div_(s))
+                importance = (self.means.of(pair.readers) / s).square()
+                for reader in self.schemes.keys() & set(pair.readers):
+                    module, scheme = self.block.get_submodule(reader), self.schemes[reader]
+                    weight = float_weight(module) * s
+                    scale, zero_point = search_qparams(weight, scheme, importance, self.dtype)
+                    codes = quantize(weight, scale, zero_point, scheme)
+                    rounded = dequantize(codes, scale, zero_point, scheme)
+                    set_float_weight(module, rounded.div_(s))
             error = float((run() - wanted).square().mean())
             undo()
         return error
