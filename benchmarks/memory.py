@@ -1,7 +1,7 @@
-"""Memory that calibrated quantization takes: a random Llama of the shape of 1B models, one block at a time.
+"""Memory that calibrated quantization takes: a random Llama in the shape of 1B models, block by block.
 
-Peak anonymous memory must stay below Python and its libraries + one block in float32 + calibration states
-+ 4 times the largest Hessian, and must not grow with the number of blocks. Only sums of bytes are
+Peak anonymous memory must stay below Python and its libraries + one block in float32 + calibration
+states + 4 times the largest Hessian, and must not grow with the number of blocks. Only sums of bytes are
 compared, so other work on the machine does no harm.
 
 Run:  python benchmarks/memory.py [--blocks 4 16] [--samples 16] [--length 512] [--method gptq]

@@ -194,7 +194,7 @@ def _check_notes(
     assert {note.kind for note in notes} <= {"fact"}
     folded = []
     for note in notes:
-        assert note.what.startswith(("folded with exponent", "not folded: ")), note
+        assert note.what.startswith(("folded: exponent", "not folded: ")), note
         folded += places[note.where] if note.what.startswith("folded") else []
     return folded, [pair for alike in places.values() for pair in alike]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +56,14 @@ class AWQ:
     ) -> list[Note]:
         """Fold scales into the block, pair by pair; see `Transform`."""
         with _means(block, wiring) as means:
-            wanted = search()
-        wanted_held_out = held_out()
+            search_for = _Judge(search, search())
+        judged_by = _Judge(held_out, held_out())
         notes = []
         for place, alike in groupby(wiring.pairs, key=_place):
-            pairs = [pair for pair in alike if set(pair.readers) & schemes.keys()]
-            pairs = [pair for pair in pairs if means.seen(pair.readers)]
+            pairs = [p for p in alike if set(p.readers) & schemes.keys() and means.seen(p.readers)]
             if pairs:
                 trial = _Trial(block, pairs, schemes, means, dtype)
-                notes.append(
-                    Note(
-                        "fact", place, trial.fold(self.points, search, wanted, held_out, wanted_held_out)
-                    )
-                )
+                notes.append(Note("fact", place, trial.fold(self.points, search_for, judged_by)))
         return notes
 
 
@@ -114,6 +110,23 @@ def _means(block: nn.Module, wiring: Wiring) -> Iterator[_Means]:
             handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Runs the block on some samples, and knows what the float block made of them."""
+
+    run: Callable[[], Tensor]
+    wanted: Tensor
+
+    def error(self) -> float:
+        """Mean squared error of the block's output as it stands."""
+        return float((self.run() - self.wanted).square().mean())
+
+    def change(self) -> float:
+        """Largest difference of the output, relative to its largest value."""
+        largest = self.wanted.abs().max().clamp(min=torch.finfo(self.wanted.dtype).tiny)
+        return float((self.run() - self.wanted).abs().max() / largest)
+
+
 @dataclass(slots=True)
 class _Trial:
     """Some pairs of a block that are searched, judged and folded together."""
@@ -124,95 +137,77 @@ class _Trial:
     means: _Means
     dtype: torch.dtype
 
-    def fold(
-        self,
-        points: int,
-        search: Callable[[], Tensor],
-        wanted: Tensor,
-        held_out: Callable[[], Tensor],
-        wanted_held_out: Tensor,
-    ) -> str:
+    def fold(self, points: int, search: _Judge, held_out: _Judge) -> str:
         """Fold the best scales if they help on the held-out samples; what came of it, in words."""
-        none = [torch.ones(pair.rows.count) for pair in self.pairs]
-        found = {
-            exponent: self._error(self._scales(exponent), search, wanted)
-            for exponent in torch.linspace(0, 1, points).tolist()
-        }
-        best = min(found, key=lambda exponent: found[exponent])
+        exponents = torch.linspace(0, 1, points).tolist()
+        errors = [self._error(self._scales(exponent), search) for exponent in exponents]
+        best = exponents[errors.index(min(errors))]
         scales = self._scales(best)
-        before = self._error(none, held_out, wanted_held_out)
-        after = self._error(scales, held_out, wanted_held_out)
-        change = f"held-out error {before:.3g} -> {after:.3g}"
+        before = self._error([torch.ones_like(s) for s in scales], held_out)
+        after = self._error(scales, held_out)
+        outcome = f"exponent {best:.2g}, held-out error {before:.3g} -> {after:.3g}"
         if not after < before:
-            return f"not folded: exponent {best:.2g}, {change}"
-        with self._undoable(sources=True) as undo:
-            for pair, s in zip(self.pairs, scales, strict=True):
-                scale_readers(self.block, pair, _fold_source(self.block, pair, s, self.dtype))
-            moved = _relative(held_out(), wanted_held_out)
-            limit = max(_TOLERANCE, 2 * torch.finfo(self.dtype).eps)
-            if not moved <= limit:
-                undo()
-                return f"not folded: the float block would change by {moved:.3g}, over {limit:.3g}"
-        return f"folded with exponent {best:.2g}, {change}; the float block changed by {moved:.2g}"
+            return f"not folded: {outcome}"
+        originals = self._own_copies()
+        for pair, s in zip(self.pairs, scales, strict=True):
+            scale_readers(self.block, pair, _fold_source(self.block, pair, s, self.dtype))
+        moved, limit = held_out.change(), max(_TOLERANCE, 2 * torch.finfo(self.dtype).eps)
+        if not moved <= limit:
+            _put_back(originals)
+            return (
+                f"not folded: the float block would change by {moved:.3g}, over {limit:.3g}; {outcome}"
+            )
+        return f"folded: {outcome}; the float block changed by {moved:.2g}"
 
     def _scales(self, exponent: float) -> list[Tensor]:
         return [self._scale(pair, exponent) for pair in self.pairs]
 
     def _scale(self, pair: ScalePair, exponent: float) -> Tensor:
-        x = (
-            self.means.of(pair.readers)
-            if self.means.seen(pair.readers)
-            else torch.zeros(pair.rows.count)
-        )
-        rounded = [reader for reader in pair.readers if reader in self.schemes]
-        weights = [float_weight(self.block.get_submodule(reader)) for reader in rounded]
+        x, readers = self.means.of(pair.readers), self._rounded(pair)
+        weights = [float_weight(self.block.get_submodule(reader)) for reader in readers]
         w = torch.stack([weight.abs().sum(0) for weight in weights]).sum(0)
         log = exponent * x.double().log2() - (1 - exponent) * w.double().log2()
-        usable = torch.isfinite(log)
+        usable = torch.isfinite(log)  # neither inputs nor weights that are all zero
         if not bool(usable.any()):
-            return torch.ones(pair.rows.count)
+            return torch.ones_like(x)
         # Around 1, by a power of two: so a factor common to all channels changes no mantissa.
         log = torch.where(usable, log - log[usable].mean().round(), 0.0)
-        exact = len(rounded) < len(pair.readers)  # the others stay in float: no bit of theirs is lost
+        exact = len(readers) < len(pair.readers)  # the others stay in float: no bit of theirs is lost
         return torch.exp2(log.round() if exact else log).float()
 
-    def _error(self, scales: list[Tensor], run: Callable[[], Tensor], wanted: Tensor) -> float:
-        """Mean squared error of the block's output with its readers scaled, rounded, scaled back."""
-        with self._undoable() as undo:
-            for pair, s in zip(self.pairs, scales, strict=True):
-                importance = (self.means.of(pair.readers) / s).square()
-                for reader in self.schemes.keys() & set(pair.readers):
-                    module, scheme = self.block.get_submodule(reader), self.schemes[reader]
-                    weight = float_weight(module) * s
-                    scale, zero_point = search_qparams(weight, scheme, importance, self.dtype)
-                    codes = quantize(weight, scale, zero_point, scheme)
-                    rounded = dequantize(codes, scale, zero_point, scheme)
-                    set_float_weight(module, rounded.div_(s))
-            error = float((run() - wanted).square().mean())
-            undo()
+    def _rounded(self, pair: ScalePair) -> list[str]:
+        return [reader for reader in pair.readers if reader in self.schemes]
+
+    def _error(self, scales: list[Tensor], judge: _Judge) -> float:
+        """Of the block's output with its readers scaled, rounded as they will be, and scaled back."""
+        readers = [self.block.get_submodule(r) for pair in self.pairs for r in self._rounded(pair)]
+        originals: list[tuple[Any, Tensor]] = [(m.weight, m.weight.data) for m in readers]  # type: ignore[misc]
+        for pair, s in zip(self.pairs, scales, strict=True):
+            importance = (self.means.of(pair.readers) / s).square()
+            for reader in self._rounded(pair):
+                module, scheme = self.block.get_submodule(reader), self.schemes[reader]
+                weight = float_weight(module) * s
+                scale, zero_point = search_qparams(weight, scheme, importance, self.dtype)
+                codes = quantize(weight, scale, zero_point, scheme)
+                set_float_weight(module, dequantize(codes, scale, zero_point, scheme).div_(s))
+        error = judge.error()
+        _put_back(originals)
         return error
 
-    @contextmanager
-    def _undoable(self, sources: bool = False) -> Iterator[Callable[[], None]]:
-        """Put aside the parameters that these pairs touch, with a way to have them back."""
-        paths = [reader for pair in self.pairs for reader in pair.readers]
-        paths += [pair.source for pair in self.pairs] if sources else []
-        paths += [path.rsplit(".", 2)[0] for path in paths if path.count(".") > 1] if sources else []
-        modules = [self.block.get_submodule(path) for path in dict.fromkeys(paths)]
-        saved = [(p, p.data) for module in modules for p in module.parameters(recurse=False)]
-        if sources:
-            for parameter, data in saved:
-                parameter.data = data.clone()
+    def _own_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Let all parameters that a fold touches be copies; what they were."""
+        paths = {path for pair in self.pairs for path in (pair.source, *pair.readers)}
+        paths |= {path.rsplit(".", 2)[0] for path in paths if path.count(".") > 1}  # biases of experts
+        modules = [self.block.get_submodule(path) for path in paths]
+        originals = [(p, p.data) for module in modules for p in module.parameters(recurse=False)]
+        for parameter, data in originals:
+            parameter.data = data.clone()
+        return originals
 
-        def undo() -> None:
-            for parameter, data in saved:
-                parameter.data = data
 
-        try:
-            yield undo
-        except BaseException:
-            undo()
-            raise
+def _put_back(originals: list[tuple[Any, Tensor]]) -> None:
+    for parameter, data in originals:
+        parameter.data = data
 
 
 def _fold_source(block: nn.Module, pair: ScalePair, s: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,7 +225,3 @@ def _fold_source(block: nn.Module, pair: ScalePair, s: Tensor, dtype: torch.dtyp
     scale_source(block, pair, exact)
     own.copy_(own.to(dtype))
     return exact
-
-
-def _relative(result: Tensor, wanted: Tensor) -> float:
-    return float((result - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
