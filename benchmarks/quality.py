@@ -378,7 +378,8 @@ def main() -> None:
         facts |= {"rows": rows, "refused": refused, "checks": [str(v) for v in verdicts]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
     failed = [verdict for verdict in verdicts if not verdict.holds]
-    assert not failed, f"{len(failed)} of {len(verdicts)} figures fail"
+    if failed:
+        sys.exit(f"{len(failed)} of {len(verdicts)} figures fail")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
     failed = [f"{what}: {value:.2f} (limit {limit})" for what, value, limit in limits if value > limit]
-    assert not failed, "; ".join(failed)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -517,6 +517,21 @@ def test_the_bias_of_a_linear_that_is_a_source_is_folded_with_its_rows(tiny, mod
     assert {bias.removesuffix(".bias") for bias in biases} == sources
 
 
+def test_a_folded_bias_is_run_as_it_is_written(tiny, tmp_path):
+    """Large ones, so that their rounding shows beside that of the weights, which have 8 bits."""
+    folder = Path(shutil.copytree(tiny.source("gpt2"), tmp_path / "gpt2"))
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.c_attn.bias"][128:] *= 100
+        tensors[f"transformer.h.{i}.attn.c_proj.weight"][::3] /= 64  # folded for sure
+        tensors[f"transformer.h.{i}.attn.c_attn.weight"][:, 128:][:, ::3] *= 64
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = quantize(folder, tmp_path / "out", method="awq", scheme=W8, calibration=IDS)
+    for i in range(2):
+        assert result.ledger.tensors[f"transformer.h.{i}.attn.c_attn.bias"].outcome == "folded"
+    _check_kl(folder, tmp_path / "out", [], result.ledger.blocks[-1]["kl"])
+
+
 @pytest.mark.parametrize("label", ["w2-channel", "w3-g32-asym", "w8-tensor", "w4-channel-asym"])
 def test_any_scheme_is_calibrated(tiny, label):
     source = tiny.source("llama")

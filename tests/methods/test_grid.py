@@ -6,7 +6,7 @@ from checks import FLOATS, assert_same, schemes
 from fewbits.affine import choose_qparams, quantize
 from fewbits.errors import InputError
 from fewbits.methods import METHODS, WeightedRTN
-from fewbits.methods.grid import _SHRINKS, search_qparams
+from fewbits.methods.grid import candidates, search_qparams
 from fewbits.scheme import QuantScheme
 
 
@@ -23,8 +23,8 @@ def test_each_scale_is_the_candidate_of_least_error(scheme, full):
     hessian = hessian if full else hessian.diagonal().diag()
     scale, zero_point = search_qparams(weight, scheme, hessian if full else hessian.diagonal())
     wide, point = choose_qparams(weight, scheme)
-    best = oracles.best_shrinks(weight, wide, point, scheme, hessian, list(_SHRINKS))
-    assert torch.equal(scale, wide * torch.tensor(_SHRINKS, dtype=torch.float64)[best])
+    best = oracles.best_shrinks(weight, wide, point, scheme, hessian, list(candidates(scheme)))
+    assert torch.equal(scale, wide * torch.tensor(candidates(scheme), dtype=torch.float64)[best])
     assert torch.equal(zero_point, point)
 
 

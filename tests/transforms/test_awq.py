@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from checks import block_runs, check_transform, linears_of
+from fewbits.affine import quantize
 from fewbits.errors import InputError
 from fewbits.linear import float_weight, split_experts
+from fewbits.methods.grid import search_qparams
 from fewbits.scheme import QuantScheme
-from fewbits.tensor import quantize_tensor
+from fewbits.tensor import QuantizedTensor
 from fewbits.transforms import AWQ, TRANSFORMS
 from fewbits.wiring import find_wiring, scale_readers, scale_source
 from models import ALL, VOCABULARY, tiny_model
@@ -188,17 +190,20 @@ def test_a_fold_that_does_not_help_on_held_out_samples_is_undone_to_the_last_bit
 
 
 def test_the_errors_it_tells_are_those_of_the_rounded_block():
-    block, held_out = Block(), inputs(3)
+    block, search, held_out = Block(), inputs(3), inputs(3)
     wanted, original = block(held_out), copy.deepcopy(block)
-    (note,) = awq(block, inputs(3), held_out)
+    (note,) = awq(block, search, held_out)
     found = re.search(r"error (\S+) -> (\S+); the float block changed by (\S+)$", note.what)
     for rounded, told in ((original, found[1]), (block, found[2])):
+        importance = rounded.norm(search).abs().mean(0).square()
         for name, scheme in READERS.items():
-            linear = rounded.get_submodule(name)
-            linear.weight.data = quantize_tensor(linear.weight, scheme, BF16).dequantize(torch.float32)
+            weight = rounded.get_submodule(name).weight
+            scale, zero_point = search_qparams(weight, scheme, importance, BF16)
+            codes = quantize(weight, scale, zero_point, scheme)
+            weight.copy_(QuantizedTensor(codes, scale, zero_point, scheme).dequantize(torch.float32))
         error = float((rounded(held_out) - wanted).square().mean())
         # The fold itself rounds the norm to bfloat16, and s with it: the codes of a few weights.
-        assert error == pytest.approx(float(told), rel=0.02)
+        assert error == pytest.approx(float(told), rel=0.05)
     assert float(found[2]) < 0.7 * float(found[1])
 
 
@@ -275,33 +280,6 @@ def test_experts_without_a_token_are_scaled_with_the_norm_they_read():
     for i in range(64):
         name = f"mlp.experts.gate_up_proj.{i}.weight"
         assert not torch.equal(after[name], before[name])
-
-
-def test_the_block_is_what_it_was_when_a_run_fails():
-    block, x = Block(), inputs(3)
-    before, wiring = state(block), find_wiring(block, lambda: block(x))
-    total = _runs_until(block, wiring, x, None)
-    assert total >= 3 + 2 + 3
-    block.load_state_dict(before)
-    for failing in range(total):
-        with pytest.raises(ZeroDivisionError):
-            _runs_until(block, wiring, x, failing)
-        assert same(block, before)
-        assert not any(module._forward_pre_hooks for module in block.modules())
-
-
-def _runs_until(block, wiring, x, failing):
-    count = 0
-
-    def run():
-        nonlocal count
-        if count == failing:
-            raise ZeroDivisionError
-        count += 1
-        return block(x)
-
-    QUICK(block, wiring, READERS, run, run, BF16)
-    return count
 
 
 @pytest.mark.parametrize("points", [1, 0, -3])

@@ -14,9 +14,10 @@ from torch import Tensor
 from fewbits.affine import choose_qparams, nearest_, parts_of, working_dtype
 from fewbits.scheme import QuantScheme
 
-# Of the scale that covers the range; the range itself comes first, so that ties keep it. They reach from
-# what is of use at 2 bits to a little over the range. Not tuned.
-_SHRINKS = (1.0, *torch.linspace(0.3, 1.1, 24).tolist())
+# Of the scale that covers the range, by bits: from what clips too much to a little over the range, which
+# comes first, so that ties keep it. Not tuned, beyond seeing that the best are inside.
+_LEAST = {2: 0.2, 3: 0.4, 4: 0.55, 8: 0.85}
+_MOST, _STEPS = 1.05, 24
 _BLOCK = 128  # columns whose errors are weighed together, at most; not tuned
 _SLICE = 2**18  # weights at a time: they stay in the cache through all candidates; not tuned
 
@@ -50,8 +51,13 @@ def search_qparams(
     else:
         total = torch.cat(errors, 1)
     best = total.argmin(0)
-    shrinks = torch.tensor(_SHRINKS, dtype=torch.float64, device=weight.device)
+    shrinks = torch.tensor(candidates(scheme), dtype=torch.float64, device=weight.device)
     return _shrunk(scale, shrinks[best]), zero_point
+
+
+def candidates(scheme: QuantScheme) -> tuple[float, ...]:
+    """The fractions of the covering scale that are tried."""
+    return (1.0, *torch.linspace(_LEAST[scheme.bits], _MOST, _STEPS).tolist())
 
 
 def _slices(rows: int, columns: int) -> list[slice]:
@@ -82,7 +88,7 @@ def _errors(
     points = zero_point.to(dtype)[..., None]
     error = torch.empty_like(parts)
     found = []
-    for shrink in _SHRINKS:
+    for shrink in candidates(scheme):
         step = _shrunk(scale, shrink).to(dtype)[..., None]
         nearest_(error.copy_(parts), step, points, scheme)
         error.sub_(points).mul_(step).sub_(parts)
