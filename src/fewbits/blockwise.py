@@ -32,7 +32,7 @@ _JUDGED = 4096  # tokens that are kept for judging, and that transforms search w
 _PROBE = 64  # tokens that the wiring is found with; not tuned
 _COMPARED_ROWS = 128  # of each matrix, on which its error is compared with round to nearest; not tuned
 _PANEL = 256  # columns of a Hessian that are added to by one product; not tuned
-_LENS = 512  # positions at which the logits after each block are compared; not tuned
+_LENS = 256  # positions at which the logits after each block are compared; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,9 @@ class MatrixReport:
         method: what rounded it in the end.
         scheme: label.
         tokens: that its Hessian was collected on.
-        error_to_rtn: squared error of its output over that of rounding it to nearest, estimated on
-            some of its rows, on the calibration tokens; None without a Hessian.
+        error_to_rtn: squared error of its output over that of rounding the same matrix to nearest (of
+            the transformed one, where it was), estimated on some of its rows, on the calibration
+            tokens; None without a Hessian.
         steps: notes of the method: what it had to fall back to.
     """
 
@@ -65,7 +66,8 @@ class BlockReport:
         error: squared error of its output over the output's variance, both given the same states.
         kl: divergence in nats, of the logits that the model's norm and head make of the states
             behind this block, from those that they make of the float model's. At the last block
-            this is the KL of the quantized model.
+            this is the KL of the quantized model with its head in float. It holds the noise of bfloat16
+            states, and transforms chose what to fold on the same samples.
     """
 
     block: int
@@ -151,6 +153,7 @@ def quantize_blocks(
         block = run.block(number)
         what = f"blocks, KL so far {block.report.kl:.3g}"
         yield block
+        del block  # its codes are written
     if progress is not None:
         progress(what, stream.count, stream.count)
 
@@ -399,7 +402,7 @@ class _Run:
         if stat is None or stat.tokens == 0:
             return RTN(), "no calibration token reached it: rounded to nearest"
         columns = len(stat.hessian)
-        if _is_expert(block, linear) and stat.tokens < columns:
+        if _is_expert(block, linear) and stat.tokens < columns and not isinstance(method, WeightedRTN):
             why = f"only {stat.tokens} calibration tokens for {columns} inputs: weighted rounding"
             return WeightedRTN(), why
         return method, None
@@ -415,7 +418,7 @@ class _Run:
                 continue
             parts, whole = self._parts(name, block, prefix)
             source = checkpoint.read(name)
-            if parts and not torch.equal(whole(parts).to(source.dtype), source):
+            if parts and not _equal(whole(parts), source):
                 for part in parts:  # what is run from here on is what will be written
                     part.copy_(part.to(source.dtype))
                 result.changed[name] = whole(parts).to(source.dtype).clone()
@@ -451,9 +454,16 @@ class _Run:
         for i in range(len(states)):
             log_p = F.log_softmax(self.stream.logits(self.float_states[i : i + 1]), -1)
             log_q = F.log_softmax(self.stream.logits(states[i : i + 1].float()), -1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            total, count = total + float(kl.sum()), count + kl.numel()
+            for p, q in zip(torch.split(log_p, 32, 1), torch.split(log_q, 32, 1), strict=True):
+                kl = (p.exp() * (p - q)).sum(-1)
+                total, count = total + float(kl.sum()), count + kl.numel()
         return total / count
+
+
+def _equal(value: Tensor, source: Tensor) -> bool:
+    """Whether a float32 value is still the source's, as float32 holds that; NaN equals NaN."""
+    source = source.to(value.dtype)
+    return bool(((value == source) | (value.isnan() & source.isnan())).all())
 
 
 def _is_expert(block: nn.Module, path: str) -> bool:
@@ -466,13 +476,14 @@ def _new_stats(block: nn.Module, path: str) -> _Stats:
 
 
 class _AllSeen(Exception):  # noqa: N818
-    """The last linear was reached: what it would give is of no use."""
+    """All linears that are watched were reached: what comes after them is of no use."""
 
 
 @contextmanager
 def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
-    """Add x.T @ x of every input to the statistics while the block runs; `stats` in call order."""
-    last = next(reversed(stats), None)
+    """Add x.T @ x of every input to the statistics while the block runs."""
+    needed = set(stats)
+    pending, experts = set(needed), any(_is_expert(block, path) for path in stats)
 
     def watch(path: str, stat: _Stats) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -481,7 +492,9 @@ def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
                 panel = slice(start, start + _PANEL)
                 stat.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
             stat.tokens += len(x)
-            if path == last and not _is_expert(block, path):
+            pending.discard(path)
+            if not pending and not experts:  # an expert may be called again, or later
+                pending.update(needed)
                 raise _AllSeen
 
         return record

@@ -287,7 +287,11 @@ def check_calibration(
     if model is None or tokenizer.bos_token_id is None is tokenizer.eos_token_id:
         what = f"distance from the model's own text not measured: {unable}"
         return [*notes, Note("skip", "calibration", what)]
-    return [*notes, _distance(calibration, tokenizer, model)]
+    try:
+        return [*notes, _distance(calibration, tokenizer, model)]
+    except InputError as error:  # the blocks run in another precision: no reason to stop
+        what = f"distance from the model's own text not measured: {error}"
+        return [*notes, Note("skip", "calibration", what)]
 
 
 def _fact(what: str, warning: bool = False) -> Note:

@@ -93,6 +93,11 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except FewbitsError as error:
             err.print(f"error: {error}", markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # torch's own kind
+                raise
+            err.print("error: the machine has no memory left for this")
+            raise typer.Exit(1) from None
         except MemoryError:
             err.print("error: the machine has no memory left for this")
             raise typer.Exit(1) from None
@@ -271,6 +276,7 @@ def quantize(
     )
     if result.ledger.blocks:
         out.print(blocks_table(result.ledger.blocks))
+    if result.ledger.blocks and result.run:
         memory = result.run["memory_bytes"]
         out.print(
             f"{result.run['elapsed_s']:.0f} s; memory {bytes_text(memory['before'])} before, at most "

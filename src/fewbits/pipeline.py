@@ -42,6 +42,7 @@ from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method
 from fewbits.scheme import QuantScheme
 from fewbits.speed import memory_bytes, watch_memory
+from fewbits.stream import fast_dtype
 from fewbits.structure import (
     EXPERT_PARAMETERS,
     Kind,
@@ -57,6 +58,8 @@ from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
 from fewbits.text import Text
 from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
+
+_ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,35 +156,40 @@ def quantize(
     named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
     recipe = Recipe(method, scheme or DEFAULT_SCHEME, overrides, head, named + transforms)
     out = Path(out)
+    if out.exists() and not (out / LEDGER).is_file():
+        raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
     plan = make_plan(resolve(model), recipe, format)
-    data = _read_calibration(plan, recipe, calibration, samples, length, seed, progress)
-    request = recipe.describe() | {"format": plan.format.name}
-    request |= {} if data is None else {"calibration": data.to_json()}
-    source = _describe_source(model, plan)
-    if out.exists():
-        return _reuse(out, plan, request, source, progress)
-    ledger = Ledger(version("fewbits"), request, source, notes=list(plan.notes))
-    with watch_memory() as memory, CheckpointWriter(out, max_shard_bytes) as writer:
-        if data is None:
-            _write_weights(plan, recipe, writer, ledger, progress)
-        else:
-            ledger.calibration = data.to_json()
-            ledger.notes += _check_calibration(plan, data)
-            states_file = _states_file(plan, data, max_memory, writer.folder, ledger.notes)
-            blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
-            _write_blocks(blocks, plan, recipe, writer, ledger)
-            if states_file is not None:
-                states_file.unlink()
-        quantization = plan.format.config(plan.placements, plan.floats)
-        writer.write_json(CONFIG, plan.config | {"quantization_config": quantization})
-        writer.carry_over(plan.checkpoint.folder)
-        ledger.notes += plan.checkpoint.notes
-        ledger.files = _describe_files(writer.folder)
-        writer.write_json(LEDGER, ledger.to_json())
-        verification = verify(writer.folder, progress=progress)
-        elapsed = round(time.monotonic() - began, 3)
-        writer.write_json(RUN, {"elapsed_s": elapsed, "memory_bytes": asdict(memory)})
-        writer.commit()
+    with watch_memory() as memory:
+        data = _read_calibration(plan, recipe, calibration, samples, length, seed, progress)
+        request = recipe.describe() | {"format": plan.format.name}
+        request |= {} if data is None else {"calibration": _describe_calibration(plan, data)}
+        source = _describe_source(model, plan)
+        if out.exists():
+            return _reuse(out, plan, request, source, progress)
+        ledger = Ledger(version("fewbits"), request, source, notes=list(plan.notes))
+        with CheckpointWriter(out, max_shard_bytes) as writer:
+            if data is None:
+                if max_memory is not None:
+                    raise InputError(f"method {recipe.name} takes no --max-memory: it is not calibrated")
+                _write_weights(plan, recipe, writer, ledger, progress)
+            else:
+                ledger.calibration = _describe_calibration(plan, data)
+                ledger.notes += _check_calibration(plan, data)
+                states_file = _states_file(plan, data, max_memory, writer.folder, ledger.notes)
+                blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
+                _write_blocks(blocks, plan, recipe, writer, ledger)
+                if states_file is not None:
+                    states_file.unlink()
+            quantization = plan.format.config(plan.placements, plan.floats)
+            writer.write_json(CONFIG, plan.config | {"quantization_config": quantization})
+            writer.carry_over(plan.checkpoint.folder)
+            ledger.notes += plan.checkpoint.notes
+            ledger.files = _describe_files(writer.folder)
+            writer.write_json(LEDGER, ledger.to_json())
+            verification = verify(writer.folder, progress=progress)
+            elapsed = round(time.monotonic() - began, 3)
+            writer.write_json(RUN, {"elapsed_s": elapsed, "memory_bytes": asdict(memory)})
+            writer.commit()
     return _result(out, plan, ledger, verification)
 
 
@@ -190,7 +198,7 @@ def _result(
 ) -> Quantized:
     weights = sum(f["size_bytes"] for n, f in ledger.files.items() if n.endswith(".safetensors"))
     source = sum(plan.checkpoint.file_bytes.values())
-    run = read_json(out / RUN)
+    run = read_json(out / RUN) if (out / RUN).is_file() else {}  # no part of what was promised
     return Quantized(out, ledger, verification, weights, source, plan.parameters, run, reused)
 
 
@@ -226,9 +234,6 @@ def _reuse(
     out: Path, plan: Plan, request: dict[str, Any], source: dict[str, Any], progress: Progress | None
 ) -> Quantized:
     """Verify the finished result of the same run; refuse anything else."""
-    accepted = "accepted is a folder that does not exist yet, or the result of the same run"
-    if not (out / LEDGER).is_file():
-        raise InputError(f"{out} exists and was not written by fewbits; {accepted}")
     ledger = read_ledger(out)
     differences = [
         f"{key} was {ledger.request.get(key)!r} and is {value!r} now"
@@ -242,7 +247,7 @@ def _reuse(
     if ledger.version != version("fewbits"):
         differences.append(f"fewbits was {ledger.version} and is {version('fewbits')} now")
     if differences:
-        raise InputError(f"{out} holds another run: {', '.join(differences)}; {accepted}")
+        raise InputError(f"{out} holds another run: {', '.join(differences)}; {_ACCEPTED}")
     verification = verify(out, plan.checkpoint.folder, progress)
     return _result(out, plan, ledger, verification, reused=True)
 
@@ -281,6 +286,7 @@ def _write_blocks(
             _write_one(name, plan, writer, ledger, weights, changed)
         ledger.notes += block.notes
         ledger.blocks.append(block.report.to_json())
+        del block, weights, changed  # before the next one is made
     writer.finish_weights()
     plan.checkpoint.close()
 
@@ -358,6 +364,8 @@ def _read_calibration(
             f"method {name} needs calibration; accepted are a text file, a .jsonl file, "
             f"hub:owner/name/config:split:column, and {SELF} for text that the model writes itself"
         )
+    if samples < 2 and not isinstance(source, Tensor):
+        raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
     config = text_config(skeleton(plan.checkpoint.config))
     writes = isinstance(source, str) and source == SELF
     return read_calibration(
@@ -373,6 +381,12 @@ def _read_calibration(
     )
 
 
+def _describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
+    """The data, and what the model is run in: both decide what comes out."""
+    products = fast_dtype(plan.checkpoint.dtype) or torch.float32
+    return data.to_json() | {"products": str(products).removeprefix("torch.")}
+
+
 def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
     """Whether the data is enough, before the hours are spent."""
     matrices = [plan.matrices[name] for name in plan.placements]
@@ -382,12 +396,19 @@ def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
         tokenizer = load_tokenizer(plan.checkpoint.folder)
     except InputError:
         tokenizer = None
-    mapped = not experts  # experts are stacked into new memory when a whole model is loaded
-    model = load(plan.checkpoint.folder) if mapped and tokenizer is not None else None
-    return check_calibration(
+    config = skeleton(plan.checkpoint.config).config
+    # Loaded as a whole it must stay on the disk, mapped; experts are stacked into new memory.
+    mapped = not experts and getattr(config, "dtype", None) in (None, plan.checkpoint.dtype)
+    wanted = mapped and tokenizer is not None and data.source != SELF
+    model = load(plan.checkpoint.folder) if wanted else None
+    routing = _routing(plan) if experts else None
+    unknown = Note(
+        "skip", "calibration", "tokens per expert: the config does not tell how many are chosen"
+    )
+    return ([unknown] if experts and routing is None else []) + check_calibration(
         data,
         widths=widths or experts,
-        experts=_routing(plan) if experts else None,
+        experts=routing,
         tokenizer=tokenizer,
         model=model,
         expert_width=max(experts.values(), default=None),

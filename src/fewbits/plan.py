@@ -118,7 +118,7 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
     if not placements:
         raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
     _check_fit(checkpoint, matrices, placements, origins)
-    layout, why = _choose_format(format_name, placements)
+    layout, why = _choose_format(format_name, placements, _some_experts_float(matrices, placements))
     floats = sorted(_float_modules(model, matrices, placements, checkpoint))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
     plan = Plan(
@@ -228,8 +228,15 @@ def _check_fit(
         )
 
 
+def _some_experts_float(matrices: dict[str, Matrix], placements: dict[str, Placement]) -> str | None:
+    """An expert that stays in float while others are quantized."""
+    experts = [name for name, matrix in matrices.items() if matrix.kind == "expert"]
+    floats = [name for name in experts if name not in placements]
+    return floats[0] if 0 < len(floats) < len(experts) else None
+
+
 def _choose_format(
-    format_name: str | None, placements: dict[str, Placement]
+    format_name: str | None, placements: dict[str, Placement], some_experts_float: str | None
 ) -> tuple[Format, list[Note]]:
     """The one asked for; by default compressed-tensors, or our own where that one refuses."""
     if format_name is not None and format_name not in FORMATS:
@@ -240,6 +247,8 @@ def _choose_format(
         reason = chosen.refuses(placement, placement.scheme)
         if reason is not None:
             refused.setdefault(reason, []).append(name)
+    if some_experts_float is not None and chosen.name != "fewbits":
+        refused["its clients load all experts of a model alike"] = [some_experts_float]
     if not refused:
         return chosen, []
     reasons = "; ".join(

@@ -5,6 +5,7 @@ beside the hidden states: masks, position embeddings, which may differ from bloc
 blocks are loaded one by one, by transformers' own conversion, and run on all samples.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.checkpoint import Checkpoint
+from fewbits.checkpoint import Checkpoint, disk_errors
 from fewbits.errors import InputError
 from fewbits.linear import split_experts
 from fewbits.load import build
@@ -110,7 +111,7 @@ class Stream:
         self.path = find_blocks(self.network)
         self.count = len(self.network.get_submodule(self.path))  # type: ignore[arg-type]
         self.located = locate(self.network, list(checkpoint.tensors))
-        self.fast_dtype = _fast_dtype(checkpoint.dtype)
+        self.fast_dtype = fast_dtype(checkpoint.dtype)
         self.shell, self.stubs = self._shell(every)
         self.loaded: dict[int, nn.Module] = {}  # ahead of time
         self.calls: dict[tuple[int, int], list[_Call]] = {}  # by samples and tokens of each
@@ -279,10 +280,10 @@ class Stream:
         return logits.float()
 
 
-def _fast_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """bfloat16, for models of 16 bits where the processor multiplies it faster than float32."""
+def fast_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """bfloat16, for models in it where the processor multiplies it faster than float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native and dtype.itemsize == 2 else None
+    return torch.bfloat16 if native and dtype == torch.bfloat16 else None
 
 
 def _buffer(shape: tuple[int, ...], path: Path | None) -> Tensor:
@@ -290,6 +291,9 @@ def _buffer(shape: tuple[int, ...], path: Path | None) -> Tensor:
     if path is None:
         return torch.empty(shape, dtype=torch.bfloat16)
     size = torch.Size(shape).numel()
+    with disk_errors(path), path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk now, not when a page of the map is touched
+            os.posix_fallocate(file.fileno(), 0, 2 * size)
     mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
     return mapped.view(shape)
 

@@ -110,7 +110,11 @@ def _factor_or_less(H: Tensor, order: Tensor, damp: float) -> tuple[_Factored | 
         if factors is not None:
             return _Factored(H, _damped_diagonal(H, damp * times)[order], *factors), notes
         notes.append(Note("fallback", "", f"H has no Cholesky factor with damp {damp * times:g}"))
-    values, vectors = torch.linalg.eigh(H)
+    try:
+        values, vectors = torch.linalg.eigh(H)
+    except RuntimeError:  # as torch calls a decomposition that does not converge
+        what = "H has no eigenvalues that could be found: weighted rounding instead"
+        return None, [*notes, Note("fallback", "", what)]
     least = damp * values.clamp(min=0).mean()
     raised = int((values < least).sum())
     notes.append(Note("fallback", "", f"{raised} eigenvalues of H raised to {damp:g} of their mean"))
