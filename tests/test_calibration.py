@@ -352,15 +352,15 @@ def distance(ids, model, tokenizer):
 def test_perplexities_and_their_distance_equal_the_definition():
     table = 2 * torch.randn(VOCABULARY, VOCABULARY)
     model = bigram(table)
-    own = read_calibration(SELF, Letters(), model=model, samples=16, length=64, seed=0).ids
-    text = ids_of(20, 64)
+    own = read_calibration(SELF, Letters(), model=model, samples=32, length=32, seed=0).ids
+    text = ids_of(40, 64)
     surprise = -torch.log_softmax(table.double(), -1)
-    losses = [surprise[ids[:, :-1], ids[:, 1:]].mean(-1) for ids in (text[:16], own)]
+    losses = [surprise[ids[:, :-1], ids[:, 1:]].mean(-1) for ids in (text[:32, :32], own)]
     note, perplexity, own_perplexity, ratio, error = distance(text, model, Letters())
     expected = [float(loss.mean().exp()) for loss in losses]
     assert (perplexity, own_perplexity) == pytest.approx(expected, rel=1e-3)
     assert ratio == pytest.approx(expected[0] / expected[1], rel=6e-3)  # three digits are printed
-    variance = sum(float(loss.var()) / 16 for loss in losses)
+    variance = sum(float(loss.var()) / len(loss) for loss in losses)
     assert error == pytest.approx(ratio * math.sqrt(variance), rel=0.06)  # and two
     assert "warning: perplexity" in note
 

@@ -287,7 +287,7 @@ def test_every_calibrated_method_is_known_by_name(model, text, tmp_path, method)
         (["--method", "gptq", "--calibration", "nowhere.txt"], ["nowhere.txt"]),
         (["--method", "gptq", "--calibration", "TEXT", "--samples", "9999"], ["9999", "at most"]),
         (["--method", "gptq", "--calibration", "TEXT", "--samples", "0"], ["samples"]),
-        (["--method", "gptq", "--calibration", "TEXT", "--samples", "1"], ["1 sample", "2 or more"]),
+        (["--method", "gptq", "--calibration", "TEXT", "--samples", "1"], ["samples is 1", "2 or more"]),
         (["--method", "gptq", "--calibration", "TEXT", "--seq-len", "65"], ["65", "context, 64"]),
         (["--method", "gptq", "--calibration", "TEXT", "--seq-len", "1"], ["1"]),
         (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "lots"], ["'lots'", "6GB"]),

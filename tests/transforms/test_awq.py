@@ -193,7 +193,7 @@ def test_the_errors_it_tells_are_those_of_the_rounded_block():
     block, search, held_out = Block(), inputs(3), inputs(3)
     wanted, original = block(held_out), copy.deepcopy(block)
     (note,) = awq(block, search, held_out)
-    found = re.search(r"error (\S+) -> (\S+); the float block changed by (\S+)$", note.what)
+    found = re.search(r"error (\S+) -> (\S+); that of the float block (\S+)$", note.what)
     for rounded, told in ((original, found[1]), (block, found[2])):
         importance = rounded.norm(search).abs().mean(0).square()
         for name, scheme in READERS.items():
