@@ -113,7 +113,7 @@ def test_advancing_replaces_the_states_by_what_the_block_makes_of_them(source):
     flow.fast_dtype = None
     block, before = flow.load(0), flow.states.clone()
     expected = flow.run_all(0, block, before)
-    flow.advance(0, block)
+    flow.advance(0, block, range(len(flow.states)))
     assert torch.equal(flow.states, expected.bfloat16())
     assert not torch.equal(flow.states, before)
 
@@ -165,8 +165,8 @@ def test_states_in_a_file_are_those_in_memory(source, tmp_path, model_type):
     flow = Stream(open_checkpoint(source(model_type)), IDS, states_file=path)
     plain = Stream(open_checkpoint(source(model_type)), IDS)
     for number in range(flow.count):
-        flow.advance(number, flow.load(number))
-        plain.advance(number, plain.load(number))
+        flow.advance(number, flow.load(number), range(len(flow.states)))
+        plain.advance(number, plain.load(number), range(len(plain.states)))
     assert torch.equal(flow.states, plain.states)
     stored = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.bfloat16)
     assert torch.equal(stored.view(plain.states.shape), plain.states)

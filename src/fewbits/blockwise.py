@@ -41,7 +41,7 @@ class MatrixReport:
 
     Args:
         name: source tensor; stacked experts have their number behind it.
-        method: what rounded it in the end.
+        method: what was called to round it; `steps` say where it gave up for something simpler.
         scheme: label.
         tokens: that its Hessian was collected on.
         error_to_rtn: squared error of its output over that of rounding the same matrix to nearest (of
@@ -217,7 +217,8 @@ class _Run:
         error = float((got - wanted).square().mean() / wanted.var())
         kl = self._kl(got)
         if number + 1 < stream.count:
-            stream.advance(number, block)
+            stream.advance(number, block, self.fitted)
+            stream.states[self.held_out] = got
         result.report = BlockReport(number, error, kl, tuple(matrices))
         return result
 

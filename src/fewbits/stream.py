@@ -265,9 +265,9 @@ class Stream:
         parts = [self.run(number, block, states[rows]) for rows in self.batches(range(len(states)))]
         return torch.cat(parts)
 
-    def advance(self, number: int, block: nn.Module) -> None:
-        """Replace the states of all samples by what the block makes of them."""
-        for rows in self.batches(range(len(self.states))):
+    def advance(self, number: int, block: nn.Module, samples: range) -> None:
+        """Replace the states of these samples by what the block makes of them."""
+        for rows in self.batches(samples):
             self.states[rows] = self.run(number, block, self.states[rows], fast=True)
 
     @torch.no_grad()
