@@ -69,7 +69,7 @@ def _blocks(importance: Tensor, group: int) -> Tensor:
     """Costs by block of columns inside of groups: (blocks, size); of a Hessian (blocks, size, size)."""
     size = group if importance.ndim == 1 else _divisor(group)
     if importance.ndim == 1:
-        return importance.reshape(-1, size)
+        return importance.reshape(-1, size).contiguous()  # a diagonal lies far apart in memory
     starts = range(0, len(importance), size)
     return torch.stack([importance[i : i + size, i : i + size] for i in starts])
 
