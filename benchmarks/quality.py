@@ -141,9 +141,11 @@ class Bench:
         model, out = prepare(MODELS[case.model], self.work), self.work / "quantized" / case.label
         group = MODELS[case.model].group
         task = Task(model, out, case.method, case.bits, group, case.symmetric, ids_file)
-        facts = run(TOOLS[case.tool], task, self.environments, self.threads)
-        kl = kl_by_window(load_float32(model), load_float32(out / "dense"), heldout)
-        shutil.rmtree(out)
+        try:
+            facts = run(TOOLS[case.tool], task, self.environments, self.threads)
+            kl = kl_by_window(load_float32(model), load_float32(out / "dense"), heldout)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
         return Result(kl, facts)
 
 

@@ -55,8 +55,8 @@ class Task:
         """For the command line of a tool's script."""
         group = [] if self.group is None else ["--group", str(self.group)]
         grid = [] if self.symmetric else ["--asymmetric"]
-        paths = [str(path) for path in (self.model, self.out)]
-        options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids)]
+        paths = [str(path.resolve()) for path in (self.model, self.out)]
+        options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids.resolve())]
         return [*paths, *options, *group, *grid]
 
 
@@ -81,7 +81,8 @@ def version(tool: Tool, environments: Path) -> str:
 
 def run(tool: Tool, task: Task, environments: Path, threads: int) -> dict[str, Any]:
     """Quantize with one tool in a process of its own; what it says about it."""
-    python = sys.executable if tool.name == "fewbits" else environments / tool.name / "bin/python"
+    rival = environments.absolute() / tool.name / "bin/python"
+    python = sys.executable if tool.name == "fewbits" else rival
     script = HERE / "rivals" / f"run_{tool.name}.py"
     settings = {
         "OMP_NUM_THREADS": threads,
@@ -91,8 +92,10 @@ def run(tool: Tool, task: Task, environments: Path, threads: int) -> dict[str, A
         "TOKENIZERS_PARALLELISM": "false",
     }
     environment = os.environ | {key: str(value) for key, value in settings.items()}
+    task.out.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [str(python), str(script), *task.arguments],
+        [str(python), str(script.resolve()), *task.arguments],
+        cwd=task.out.parent,  # where some leave logs
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

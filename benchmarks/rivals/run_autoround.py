@@ -10,7 +10,7 @@ ITERATIONS, BATCH = 200, 8  # its defaults
 
 
 def quantize(job: Job, clock: Clock, storage: Storage) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and weights of the rounded model in memory; nothing is packed."""
+    """Logits and weights of the rounded model in memory: nothing is packed, so nothing is checked."""
     with clock.phase("load"):
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
     rounding = AutoRound(
