@@ -124,7 +124,10 @@ def test_products_in_bfloat16_are_off_by_their_rounding_only(source):
     exact = flow.run(0, block, flow.states)
     flow.fast_dtype = torch.bfloat16
     assert torch.equal(flow.run(0, block, flow.states), exact)
-    fast = flow.run(0, block, flow.states, fast=True)
+    with flow.in_fast_dtype(block):
+        assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+        fast = flow.run(0, block, flow.states)
+    assert torch.equal(flow.run(0, block, flow.states), exact)
     assert fast.dtype == torch.float32
     error = (fast - exact).abs().max() / exact.abs().max()
     assert 0 < error < 4 * torch.finfo(torch.bfloat16).eps

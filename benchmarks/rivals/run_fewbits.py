@@ -2,13 +2,19 @@
 
 import torch
 from job import Clock, Job, check_logits, compressed_tensors_storage, read_job, report
+from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits import QuantizedLinear, QuantScheme
 
 
 def quantize(job: Job, clock: Clock) -> None:
-    """Reads, quantizes, writes and verifies; what is timed of other tools is quantizing alone."""
+    """Reads, quantizes, writes and verifies; what is timed of other tools is quantizing alone.
+
+    Before it, as of the others, the model is loaded once, which imports what transformers needs for it.
+    """
+    with clock.phase("load"):
+        AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
     granularity = "group" if job.group else "channel"
     scheme = QuantScheme(job.bits, granularity, job.group, job.symmetric)
     calibration = None if job.method == "rtn" else job.ids

@@ -338,10 +338,11 @@ class _Run:
         watched: dict[int, str] = {}
         for path, stat in stats.items():
             watched.setdefault(id(stat), path)
-        with _hooks(block, {path: stats[path] for path in watched.values()}):
+        hooks = _hooks(block, {path: stats[path] for path in watched.values()})
+        with hooks, self.stream.in_fast_dtype(block):
             for rows in self.stream.batches(self.fitted):
                 with suppress(_AllSeen):
-                    self.stream.run(number, block, self.stream.states[rows], fast=True)
+                    self.stream.run(number, block, self.stream.states[rows])
         for path in watched.values():
             stats[path].hessian.div_(max(1, stats[path].tokens))
             _mirror_(stats[path].hessian)

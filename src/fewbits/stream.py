@@ -7,6 +7,7 @@ blocks are loaded one by one, by transformers' own conversion, and run on all sa
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fewbits.linear import split_experts
 from fewbits.load import build
 from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton, text_config
 
-TOKENS = 4096  # run through a block at a time, at least one sample; not tuned
+TOKENS = 2048  # run through a block at a time, at least one sample; not tuned
 _HEAD_ROWS = 2**24  # weights of the output head in float32 at a time: 64 MB; not tuned
 
 
@@ -112,6 +113,7 @@ class Stream:
         self.count = len(self.network.get_submodule(self.path))  # type: ignore[arg-type]
         self.located = locate(self.network, list(checkpoint.tensors))
         self.fast_dtype = fast_dtype(checkpoint.dtype)
+        self.running: torch.dtype | None = None  # the same, while a block is in it
         self.shell, self.stubs = self._shell(every)
         self.loaded: dict[int, nn.Module] = {}  # ahead of time
         self.calls: dict[tuple[int, int], list[_Call]] = {}  # by samples and tokens of each
@@ -246,19 +248,38 @@ class Stream:
             yield slice(start, min(start + self.batch, samples.stop))
 
     @torch.no_grad()
-    def run(self, number: int, block: nn.Module, states: Tensor, fast: bool = False) -> Tensor:
+    def run(self, number: int, block: nn.Module, states: Tensor) -> Tensor:
         """What the block makes of the states (samples, length, hidden): float32.
 
-        `fast` allows products in the dtype that the model itself computes in, where `fast_dtype` is one.
+        The same in the model's own dtype while the block is `in_fast_dtype`.
         """
         samples, length, _ = states.shape
         if (samples, length) not in self.calls:
             self.calls[samples, length] = self._record(self.ids[:1, :length].expand(samples, -1))
-        call = self.calls[samples, length][number]
-        with torch.autocast("cpu", self.fast_dtype, enabled=fast and self.fast_dtype is not None):
-            output = block(states.float(), *call.args, **call.kwargs)
+        call, dtype = self.calls[samples, length][number], self.running or torch.float32
+        args, kwargs = _cast(call.args, dtype), _cast(call.kwargs, dtype)
+        # Modules may keep some weights in float32: autocast lets their products meet those in `dtype`.
+        with torch.autocast("cpu", self.running, enabled=self.running is not None):
+            output = block(states.to(dtype), *args, **kwargs)
         hidden: Tensor = output[0] if self.as_tuple else output
         return hidden.float()
+
+    @contextmanager
+    def in_fast_dtype(self, block: nn.Module) -> Iterator[None]:
+        """Until left, `run` computes in the dtype that the model itself has, where `fast_dtype` is one."""
+        if self.fast_dtype is None:
+            yield
+            return
+        held = {p: p.data for p in block.parameters() if p.dtype == torch.float32}
+        try:
+            for parameter, data in held.items():
+                parameter.data = data.to(self.fast_dtype)
+            self.running = self.fast_dtype
+            yield
+        finally:
+            self.running = None
+            for parameter, data in held.items():
+                parameter.data = data
 
     def run_all(self, number: int, block: nn.Module, states: Tensor) -> Tensor:
         """`run` on any number of samples."""
@@ -267,8 +288,9 @@ class Stream:
 
     def advance(self, number: int, block: nn.Module, samples: range) -> None:
         """Replace the states of these samples by what the block makes of them."""
-        for rows in self.batches(samples):
-            self.states[rows] = self.run(number, block, self.states[rows], fast=True)
+        with self.in_fast_dtype(block):
+            for rows in self.batches(samples):
+                self.states[rows] = self.run(number, block, self.states[rows])
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
@@ -296,6 +318,15 @@ def _buffer(shape: tuple[int, ...], path: Path | None) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, 2 * size)
     mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
     return mapped.view(shape)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors in float32, and those in tuples and dicts, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype == torch.float32 else value
+    if isinstance(value, dict):
+        return {key: _cast(v, dtype) for key, v in value.items()}
+    return tuple(_cast(v, dtype) for v in value) if type(value) is tuple else value
 
 
 def _same(a: Any, b: Any) -> bool:

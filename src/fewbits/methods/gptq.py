@@ -12,8 +12,9 @@ column's own H_kk; sweeps of coordinate descent afterwards (Behdin et al. 2023, 
 arXiv 2309.01885, section 3); a ladder of fallbacks where H has no factor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -41,7 +42,7 @@ class GPTQ:
 
     damp: float = 0.01
     act_order: bool = True
-    sweeps: int = 3
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
@@ -76,11 +77,11 @@ class GPTQ:
         importance[order] = found.D
         scale, zero_point = search_qparams(weight, scheme, importance, scale_dtype)
         columns = _Columns.of(weight, scale, zero_point, scheme, order)
-        _round(columns, found.U)
+        columns.round_all(partial(_by_factor, found.U))
         H, diagonal = found.H, found.diagonal
         del found  # its U is as large as H
         for _ in range(self.sweeps):
-            _round_again(columns, H, diagonal, order)
+            columns.round_all(partial(_by_all, H, diagonal, order))
         return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
 
 
@@ -151,24 +152,36 @@ def factor(H: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor] | Non
     return U.div_(root), root.square()
 
 
+def _by_factor(U: Tensor, start: int, stop: int) -> Tensor:
+    """Columns take up the errors of those before them: (stop - start, stop)."""
+    shares = U[:stop, start:stop].t().contiguous()
+    shares[:, start:].diagonal().zero_()
+    return shares
+
+
+def _by_all(H: Tensor, diagonal: Tensor, order: Tensor, start: int, stop: int) -> Tensor:
+    """Columns take up the errors of all others, after which the loss cannot be larger."""
+    shares = H[order[start:stop, None], order].div_(diagonal[start:stop, None])
+    shares[:, start:stop].diagonal().zero_()
+    return shares
+
+
 @dataclass(slots=True)
 class _Columns:
     """A matrix being rounded, (in, out): columns in the order of rounding, each in one piece of memory.
 
     Args:
-        W: the weights.
-        E: what rounding left of them, zero for columns not rounded yet.
-        codes: of those that are.
-        scales, points: (groups, out).
+        V: the weights in steps of their grid, not rounded.
+        E: what rounding left of the weights, zero for columns not rounded yet.
+        steps, points: (groups, out).
         groups: of each column, its row in them.
     """
 
-    W: Tensor
+    V: Tensor
     E: Tensor
-    codes: Tensor
-    scales: Tensor
+    steps: Tensor
     points: Tensor
-    groups: list[int]
+    groups: Tensor
     scheme: QuantScheme
 
     @classmethod
@@ -176,52 +189,47 @@ class _Columns:
         cls, weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, order: Tensor
     ) -> Self:
         """Nothing is rounded yet."""
-        W = weight.t()[order].to(affine.working_dtype(weight))
-        scales, points = (q.t().to(W.dtype).expand(-1, W.shape[1]) for q in (scale, zero_point))
-        groups = (order // (len(W) // scale.shape[1])).tolist()
-        codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-        return cls(
-            W, torch.zeros_like(W), codes, scales.contiguous(), points.contiguous(), groups, scheme
-        )
+        V = weight.t()[order].to(affine.working_dtype(weight))
+        expanded = (q.t().to(V.dtype).expand(-1, V.shape[1]) for q in (scale, zero_point))
+        steps, points = (q.contiguous() for q in expanded)
+        groups = order // (len(V) // scale.shape[1])
+        for part, group in zip(V.split(_BLOCK), groups.split(_BLOCK), strict=True):
+            part.div_(steps[group])
+        return cls(V, torch.zeros_like(V), steps, points, groups, scheme)
 
-    def round(self, k: int, w: Tensor) -> None:
-        """Give column k the codes nearest to w, which is used up."""
-        step, point = self.scales[self.groups[k]], self.points[self.groups[k]]
-        code = affine.nearest_(w, step, point, self.scheme)
-        self.codes[k] = code
-        torch.sub(self.W[k], code.sub_(point).mul_(step), out=self.E[k])
+    def round_all(self, shares: Callable[[int, int], Tensor]) -> None:
+        """Round each column at the best place given the errors of others.
+
+        Args:
+            shares: for columns from start to stop, (stop - start, columns): of the error of each
+                column, the share that they take up; of their own 0.
+        """
+        # All views at once: a view costs as much as arithmetic on one column.
+        V, E = self.V.unbind(), self.E.unbind()
+        inverse, low = self.steps.reciprocal(), self.points.neg()
+        high = low + self.scheme.max_code
+        grids = list(zip(*(grid.unbind() for grid in (self.steps, inverse, low, high)), strict=True))
+        groups = self.groups.tolist()
+        for start in range(0, len(V), _BLOCK):
+            stop = min(start + _BLOCK, len(V))
+            share = shares(start, stop)
+            taken = share @ self.E[: share.shape[1]]
+            changed = torch.zeros_like(taken)
+            inside = share[:, start:stop].unbind()
+            for k, mine, w, change in zip(
+                range(start, stop), inside, taken.unbind(), changed.unbind(), strict=True
+            ):
+                step, per_step, least, most = grids[groups[k]]
+                w.addmv_(changed.t(), mine)  # what those not rounded again yet have changed is 0
+                nearest = torch.addcmul(V[k], w, per_step).round_().clamp_(least, most)
+                torch.neg(E[k], out=change)
+                change.add_(torch.sub(V[k], nearest, out=E[k]).mul_(step))
 
     def codes_in(self, order: Tensor) -> Tensor:
         """The codes (out, in), as the weight had them."""
-        result = torch.empty_like(self.codes)
-        result[order] = self.codes
+        result = torch.empty(self.V.shape, dtype=torch.uint8, device=self.V.device)
+        for columns, group in zip(range(0, len(order), _BLOCK), self.groups.split(_BLOCK), strict=True):
+            rows = slice(columns, columns + _BLOCK)
+            nearest = torch.sub(self.V[rows], self.E[rows] / self.steps[group]).round_()
+            result[order[rows]] = nearest.add_(self.points[group]).to(torch.uint8)
         return result.t().contiguous()
-
-
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, _BLOCK):
-        yield start, min(start + _BLOCK, count)
-
-
-def _round(columns: _Columns, U: Tensor) -> None:
-    """Each column once, corrected by the errors of those before it."""
-    W, E = columns.W, columns.E
-    for start, stop in _blocks(len(W)):
-        corrected = torch.addmm(W[start:stop], U[:start, start:stop].t(), E[:start])
-        for k in range(start, stop):
-            columns.round(k, corrected[k - start].addmv_(E[start:k].t(), U[start:k, k]))
-
-
-def _round_again(columns: _Columns, H: Tensor, diagonal: Tensor, order: Tensor) -> None:
-    """Each column again, at the best place given the errors of all others: the loss cannot grow."""
-    W, E = columns.W, columns.E
-    for start, stop in _blocks(len(W)):
-        panel = H[order[start:stop, None], order]
-        panel[:, start:stop].diagonal().copy_(diagonal[start:stop])
-        pull = panel @ E
-        changed = torch.zeros_like(pull)
-        for i, k in enumerate(range(start, stop)):
-            before = E[k].clone()
-            w = pull[i].addmv_(changed[:i].t(), panel[i, start:k])
-            columns.round(k, w.div_(diagonal[k]).sub_(before).add_(W[k]))
-            torch.sub(E[k], before, out=changed[i])
