@@ -25,10 +25,12 @@ class Codes:
     codes: str
     scale: str
     zero_point: str
+    outliers: str | None = None  # columns and their weights
 
     @classmethod
     def of(cls, weights: list[QuantizedTensor], stacked: bool) -> Self:
         """Hash the parts of one weight, or of a stack of experts."""
+        kept = [w.outliers for w in weights if w.outliers is not None]
         return cls(
             weights[0].scheme.label,
             len(weights),
@@ -36,6 +38,7 @@ class Codes:
             hash_tensors([w.codes for w in weights]),
             hash_tensors([w.scale for w in weights]),
             hash_tensors([w.zero_point for w in weights]),
+            hash_tensors([t for o in kept for t in (o.columns, o.weight)]) if kept else None,
         )
 
 

@@ -29,7 +29,8 @@ from fewbits.structure import (
 from fewbits.tensor import QuantizedTensor
 
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
-_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape")  # of a quantized weight's tensors
+# Of a quantized weight's tensors.
+_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_outlier_columns", "_outliers")
 
 
 def load(

@@ -1,4 +1,4 @@
-"""QuantScheme: how many bits, what shares a scale, and whether zero is fixed at mid-range."""
+"""QuantScheme: how many bits, what shares a scale, whether zero is fixed at mid-range, and what inputs become."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,66 @@ from fewbits.errors import InputError
 Granularity = Literal["tensor", "channel", "group"]
 
 BITS = (2, 3, 4, 8)
-_LABEL = re.compile(r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?")
+_LABEL = re.compile(
+    r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?"
+    r"(?:-(?P<inputs>a8-.*))?"
+)
+_INPUTS = re.compile(r"a8-(?P<name>token|tensor)(?:-t(?P<threshold>[0-9.e+-]+?)(?P<static>-static)?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class InputScheme:
+    """How the inputs of a matrix are rounded: to 8 bits, symmetric, their scale found in each call.
+
+    LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) multiplies the feature columns in which an input
+    is larger than a threshold in 16 bit, and only the others as integers.
+
+    Args:
+        granularity: what shares a scale: each "token" (a row), or all tokens of a call ("tensor").
+        threshold: columns with an |x| above it stay in 16 bit; 0: no column does.
+        static: which columns was fixed by calibration, their weights kept in 16 bit; else they are
+            found in each call.
+
+    Raises:
+        InputError: a threshold below 0, or static columns without a threshold.
+
+    >>> InputScheme().label
+    'a8-token-t6'
+    """
+
+    granularity: Literal["token", "tensor"] = "token"
+    threshold: float = 6.0
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("token", "tensor"):
+            raise InputError(f"granularity is {self.granularity!r}; accepted are 'token' and 'tensor'")
+        if not 0 <= self.threshold < float("inf"):
+            raise InputError(f"threshold is {self.threshold}; accepted are finite numbers from 0")
+        if self.static and not self.threshold:
+            raise InputError("threshold is 0: no column stays in 16 bit; accepted is static=False")
+
+    @property
+    def label(self) -> str:
+        """Short name: `a8-token`, `a8-token-t6`, `a8-token-t6-static`."""
+        outliers = f"-t{self.threshold:g}" + ("-static" if self.static else "")
+        return f"a8-{self.granularity}" + (outliers if self.threshold else "")
+
+    @classmethod
+    def parse(cls, label: str) -> Self:
+        """The scheme that `label` names.
+
+        Raises:
+            InputError: not a label.
+        """
+        match = _INPUTS.fullmatch(label)
+        try:
+            threshold = float(match["threshold"] or 0) if match else -1.0
+        except ValueError:
+            threshold = -1.0
+        if match is None or threshold < 0:
+            raise InputError(f"{label!r} names no inputs; accepted are a8-token, a8-token-t6-static, ...")
+        return cls(match["name"], threshold, match["static"] is not None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +81,11 @@ class QuantScheme:
             "group" of consecutive input columns of one row.
         group_size: input columns in a group; only with granularity "group".
         symmetric: the zero point is fixed at mid-range and not stored.
+        inputs: how the matrix's inputs are rounded; None: they are not. Goes with 8 bits, symmetric,
+            and one scale per channel or tensor: what products of integers can be made of.
 
     Raises:
-        InputError: bits outside 2, 3, 4, 8, or a group size that does not go with the granularity.
+        InputError: bits outside 2, 3, 4, 8, or what does not go together.
 
     >>> QuantScheme(4, "group", 128).label
     'w4-g128'
@@ -36,6 +97,7 @@ class QuantScheme:
     granularity: Granularity = "channel"
     group_size: int | None = None
     symmetric: bool = True
+    inputs: InputScheme | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -51,12 +113,19 @@ class QuantScheme:
                 f"group_size is {self.group_size} with granularity {self.granularity!r}; "
                 "it goes with granularity 'group' only"
             )
+        whole = self.granularity != "group"
+        if self.inputs is not None and not (self.bits == 8 and self.symmetric and whole):
+            raise InputError(
+                f"inputs in 8 bits do not go with {self.bits} bits by {self.granularity}"
+                f"{'' if self.symmetric else ', asymmetric'}; accepted are 8 bits by channel or tensor"
+            )
 
     @property
     def label(self) -> str:
-        """Short name, as in reports: `w4-g128`, `w8-channel`, `w8-tensor-asym`."""
+        """Short name, as in reports: `w4-g128`, `w8-tensor-asym`, `w8-channel-a8-token-t6`."""
         shared = f"g{self.group_size}" if self.granularity == "group" else self.granularity
-        return f"w{self.bits}-{shared}" + ("" if self.symmetric else "-asym")
+        inputs = "" if self.inputs is None else f"-{self.inputs.label}"
+        return f"w{self.bits}-{shared}" + ("" if self.symmetric else "-asym") + inputs
 
     @classmethod
     def parse(cls, label: str) -> Self:
@@ -69,11 +138,13 @@ class QuantScheme:
         if match is None:
             raise InputError(
                 f"{label!r} names no scheme; accepted are labels like 'w4-g128', 'w8-channel', "
-                "'w8-tensor', each with an optional '-asym'"
+                "'w8-tensor', each with an optional '-asym', and 'w8-channel-a8-token-t6'"
             )
         size = match["size"]
         granularity: Granularity = "group" if size else match["name"]  # type: ignore[assignment]
-        return cls(int(match["bits"]), granularity, int(size) if size else None, match["asym"] is None)
+        group_size = int(size) if size else None
+        inputs = None if match["inputs"] is None else InputScheme.parse(match["inputs"])
+        return cls(int(match["bits"]), granularity, group_size, match["asym"] is None, inputs)
 
     @property
     def middle(self) -> int:

@@ -24,6 +24,19 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Outliers:
+    """Columns of a weight that are kept as they are.
+
+    Args:
+        columns: (n,) int64, ascending; what they are is decided by the inputs, not by the weights.
+        weight: (out, n), in the source's dtype.
+    """
+
+    columns: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class QuantizedTensor:
     """A weight on its grid: `w ~ scale * (codes - zero_point)`.
 
@@ -31,6 +44,7 @@ class QuantizedTensor:
         codes: (out, in) uint8, 0 <= code < 2**bits. Packed only inside formats and kernels.
         scale: (out, groups) in its on-disk dtype; (1, 1) for granularity "tensor".
         zero_point: like scale, uint8; mid-range everywhere if the scheme is symmetric.
+        outliers: columns that are not on the grid; their codes stand for 0.
 
     Raises:
         InputError: shapes that do not belong together.
@@ -40,6 +54,7 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor
     scheme: QuantScheme
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -49,6 +64,12 @@ class QuantizedTensor:
                 f"scale {tuple(self.scale.shape)} and zero point {tuple(self.zero_point.shape)} do "
                 f"not fit codes {(rows, columns)} in {self.scheme.label}; accepted is {grid}"
             )
+        if self.outliers is not None:
+            kept, count = tuple(self.outliers.weight.shape), len(self.outliers.columns)
+            if kept != (rows, count):
+                raise InputError(
+                    f"outliers {kept} do not fit; accepted are {count} columns of {rows} rows"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,9 +79,12 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights that the codes stand for, (out, in), in the scale's dtype by default."""
-        return affine.dequantize(
+        weight = affine.dequantize(
             self.codes, self.scale, self.zero_point, self.scheme, dtype or self.scale.dtype
         )
+        if self.outliers is not None:
+            weight[:, self.outliers.columns] = self.outliers.weight.to(weight.dtype)
+        return weight
 
     def per_row(self) -> Self:
         """The same weights with granularity "channel" if it was "tensor": the scale repeated."""
@@ -77,8 +101,15 @@ class QuantizedTensor:
     def rows(self, which: slice | Tensor) -> Self:
         """Some of its rows; with granularity "tensor" they have its one scale."""
         own = slice(None) if self.scheme.granularity == "tensor" else which
+        outliers = self.outliers
+        if outliers is not None:
+            outliers = replace(outliers, weight=outliers.weight[which])
         return replace(
-            self, codes=self.codes[which], scale=self.scale[own], zero_point=self.zero_point[own]
+            self,
+            codes=self.codes[which],
+            scale=self.scale[own],
+            zero_point=self.zero_point[own],
+            outliers=outliers,
         )
 
     @classmethod
@@ -89,11 +120,17 @@ class QuantizedTensor:
         rows = [part.per_row() for part in parts]
         if len({part.scheme for part in rows}) > 1:
             raise InputError("matrices of different schemes cannot be joined")
+        kept = [part.outliers for part in rows]
+        columns = [() if o is None else tuple(o.columns.tolist()) for o in kept]
+        if len(set(columns)) > 1:
+            raise InputError("matrices with different outlier columns cannot be joined")
+        found = [o for o in kept if o is not None]
         return cls(
             torch.cat([part.codes for part in rows]),
             torch.cat([part.scale for part in rows]),
             torch.cat([part.zero_point for part in rows]),
             rows[0].scheme,
+            Outliers(found[0].columns, torch.cat([o.weight for o in found])) if found else None,
         )
 
 

@@ -42,6 +42,8 @@ class CompressedTensors:
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Transposed or stacked weights, which it has no layout for; asymmetric experts."""
+        if scheme.inputs is not None:
+            return "inputs in 8 bits, and columns in 16 bits, have no layout in pack-quantized"
         if placement.stacked:
             return "experts that are fused in one tensor on disk have no layout in it"
         if placement.transposed:

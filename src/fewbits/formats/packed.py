@@ -5,11 +5,15 @@
     NAME_zero_point   int32 (ceil(out * bits / 32), groups)   packed along *out*; asymmetric only
     NAME_shape        int64 (2,)                          out, in
 
+    NAME_outlier_columns   int32 (n,)       columns that are not on the grid, ascending; only where there are any
+    NAME_outliers          float (out, n)   their weights
+
 Granularity "tensor" is written as "channel" with the scale repeated: one scale for a whole tensor is
 something few clients read. Experts fused on disk have one more axis in front of each.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch import Tensor
 from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
-from fewbits.tensor import QuantizedTensor
+from fewbits.tensor import Outliers, QuantizedTensor
 
 
 def write_packed(name: str, suffix: str, weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -32,6 +36,9 @@ def write_packed(name: str, suffix: str, weight: QuantizedTensor) -> dict[str, T
     if not weight.scheme.symmetric:
         packed = packing.pack(weight.zero_point.t().contiguous(), bits)
         tensors[f"{name}_zero_point"] = packed.t().contiguous()
+    if weight.outliers is not None:
+        tensors[f"{name}_outlier_columns"] = weight.outliers.columns.to(torch.int32)
+        tensors[f"{name}_outliers"] = weight.outliers.weight
     return tensors
 
 
@@ -59,7 +66,21 @@ def read_packed(
     else:
         zero_point = packing.unpack(points.t(), scheme.bits, rows).t().contiguous()
     codes = packing.unpack(packed, scheme.bits, columns)
-    return QuantizedTensor(codes, scale, zero_point, on_disk(scheme))
+    outliers = _read_outliers(name, tensors, columns)
+    return QuantizedTensor(codes, scale, zero_point, on_disk(scheme), outliers)
+
+
+def _read_outliers(name: str, tensors: Mapping[str, Tensor], columns: int) -> Outliers | None:
+    which, weight = tensors.get(f"{name}_outlier_columns"), tensors.get(f"{name}_outliers")
+    if which is None and weight is None:
+        return None
+    if which is None or weight is None:
+        raise InputError(f"{name}: of its outliers the checkpoint holds the weights or the columns only")
+    which = which.long()
+    inside = len(which) > 0 and int(which[0]) >= 0 and int(which[-1]) < columns
+    if not inside or not bool((which.diff() > 0).all()):
+        raise InputError(f"{name}: its outlier columns are not ascending numbers below {columns}")
+    return Outliers(which, weight)
 
 
 def packed_bytes(rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
@@ -74,4 +95,4 @@ def on_disk(scheme: QuantScheme) -> QuantScheme:
     """The scheme as the files show it: "tensor" has become "channel"."""
     if scheme.granularity != "tensor":
         return scheme
-    return QuantScheme(scheme.bits, "channel", None, scheme.symmetric)
+    return replace(scheme, granularity="channel")

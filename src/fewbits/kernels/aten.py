@@ -68,6 +68,8 @@ class Int4Pack(Kernel):
         """More than 4 bits, another device or dtype, or groups that are no multiple of 32."""
         if device.type != "cpu":
             return f"is for the CPU, not {device.type}"
+        if weight.scheme.inputs is not None:
+            return "takes inputs as they are, not in 8 bits"
         if dtype != torch.bfloat16:
             return f"is fast in bfloat16 only, not in {dtype}"
         if weight.scheme.bits > 4:
@@ -107,6 +109,8 @@ class Int8Pack(Kernel):
         """Other than 8 bits, another device or dtype, groups, or zero points."""
         if device.type != "cpu":
             return f"is for the CPU, not {device.type}"
+        if weight.scheme.inputs is not None:
+            return "takes inputs as they are, not in 8 bits"
         if dtype != torch.bfloat16:
             return f"is fast in bfloat16 only, not in {dtype}"
         if weight.scheme.bits != 8:

@@ -27,6 +27,8 @@ class Int4PackCuda(Kernel):
         """More than 4 bits, no CUDA, another dtype than bfloat16, or columns that do not fit."""
         if device.type != "cuda":
             return f"is for CUDA, not {device.type}"
+        if weight.scheme.inputs is not None:
+            return "takes inputs as they are, not in 8 bits"
         if dtype != torch.bfloat16:
             return f"needs bfloat16, not {dtype}"
         if weight.scheme.bits > 4:

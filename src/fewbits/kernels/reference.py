@@ -1,6 +1,7 @@
 """The definition of correct: unpack, dequantize to the dtype of x, multiply.
 
-Slow for one row, and never wrong: it takes every scheme, shape, dtype and device. The float weights
+Slow for one row, and never wrong: it takes every scheme, shape, dtype and device. Inputs are multiplied
+as they are, also where a scheme would have them rounded. The float weights
 exist for a few rows at a time only.
 """
 
@@ -40,6 +41,8 @@ class Reference(Kernel):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    columns: Tensor | None
+    outliers: Tensor | None
 
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -53,6 +56,9 @@ class Reference(Kernel):
         self.register_buffer("codes", packing.pack(weight.codes, weight.scheme.bits).to(device))
         self.register_buffer("scale", weight.scale.to(device))
         self.register_buffer("zero_point", weight.zero_point.to(device))
+        kept = weight.outliers
+        self.register_buffer("columns", None if kept is None else kept.columns.to(device))
+        self.register_buffer("outliers", None if kept is None else kept.weight.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`, slice by slice of output rows."""
@@ -64,4 +70,7 @@ class Reference(Kernel):
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         codes = packing.unpack(self.codes[start:stop], self.scheme.bits, self.shape[1])
         scale, zero_point = self.scale[start:stop], self.zero_point[start:stop]
-        return dequantize(codes, scale, zero_point, self.scheme, dtype)
+        weight = dequantize(codes, scale, zero_point, self.scheme, dtype)
+        if self.outliers is not None:
+            weight[:, self.columns] = self.outliers[start:stop].to(dtype)
+        return weight

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbits.methods.gptq import GPTQ
+from fewbits.methods.llm_int8 import LLMInt8
 from fewbits.methods.rtn import RTN
 from fewbits.methods.weighted_rtn import WeightedRTN
 from fewbits.scheme import QuantScheme
@@ -36,6 +37,11 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "weighted-rtn": WeightedRTN, "gptq": GPTQ}
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "weighted-rtn": WeightedRTN,
+    "gptq": GPTQ,
+    "llm-int8": LLMInt8,
+}
 
-__all__ = ["GPTQ", "METHODS", "RTN", "Method", "WeightedRTN"]
+__all__ = ["GPTQ", "METHODS", "RTN", "LLMInt8", "Method", "WeightedRTN"]
