@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ class MatrixReport:
         error_to_rtn: squared error of its output over that of rounding the same matrix to nearest (of
             the transformed one, where it was), estimated on some of its rows, on the calibration
             tokens; None without a Hessian.
+        outliers: columns that are kept in 16 bit.
         steps: notes of the method: what it had to fall back to.
     """
 
@@ -55,6 +56,7 @@ class MatrixReport:
     scheme: str
     tokens: int
     error_to_rtn: float | None
+    outliers: int = 0
     steps: tuple[str, ...] = ()
 
 
@@ -66,8 +68,9 @@ class BlockReport:
         error: squared error of its output over the output's variance, both given the same states.
         kl: divergence in nats, of the logits that the model's norm and head make of the states
             behind this block, from those that they make of the float model's. At the last block
-            this is the KL of the quantized model with its head in float. It holds the noise of bfloat16
-            states, and transforms chose what to fold on the same samples.
+            this is the KL of the quantized model with its head in float, and its inputs not rounded
+            either. It holds the noise of bfloat16 states, and transforms chose what to fold on the
+            same samples.
     """
 
     block: int
@@ -112,10 +115,49 @@ class _Piece:
 
 @dataclass(slots=True)
 class _Stats:
-    """The Hessian of a linear's inputs: the mean of x.T @ x over its tokens."""
+    """What is known of a linear's inputs over its tokens, as far as the method asks for it.
 
-    hessian: Tensor
+    Args:
+        hessian: the mean of x.T @ x, (in, in).
+        absmax: the largest |x|, (in,).
+    """
+
+    hessian: Tensor | None = None
+    absmax: Tensor | None = None
     tokens: int = 0
+
+    @classmethod
+    def of(cls, width: int, needs: frozenset[str]) -> Self:
+        """Of no tokens yet."""
+        return cls(
+            torch.zeros(width, width) if "hessian" in needs else None,
+            torch.zeros(width) if "absmax" in needs else None,
+        )
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """As methods take them."""
+        both = {"hessian": self.hessian, "absmax": self.absmax}
+        return {name: value for name, value in both.items() if value is not None}
+
+    def add(self, x: Tensor) -> None:
+        """Inputs (tokens, in)."""
+        self.tokens += len(x)
+        if self.absmax is not None and len(x):
+            torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
+        if self.hessian is not None:
+            for start in range(0, x.shape[1], _PANEL):  # below the diagonal only: it is symmetric
+                panel = slice(start, start + _PANEL)
+                self.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
+
+    def finish(self) -> None:
+        """A mean, and what is above the panels on the diagonal."""
+        if self.hessian is None:
+            return
+        self.hessian.div_(max(1, self.tokens))
+        for start in range(0, len(self.hessian), _PANEL):
+            panel = slice(start, start + _PANEL)
+            self.hessian[panel, start + _PANEL :] = self.hessian[start + _PANEL :, panel].t()
 
 
 def quantize_blocks(
@@ -326,15 +368,16 @@ class _Run:
     def _collect(
         self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
     ) -> dict[str, _Stats]:
-        """Hessians by linear; linears that read one tensor have one in common."""
-        if "hessian" not in self.recipe.method.needs:
+        """Statistics by linear; linears that read one tensor have them in common."""
+        needs = self.recipe.method.needs
+        if not needs:
             return {}
         stats: dict[str, _Stats] = {}
         for group in wiring.groups:
             shared = [path for path in group.linears if path in pieces and not _is_expert(block, path)]
-            stats |= dict.fromkeys(shared, _new_stats(block, shared[0])) if shared else {}
+            stats |= dict.fromkeys(shared, _new_stats(block, shared[0], needs)) if shared else {}
             own = [path for path in group.linears if path in pieces and _is_expert(block, path)]
-            stats |= {path: _new_stats(block, path) for path in own}
+            stats |= {path: _new_stats(block, path, needs) for path in own}
         watched: dict[int, str] = {}
         for path, stat in stats.items():
             watched.setdefault(id(stat), path)
@@ -344,8 +387,8 @@ class _Run:
                 with suppress(_AllSeen):
                     self.stream.run(number, block, self.stream.states[rows])
         for path in watched.values():
-            stats[path].hessian.div_(max(1, stats[path].tokens))
-            _mirror_(stats[path].hessian)
+            stats[path].finish()
+        _share_absmax(pieces, stats)
         return stats
 
     def _round(
@@ -377,7 +420,7 @@ class _Run:
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method, why = self._method(block, alike[0].linear, stat)
-        given = {} if stat is None else {"hessian": stat.hessian}
+        given = {} if stat is None else stat.given
         try:
             rounded, notes = method(weight, scheme, given, dtype)
         except InputError as error:
@@ -387,23 +430,25 @@ class _Run:
         for piece, own in zip(alike, weights, strict=True):
             part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
-            ratio = None if stat is None else _error_to_rtn(own, part, stat.hessian, dtype)
+            hessian = None if stat is None else stat.hessian
+            ratio = None if hessian is None else _error_to_rtn(own, part, hessian, dtype)
             own.copy_(part.dequantize(torch.float32))
             result.weights.setdefault(piece.source, []).append(part)
             result.notes += [Note("fallback", piece.name, step) for step in steps]
             tokens = 0 if stat is None else stat.tokens
-            name = type(method).__name__
-            reports.append(MatrixReport(piece.name, name, scheme.label, tokens, ratio, steps))
+            name, kept = type(method).__name__, part.outliers
+            outliers = 0 if kept is None else len(kept.columns)
+            reports.append(MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps))
         return reports
 
     def _method(self, block: nn.Module, linear: str, stat: _Stats | None) -> tuple[Method, str | None]:
         """The recipe's method, or a simpler one where there is too little to go on."""
         method = self.recipe.method
-        if "hessian" not in method.needs:
+        if not method.needs:
             return method, None
         if stat is None or stat.tokens == 0:
             return RTN(), "no calibration token reached it: rounded to nearest"
-        columns = len(stat.hessian)
+        columns = 0 if stat.hessian is None else len(stat.hessian)
         if _is_expert(block, linear) and stat.tokens < columns and not isinstance(method, WeightedRTN):
             why = f"only {stat.tokens} calibration tokens for {columns} inputs: weighted rounding"
             return WeightedRTN(), why
@@ -472,9 +517,22 @@ def _is_expert(block: nn.Module, path: str) -> bool:
     return isinstance(block.get_submodule(path.rpartition(".")[0]), ExpertLinears)
 
 
-def _new_stats(block: nn.Module, path: str) -> _Stats:
-    width = float_weight(block.get_submodule(path)).shape[1]
-    return _Stats(torch.zeros(width, width))
+def _new_stats(block: nn.Module, path: str, needs: frozenset[str]) -> _Stats:
+    return _Stats.of(float_weight(block.get_submodule(path)).shape[1], needs)
+
+
+def _share_absmax(pieces: dict[str, list[_Piece]], stats: dict[str, _Stats]) -> None:
+    """Experts that lie in one tensor on disk have their columns in common, seen by any of them."""
+    stacks: dict[str, list[Tensor]] = defaultdict(list)
+    for linear, parts in pieces.items():
+        found = stats[linear].absmax if linear in stats else None
+        for piece in parts:
+            if piece.expert is not None and found is not None:
+                stacks[piece.source].append(found)
+    for stack in stacks.values():
+        largest = torch.stack(stack).amax(0)
+        for absmax in stack:
+            absmax.copy_(largest)
 
 
 class _AllSeen(Exception):  # noqa: N818
@@ -483,17 +541,13 @@ class _AllSeen(Exception):  # noqa: N818
 
 @contextmanager
 def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
-    """Add x.T @ x of every input to the statistics while the block runs."""
+    """Add every input to the statistics while the block runs."""
     needed = set(stats)
     pending, experts = set(needed), any(_is_expert(block, path) for path in stats)
 
     def watch(path: str, stat: _Stats) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            for start in range(0, x.shape[1], _PANEL):  # below the diagonal only: it is symmetric
-                panel = slice(start, start + _PANEL)
-                stat.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
-            stat.tokens += len(x)
+            stat.add(args[0].reshape(-1, args[0].shape[-1]).float())
             pending.discard(path)
             if not pending and not experts:  # an expert may be called again, or later
                 pending.update(needed)
@@ -510,13 +564,6 @@ def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _mirror_(hessian: Tensor) -> None:
-    """Fill in what is above the panels on the diagonal."""
-    for start in range(0, len(hessian), _PANEL):
-        panel = slice(start, start + _PANEL)
-        hessian[panel, start + _PANEL :] = hessian[start + _PANEL :, panel].t()
 
 
 def _error_to_rtn(

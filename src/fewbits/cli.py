@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewbits.errors import FewbitsError, InputError
-from fewbits.scheme import QuantScheme
+from fewbits.scheme import InputScheme, QuantScheme
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +39,8 @@ Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.
 Method = Annotated[
     str,
     typer.Option(
-        help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. With "
-        "--calibration: gptq, awq, awq+gptq, weighted-rtn."
+        help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. llm-int8: inputs "
+        "in 8 bits too, but for outlier columns. With --calibration: gptq, awq, awq+gptq, weighted-rtn."
     ),
 ]
 Calibration = Annotated[
@@ -58,7 +58,14 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(help="Like 6GB: beyond it calibration states go to disk, or the run is refused."),
 ]
-Bits = Annotated[int | None, typer.Option(help="8, 4, 3 or 2.  [default: 4; int8: 8]")]
+Bits = Annotated[int | None, typer.Option(help="8, 4, 3 or 2.  [default: 4; int8, llm-int8: 8]")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="llm-int8: columns with larger inputs stay in 16 bit: those that --calibration finds, or "
+        "without it those of each call; 0: none does.  [default: 6]"
+    ),
+]
 GroupSize = Annotated[
     str | None,
     typer.Option(help="Input columns that share a scale, or none.  [default: 128; 8 bits: none]"),
@@ -148,17 +155,30 @@ def _bytes(text: str | None) -> int | None:
 
 
 def _scheme(
-    method: str, bits: int | None, group_size: str | None, per_tensor: bool, asymmetric: bool
+    method: str,
+    bits: int | None,
+    group_size: str | None,
+    per_tensor: bool,
+    asymmetric: bool,
+    threshold: float | None = None,
+    calibrated: bool = False,
 ) -> QuantScheme:
-    if method == "int8" and bits not in (None, 8):
-        raise InputError(f"--method int8 with --bits {bits}; accepted is 8, or --method rtn")
-    if method == "int8" and group_size not in (None, "none"):
+    eight = method in ("int8", "llm-int8")
+    if eight and bits not in (None, 8):
+        raise InputError(f"--method {method} with --bits {bits}; accepted is 8, or --method rtn")
+    if eight and group_size not in (None, "none"):
         raise InputError(
-            f"--method int8 with --group-size {group_size}; accepted is none, or --method rtn"
+            f"--method {method} with --group-size {group_size}; accepted is none, or --method rtn"
         )
+    if threshold is not None and method != "llm-int8":
+        raise InputError(f"--threshold with --method {method}; accepted is --method llm-int8")
+    if method == "llm-int8":
+        limit = 6.0 if threshold is None else threshold
+        inputs = InputScheme("tensor" if per_tensor else "token", limit, calibrated and limit > 0)
+        return QuantScheme(8, "tensor" if per_tensor else "channel", None, not asymmetric, inputs)
     if per_tensor and group_size not in (None, "none"):
         raise InputError(f"--per-tensor with --group-size {group_size}; accepted is one of them")
-    bits = (8 if method == "int8" else 4) if bits is None else bits
+    bits = (8 if eight else 4) if bits is None else bits
     if per_tensor:
         return QuantScheme(bits, "tensor", None, not asymmetric)
     size = group_size or ("none" if bits == 8 else "128")
@@ -177,6 +197,7 @@ def plan(
     group_size: GroupSize = None,
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
+    threshold: Threshold = None,
     override: Override = None,
     head: Head = False,
     format: Format = None,
@@ -189,7 +210,7 @@ def plan(
     from fewbits.report import bytes_text
 
     transforms, rounder = parse_method("rtn" if method == "int8" else method)
-    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
+    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold)
     overrides = tuple(map(parse_override, override or ()))
     recipe = Recipe(rounder, scheme, overrides, head, transforms)
     made = make_plan(resolve(model), recipe, format)
@@ -226,6 +247,7 @@ def quantize(
     group_size: GroupSize = None,
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
+    threshold: Threshold = None,
     override: Override = None,
     head: Head = False,
     calibration: Calibration = None,
@@ -241,7 +263,8 @@ def quantize(
     from fewbits.recipe import parse_override
     from fewbits.report import blocks_table, bytes_text
 
-    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric)
+    calibrated = calibration is not None
+    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
     with _progress() as progress:
         result = run(

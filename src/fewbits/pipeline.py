@@ -37,10 +37,10 @@ from fewbits.evaluate import load_tokenizer
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.load import load
-from fewbits.methods import RTN, Method
+from fewbits.methods import RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
-from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method
-from fewbits.scheme import QuantScheme
+from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Recipe, parse_method
+from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.speed import memory_bytes, watch_memory
 from fewbits.stream import fast_dtype
 from fewbits.structure import (
@@ -128,7 +128,8 @@ def quantize(
             left as it is.
         method: rounds each matrix; round to nearest by default. A name like "gptq" or "awq+gptq"
             stands for a method and the transforms before it.
-        scheme: 4 bits in groups of 128 by default.
+        scheme: 4 bits in groups of 128 by default; for "llm-int8" 8 bits by channel, inputs by token,
+            with the outlier columns that calibration finds, or without it those of each call.
         overrides: (pattern, scheme or None for float); see `Recipe`.
         head: quantize the output head too.
         transforms: rewrite each block before it is rounded, like `AWQ()`.
@@ -154,12 +155,17 @@ def quantize(
     """
     began = time.monotonic()
     named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
-    recipe = Recipe(method, scheme or DEFAULT_SCHEME, overrides, head, named + transforms)
+    scheme = scheme or _default_scheme(method, calibration is not None)
+    if isinstance(method, LLMInt8):
+        method = _static_or_not(scheme, overrides)
+    recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
     if out.exists() and not (out / LEDGER).is_file():
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
     plan = make_plan(resolve(model), recipe, format)
     with watch_memory() as memory:
+        if max_memory is not None and not recipe.needs_calibration:
+            raise InputError(f"method {recipe.name} takes no --max-memory: it is not calibrated")
         data = _read_calibration(plan, recipe, calibration, samples, length, seed, progress)
         request = recipe.describe() | {"format": plan.format.name}
         request |= {} if data is None else {"calibration": _describe_calibration(plan, data)}
@@ -169,8 +175,6 @@ def quantize(
         ledger = Ledger(version("fewbits"), request, source, notes=list(plan.notes))
         with CheckpointWriter(out, max_shard_bytes) as writer:
             if data is None:
-                if max_memory is not None:
-                    raise InputError(f"method {recipe.name} takes no --max-memory: it is not calibrated")
                 _write_weights(plan, recipe, writer, ledger, progress)
             else:
                 ledger.calibration = _describe_calibration(plan, data)
@@ -178,6 +182,7 @@ def quantize(
                 states_file = _states_file(plan, data, max_memory, writer.folder, ledger.notes)
                 blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
                 _write_blocks(blocks, plan, recipe, writer, ledger)
+                ledger.notes += _outlier_notes(ledger)
                 if states_file is not None:
                     states_file.unlink()
             quantization = plan.format.config(plan.placements, plan.floats)
@@ -191,6 +196,20 @@ def quantize(
             writer.write_json(RUN, {"elapsed_s": elapsed, "memory_bytes": asdict(memory)})
             writer.commit()
     return _result(out, plan, ledger, verification)
+
+
+def _default_scheme(method: Method, calibrated: bool) -> QuantScheme:
+    if not isinstance(method, LLMInt8):
+        return DEFAULT_SCHEME
+    return replace(LLM_INT8_SCHEME, inputs=InputScheme(static=calibrated))
+
+
+def _static_or_not(
+    scheme: QuantScheme, overrides: tuple[tuple[str, QuantScheme | None], ...]
+) -> LLMInt8:
+    """The method collects what the schemes ask for."""
+    schemes = (scheme, *(other for _, other in overrides))
+    return LLMInt8(any(s is not None and s.inputs is not None and s.inputs.static for s in schemes))
 
 
 def _result(
@@ -291,6 +310,23 @@ def _write_blocks(
     plan.checkpoint.close()
 
 
+def _outlier_notes(ledger: Ledger) -> list[Note]:
+    """In how many columns calibration found what the schemes ask for."""
+    asked = {
+        name: entry.quantized
+        for name, entry in ledger.tensors.items()
+        if entry.quantized is not None and "-static" in entry.quantized.scheme
+    }
+    if not asked:
+        return []
+    some = [name for name, codes in asked.items() if codes.outliers is not None]
+    kept = sum(matrix["outliers"] for block in ledger.blocks for matrix in block["matrices"])
+    what = f"{kept} columns of {len(some)} of {len(asked)} weights are kept in 16 bit"
+    if not some:
+        what = "no input was above the threshold: all columns are integers (plain W8A8)"
+    return [Note("fact", "outliers", what)]
+
+
 def _write_one(
     name: str,
     plan: Plan,
@@ -357,7 +393,10 @@ def _read_calibration(
     name = recipe.name
     if not recipe.needs_calibration:
         if source is not None:
-            raise InputError(f"method {name} takes no calibration; accepted with it are gptq and awq")
+            raise InputError(
+                f"method {name} takes no calibration; accepted with it are gptq, awq, and llm-int8 "
+                "with static columns"
+            )
         return None
     if source is None:
         raise InputError(

@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, RTN, Method, WeightedRTN
-from fewbits.scheme import QuantScheme
+from fewbits.methods import METHODS, RTN, LLMInt8, Method, WeightedRTN
+from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import Matrix
 from fewbits.transforms import TRANSFORMS, Transform
 
 DEFAULT_SCHEME = QuantScheme(4, "group", 128)
+LLM_INT8_SCHEME = QuantScheme(8, "channel", inputs=InputScheme())
 FLOAT = "float"  # in place of a scheme: leave it alone
 
 
@@ -35,6 +36,21 @@ class Recipe:
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     head: bool = False
     transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        schemes = (self.scheme, *(scheme for _, scheme in self.overrides))
+        inputs = [scheme.inputs for scheme in schemes if scheme is not None and scheme.inputs is not None]
+        static = any(kind.static for kind in inputs)
+        if isinstance(self.method, LLMInt8) and not inputs:
+            raise InputError(
+                f"method llm-int8 with scheme {self.scheme.label}, which says nothing of inputs; "
+                f"accepted are schemes like {LLM_INT8_SCHEME.label}"
+            )
+        if static and self.method != LLMInt8(static=True):
+            raise InputError(
+                f"static columns in {self.scheme.label} are found by calibration, for method llm-int8; "
+                "accepted with others are columns that are found in each call"
+            )
 
     @property
     def name(self) -> str:

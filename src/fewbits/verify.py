@@ -225,12 +225,25 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
         scales.append(one)
         points.append(zero_one)
     parts = {"codes": codes, "scale": scales, "zero_point": points}
-    found = {part: hash_tensors(values) for part, values in parts.items()}
+    found: dict[str, str | None] = {part: hash_tensors(values) for part, values in parts.items()}
+    found["outliers"] = _hash_outliers(name, stated, tensors)
     return [
         f"{name}: the {part} read back are not those that were chosen"
         for part, value in found.items()
         if value != getattr(stated, part)
     ]
+
+
+def _hash_outliers(name: str, stated: Codes, tensors: _Tensors) -> str | None:
+    """Of columns and weights that are kept in 16 bit, matrix after matrix; None if there are none."""
+    names = (f"{name}_outlier_columns", f"{name}_outliers")
+    if not all(n in tensors.dtype_shape for n in names):
+        return None
+    columns, weights = (tensors[n] for n in names)
+    if columns.ndim == 1:
+        columns, weights = columns[None], weights[None]
+    pairs = zip(columns.long(), weights, strict=True)
+    return hash_tensors([tensor for pair in pairs for tensor in pair])
 
 
 def _unpack(packed: Tensor, scheme: QuantScheme, shape: tuple[int, int], axis: int) -> Tensor:
