@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src/fewbits"
+RESULT = "RESULT "  # begins the line in which a script says its result
 ENVIRONMENTS = os.environ.get("FEWBITS_RIVALS", "build/rivals")
 
 
@@ -36,6 +37,8 @@ TOOLS = {
         Tool("autoround", "auto-round", ("autoround",)),
     )
 }
+
+BITSANDBYTES = Tool("bitsandbytes", "bitsandbytes", ("llm-int8",))  # `llm_int8.py` alone runs it
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,38 @@ def version(tool: Tool, environments: Path) -> str:
 
 def run(tool: Tool, task: Task, environments: Path, threads: int) -> dict[str, Any]:
     """Quantize with one tool in a process of its own; what it says about it."""
+    task.out.parent.mkdir(parents=True, exist_ok=True)
+    return run_script(tool, task.arguments, environments, threads, cwd=task.out.parent)
+
+
+def run_script(
+    tool: Tool, arguments: list[str], environments: Path, threads: int, cwd: Path
+) -> dict[str, Any]:
+    """Run a tool's script with these arguments, in a folder where it may leave logs; its result.
+
+    Raises:
+        ToolError: it stopped, or said nothing.
+    """
+    done = subprocess.run(
+        [*script(tool, environments), *arguments],
+        cwd=cwd, env=environment(threads), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not results:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ToolError(f"{tool.name} stopped: {lines[-1]}")
+    return json.loads(results[-1].removeprefix(RESULT))
+
+
+def script(tool: Tool, environments: Path) -> list[str]:
+    """The command that runs a tool's script in the tool's environment."""
     rival = environments.absolute() / tool.name / "bin/python"
     python = sys.executable if tool.name == "fewbits" else rival
-    script = HERE / "rivals" / f"run_{tool.name}.py"
+    return [str(python), str((HERE / "rivals" / f"run_{tool.name}.py").resolve())]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of every tool's process."""
     settings = {
         "OMP_NUM_THREADS": threads,
         "GPTQMODEL_CPU_WORKERS": threads,  # its default stops on machines with two cores
@@ -91,18 +123,7 @@ def run(tool: Tool, task: Task, environments: Path, threads: int) -> dict[str, A
         "HF_HUB_OFFLINE": 1,
         "TOKENIZERS_PARALLELISM": "false",
     }
-    environment = os.environ | {key: str(value) for key, value in settings.items()}
-    task.out.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [str(python), str(script.resolve()), *task.arguments],
-        cwd=task.out.parent,  # where some leave logs
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not results:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise ToolError(f"{tool.name} stopped: {lines[-1]}")
-    return json.loads(results[-1].removeprefix("RESULT "))
+    return os.environ | {key: str(value) for key, value in settings.items()}
 
 
 def provenance(command: str) -> dict[str, Any]:

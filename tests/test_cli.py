@@ -61,6 +61,23 @@ def test_quantize_says_what_it_did_and_json_says_the_same(model, tmp_path):
     assert f"{value['totals']['quantized']} quantized" in again.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        ([], "w8-channel-a8-token-t6"),
+        (["--threshold", "4.5"], "w8-channel-a8-token-t4.5"),
+        (["--threshold", "0"], "w8-channel-a8-token"),
+        (["--threshold", "0", "--per-tensor"], "w8-tensor-a8-tensor"),
+    ],
+)
+def test_llm_int8_by_its_options(model, tmp_path, options, scheme):
+    result = run("quantize", model, tmp_path / "out", "--method", "llm-int8", *options, "--json")
+    value = json.loads(result.stdout)
+    assert (value["request"]["method"], value["request"]["scheme"]) == ("llm-int8", scheme)
+    plan = json.loads(run("plan", model, "--method", "llm-int8", *options, "--json").stdout)
+    assert plan["written_bytes"] == value["totals"]["written_bytes"]
+
+
 def test_plan_predicts_what_quantize_writes(model, int4):
     plan = json.loads(run("plan", model, "--group-size", "32", "--json").stdout)
     ledger = json.loads((int4 / "fewbits.json").read_text())
@@ -74,6 +91,13 @@ def test_plan_predicts_what_quantize_writes(model, int4):
         (["--method", "magic"], ["magic", "rtn", "int8"]),
         (["--bits", "5"], ["5", "2, 3, 4 and 8"]),
         (["--method", "int8", "--bits", "4"], ["int8", "4"]),
+        (["--method", "llm-int8", "--bits", "4"], ["llm-int8", "4"]),
+        (["--method", "llm-int8", "--group-size", "32"], ["llm-int8", "32", "none"]),
+        (["--method", "llm-int8", "--asymmetric"], ["asymmetric", "8 bits by channel"]),
+        (["--method", "llm-int8", "--threshold", "-1"], ["-1", "from 0"]),
+        (["--method", "llm-int8", "--format", "compressed-tensors"], ["no layout", "8 bits"]),
+        (["--method", "gptq", "--threshold", "6"], ["--threshold", "gptq", "llm-int8"]),
+        (["--method", "llm-int8", "--threshold", "0", "--calibration", "self"], ["llm-int8", "static"]),
         (["--group-size", "40"], ["40", "down_proj", "q_proj", "divisors"]),
         (["--group-size", "many"], ["many", "none"]),
         (["--per-tensor", "--group-size", "32"], ["--per-tensor", "32"]),

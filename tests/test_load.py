@@ -14,6 +14,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.quantizers import auto
 
 from fewbits import InputError, QuantizedLinear, QuantScheme, VerificationError, load, quantize
 from fewbits.checkpoint import resolve
@@ -310,9 +311,13 @@ def test_what_plain_transformers_cannot_run_without_it_raises_instead_of_running
     [(m, label) for m in ("gpt2", "gpt_oss") for label in LABELS]
     + [(m, "w4-g32-asym") for m in MIXTURES if m != "gpt_oss"],
 )
-def test_plain_transformers_refuses_our_own_format_instead_of_running_garbage(case, model_type, label):
+def test_plain_transformers_refuses_our_own_format_instead_of_running_garbage(
+    case, model_type, label, monkeypatch
+):
     this = case(model_type, label)
     assert not this.standard
+    for known in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(known, "fewbits", raising=False)  # as where fewbits was not imported
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(this.out)
 

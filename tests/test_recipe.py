@@ -137,7 +137,7 @@ def test_a_name_stands_for_transforms_and_a_method_and_back(name, transforms, me
     "name", ["", "gptqq", "gptq+awq", "gptq+gptq", "awq+awq", "awq+", "+gptq", "int8"]
 )
 def test_another_name_is_refused_with_those_there_are(name):
-    with pytest.raises(InputError, match="accepted are rtn, weighted-rtn, gptq, awq"):
+    with pytest.raises(InputError, match="accepted are rtn, weighted-rtn, gptq, llm-int8, awq"):
         parse_method(name)
 
 

@@ -3,6 +3,8 @@
 from fewbits.calibration import Calibration, read_calibration
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
 from fewbits.evaluate import Estimate, Evaluation, evaluate
+from fewbits.integration import Config
+from fewbits.integration import register as _register
 from fewbits.linear import QuantizedLinear
 from fewbits.load import load
 from fewbits.methods import GPTQ, RTN, WeightedRTN
@@ -18,6 +20,7 @@ __all__ = [
     "GPTQ",
     "RTN",
     "Calibration",
+    "Config",
     "Estimate",
     "Evaluation",
     "FewbitsError",
@@ -41,3 +44,5 @@ __all__ = [
     "read_calibration",
     "verify",
 ]
+
+_register()  # for checkpoints of ours that transformers is to open

@@ -473,6 +473,68 @@ def bench(
     _print_notes(notes)
 
 
+@_command
+def inspect(
+    model: Model,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="What the model is run on: a text file, a .jsonl file, "
+            "hub:owner/name/config:split:column, or self for text that the model writes."
+        ),
+    ] = "self",
+    samples: Samples = 16,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample.  [default: 512, at most the context]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    threshold: Annotated[float, typer.Option(help="A column with an |x| above it is an outlier.")] = 6.0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a heat map to FILE, .svg or .png.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show the outliers among the inputs of MODEL's matrices, and what they cost in 8 bits."""
+    from fewbits.outliers import inspect_outliers
+    from fewbits.report.heatmap import check_plot, write_heatmap
+    from fewbits.report.table import outliers_table
+
+    if plot is not None:
+        check_plot(plot)
+    with _progress() as progress:
+        found = inspect_outliers(
+            model,
+            calibration=calibration,
+            samples=samples,
+            length=seq_len,
+            seed=seed,
+            threshold=threshold,
+            progress=progress,
+        )
+    if plot is not None:
+        write_heatmap(found, Path(model).name, plot)
+    if json_:
+        _print_json(found.to_json())
+        return
+    wide.print(outliers_table(found))
+    data = found.calibration
+    out.print(
+        f"calibration: {data['source']}, {data['samples']} samples of {data['length']} tokens (sha256 "
+        f"{data['sha256'][:16]}); outliers are columns with an |x| > {threshold:g}; errors are squared, "
+        "over the squared output; ratio is the error of W8A8 over that with the outliers in 16 bit",
+        highlight=False,
+    )
+    if any(row.experts for row in found.rows()):
+        out.print(
+            "experts of a block share a line: outliers, tokens and errors are summed over them, largest "
+            "and median are the largest of any expert; --json has each expert",
+            highlight=False,
+        )
+    for name in found.skipped:
+        out.print(f"{name}: outside of the blocks, not looked at", highlight=False)
+    _print_notes(list(found.notes))
+
+
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         out.print(note, markup=False, highlight=False)

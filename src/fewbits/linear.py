@@ -1,20 +1,24 @@
 """Modules that multiply by quantized weights: a linear, and a mixture's experts run as linears."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.kernels import KERNELS, choose_kernel
+from fewbits.errors import InputError
+from fewbits.kernels import KERNELS, Kernel, choose_kernel
 from fewbits.scheme import QuantScheme
 from fewbits.structure import EXPERT_PARAMETERS, is_experts
 from fewbits.tensor import QuantizedTensor, quantize_tensor
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Linear):
     """`x @ W.T + bias` straight from codes; no float copy of the weight is kept.
+
+    Gradients go to x, as if the product were exact, and not to the codes. It is an `nn.Linear` without
+    the parameter `weight`, so that adapters (PEFT) find it and are trained on top; merging them raises.
 
     Args:
         weight: (out, in).
@@ -37,14 +41,15 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of `nn.Linear`, which makes a float weight
         self.out_features, self.in_features = weight.shape
         self.scheme = weight.scheme
         dtype, device = dtype or weight.scale.dtype, torch.device(device)
         self.dtype = dtype
         self.kernel_name, self.refusals = choose_kernel(weight, dtype, device)
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", own)
 
     @classmethod
     def from_float(cls, linear: nn.Module, scheme: QuantScheme) -> Self:
@@ -58,24 +63,50 @@ class QuantizedLinear(nn.Module):
         return cls(quantize_tensor(weight, scheme), bias, weight.dtype, weight.device)
 
     @property
-    def weight(self) -> Tensor:
-        """The dequantized weight (out, in), made anew at each access: for modules that use it bare.
-
-        Multiplying by the identity gives it from any kernel's layout, each value exactly.
-        """
-        buffers = dict(self.kernel.named_buffers())
-        one = torch.eye(self.in_features, dtype=self.dtype, device=next(iter(buffers.values())).device)
-        result: Tensor = self.kernel(one)
-        return result.t().contiguous()
+    def weight(self) -> Tensor:  # type: ignore[override]  # read only
+        """The dequantized weight (out, in), made anew at each access: for modules that use it bare."""
+        return self.kernel.weight(self.dtype).as_subclass(_Dequantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y: Tensor = self.kernel(x)
+        learns = torch.is_grad_enabled() and x.requires_grad
+        y: Tensor = _Multiply.apply(x, self.kernel) if learns else self.kernel(x)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, {self.kernel_name}"
+
+
+class _Dequantized(Tensor):
+    """A weight made from codes. What is written to its `data` would be lost, so that is refused."""
+
+    # What is computed from it is a plain Tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise InputError("a quantized weight cannot be written to: merge adapters into the float model")
+
+
+class _Multiply(torch.autograd.Function):
+    """A kernel's product with the gradient of `x @ W.T`: kernels have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:
+        """The kernel's own; nothing is saved but the kernel."""
+        ctx.kernel = kernel
+        y: Tensor = kernel(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """`grad @ W`; rounding the inputs counts as the identity."""
+        return grad @ ctx.kernel.weight(grad.dtype), None
 
 
 def float_weight(linear: nn.Module) -> Tensor:

@@ -59,17 +59,17 @@ def load(
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     network = skeleton(checkpoint.config)
-    weights = _quantized_matrices(checkpoint, network)
+    weights = quantized_matrices(checkpoint, network)
     own = {name + suffix for name in weights for suffix in _SUFFIXES}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     dtype = dtype or _config_dtype(network) or checkpoint.dtype
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
     loaded = build(network, floats, absent, dtype, folder).to(device)
-    for module, parameter, parts in _by_parameter(weights.values()):
-        pieces = _read_parameter(checkpoint, parts)
+    for module, parameter, parts in by_parameter(weights.values()):
+        pieces = read_parameter(checkpoint, parts)
         whole = network.get_submodule(module).get_parameter(parameter)
-        _check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
-        _put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
+        check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
+        put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
     checkpoint.close()
     return loaded.eval()
 
@@ -121,7 +121,7 @@ def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
     return layout, quantization
 
 
-def _quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str, Matrix]:
+def quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str, Matrix]:
     """The matrices whose codes the checkpoint holds, by the names their floats had."""
     found = _format_of(checkpoint)
     if found is None:
@@ -143,7 +143,8 @@ def _quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str,
     return {name: matrices[name] for name in sorted(quantized)}
 
 
-def _by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[Matrix]]]:
+def by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[Matrix]]]:
+    """Module, parameter, and the source matrices that it is made of, in their order there."""
     parameters: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
     for matrix in matrices:
         parameters[matrix.module, matrix.parameter].append(matrix)
@@ -151,7 +152,7 @@ def _by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[M
         yield module, parameter, sorted(parts, key=lambda m: (m.expert or 0, m.part))
 
 
-def _read_parameter(checkpoint: Checkpoint, parts: list[Matrix]) -> list[QuantizedTensor]:
+def read_parameter(checkpoint: Checkpoint, parts: list[Matrix]) -> list[QuantizedTensor]:
     """The weight of a linear, or those of all experts in their order."""
     if parts[0].expert is None:
         return _read_matrix(checkpoint, parts[0])
@@ -183,7 +184,7 @@ def _read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor
     return [layout.read(name, piece, scheme) for piece in pieces]
 
 
-def _check_shape(
+def check_shape(
     folder: Path, parts: list[Matrix], pieces: list[QuantizedTensor], shape: tuple[int, ...]
 ) -> None:
     """What was read must be the whole parameter of the model, no more and no less."""
@@ -197,7 +198,7 @@ def _check_shape(
         )
 
 
-def _put(
+def put(
     model: nn.Module,
     module: str,
     parameter: str,
@@ -265,7 +266,7 @@ def build(
         raise InputError(f"{folder}: the model needs tensor {missing[0]}, which is not there")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = str(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)  # adapters are saved with the second
     return model
 
 

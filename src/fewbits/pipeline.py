@@ -320,8 +320,12 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
     if not asked:
         return []
     some = [name for name, codes in asked.items() if codes.outliers is not None]
-    kept = sum(matrix["outliers"] for block in ledger.blocks for matrix in block["matrices"])
-    what = f"{kept} columns of {len(some)} of {len(asked)} weights are kept in 16 bit"
+    kept = sum(w.size_bytes for n in some for w in ledger.tensors[n].written if "_outlier" in w.name)
+    whole = sum(ledger.tensors[name].size_bytes for name in asked)
+    what = (
+        f"{len(some)} of {len(asked)} weights keep columns in 16 bit, {kept / whole:.1%} of their bytes "
+        "before; a higher threshold keeps fewer"
+    )
     if not some:
         what = "no input was above the threshold: all columns are integers (plain W8A8)"
     return [Note("fact", "outliers", what)]

@@ -39,7 +39,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         schemes = (self.scheme, *(scheme for _, scheme in self.overrides))
-        inputs = [scheme.inputs for scheme in schemes if scheme is not None and scheme.inputs is not None]
+        inputs = [
+            scheme.inputs for scheme in schemes if scheme is not None and scheme.inputs is not None
+        ]
         static = any(kind.static for kind in inputs)
         if isinstance(self.method, LLMInt8) and not inputs:
             raise InputError(

@@ -67,7 +67,9 @@ class InputScheme:
         except ValueError:
             threshold = -1.0
         if match is None or threshold < 0:
-            raise InputError(f"{label!r} names no inputs; accepted are a8-token, a8-token-t6-static, ...")
+            raise InputError(
+                f"{label!r} names no inputs; accepted are a8-token, a8-token-t6-static, ..."
+            )
         return cls(match["name"], threshold, match["static"] is not None)  # type: ignore[arg-type]
 
 

@@ -189,8 +189,9 @@ def memory_bytes() -> int:
 
 def count_kernels(model: nn.Module) -> dict[str, int]:
     """How many linears each kernel runs."""
-    names = [m.kernel_name for m in model.modules() if isinstance(m, QuantizedLinear)]
-    floats = sum(isinstance(m, nn.Linear) for m in model.modules())
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    names = [m.kernel_name for m in linears if isinstance(m, QuantizedLinear)]
+    floats = len(linears) - len(names)
     return dict(Counter(names)) | ({"float": floats} if floats else {})
 
 

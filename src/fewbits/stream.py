@@ -271,9 +271,12 @@ class Stream:
             yield
             return
         held = {p: p.data for p in block.parameters() if p.dtype == torch.float32}
+        # In one piece: the C library hands large pieces back when they are freed, and keeps small ones.
+        copies = torch.empty(sum(p.numel() for p in held), dtype=self.fast_dtype)
+        parts = copies.split([p.numel() for p in held])
         try:
-            for parameter, data in held.items():
-                parameter.data = data.to(self.fast_dtype)
+            for (parameter, data), part in zip(held.items(), parts, strict=True):
+                parameter.data = part.view(data.shape).copy_(data)
             self.running = self.fast_dtype
             yield
         finally:

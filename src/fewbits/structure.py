@@ -154,7 +154,7 @@ def find_head(model: nn.Module) -> str | None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether calling the module is `x @ weight.T + bias`; subclasses are tried on a small weight."""
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or "weight" not in module._parameters:  # codes are no weight
         return False
     if type(module).forward is nn.Linear.forward:
         # torch's own attention multiplies by the weight of this one without calling it

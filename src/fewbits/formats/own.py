@@ -3,9 +3,11 @@
 The same tensors as compressed-tensors writes, except that the codes take the *source's own name*, so a
 client that does not know the format meets a tensor of the wrong shape and stops, instead of filling in
 random weights. `(out, in)` on disk whatever the source's orientation; experts that the source keeps
-in one 3-D tensor keep their axis in front. Promised for `fewbits.load` only.
+in one 3-D tensor keep their axis in front. Columns kept in 16 bit have tensors of their own. Promised
+for `fewbits.load`, and for `AutoModelForCausalLM.from_pretrained` in a process that has imported fewbits.
 
     X.weight   X.weight_scale   X.weight_zero_point   X.weight_shape
+               X.weight_outliers   X.weight_outlier_columns
 
     config.json  "quantization_config": {"quant_method": "fewbits", "version": 1,
                                          "weights": {"X.weight": "w4-g32-asym", ...}}

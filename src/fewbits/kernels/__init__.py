@@ -8,11 +8,13 @@ import torch
 
 from fewbits.kernels.aten import Int4Pack, Int8Pack
 from fewbits.kernels.cuda import Int4PackCuda
+from fewbits.kernels.int8 import Int8Inputs
 from fewbits.kernels.reference import Kernel, Reference
 from fewbits.tensor import QuantizedTensor
 
 # In order of preference; the first that does not refuse is taken. Reference refuses nothing.
 KERNELS: dict[str, type[Kernel]] = {
+    "int8": Int8Inputs,
     "int4pack-cuda": Int4PackCuda,
     "int4pack": Int4Pack,
     "int8pack": Int8Pack,
@@ -33,4 +35,13 @@ def choose_kernel(
     raise AssertionError("the reference kernel refuses nothing")
 
 
-__all__ = ["KERNELS", "Int4Pack", "Int4PackCuda", "Int8Pack", "Kernel", "Reference", "choose_kernel"]
+__all__ = [
+    "KERNELS",
+    "Int4Pack",
+    "Int4PackCuda",
+    "Int8Inputs",
+    "Int8Pack",
+    "Kernel",
+    "Reference",
+    "choose_kernel",
+]

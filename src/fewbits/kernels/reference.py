@@ -19,7 +19,10 @@ _SLICE = 2**22  # weights dequantized at a time: 16 MB in float32; not tuned
 
 
 class Kernel(nn.Module):
-    """A weight in the layout that one implementation multiplies by. Called as `kernel(x)`."""
+    """A weight in the layout that one implementation multiplies by. Called as `kernel(x)`.
+
+    `shape` is (out, in), `dtype` that of the inputs it was made for.
+    """
 
     @classmethod
     @abstractmethod
@@ -29,10 +32,22 @@ class Kernel(nn.Module):
     @abstractmethod
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.shape, self.dtype = weight.shape, dtype
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T`: (..., in) -> (..., out), in the dtype of x."""
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, (out, in), made anew at each call.
+
+        The product with the identity gives it from any layout, each value exactly; a kernel that rounds
+        its inputs, or knows a shorter way, has its own.
+        """
+        buffer = next(self.buffers())  # a module may have been moved since it was made
+        one = torch.eye(self.shape[1], dtype=self.dtype, device=buffer.device)
+        weight: Tensor = self(one)
+        return weight.t().to(dtype).contiguous()
 
 
 class Reference(Kernel):
@@ -52,7 +67,7 @@ class Reference(Kernel):
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
         weight = weight.per_row()
-        self.scheme, self.shape = weight.scheme, weight.shape
+        self.scheme = weight.scheme
         self.register_buffer("codes", packing.pack(weight.codes, weight.scheme.bits).to(device))
         self.register_buffer("scale", weight.scale.to(device))
         self.register_buffer("zero_point", weight.zero_point.to(device))
@@ -66,6 +81,10 @@ class Reference(Kernel):
         step = max(1, _SLICE // columns)
         parts = [F.linear(x, self._rows(i, i + step, x.dtype)) for i in range(0, rows, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), each value rounded once."""
+        return self._rows(0, self.shape[0], dtype)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         codes = packing.unpack(self.codes[start:stop], self.scheme.bits, self.shape[1])

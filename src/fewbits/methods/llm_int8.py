@@ -1,9 +1,9 @@
 """LLM.int8(): columns with outlying inputs stay in 16 bit, all others become 8-bit integers.
 
 Dettmers et al. 2022, arXiv 2208.07339. What makes a column an outlier are its *inputs*: there the paper
-looks in each call, and so does the kernel where the scheme is not static. A static scheme has them found
-once, by calibration: nothing is searched for at run time, their weights keep their 16 bits, and the scales
-of all other weights do not have to cover them.
+looks in each call, and so does the kernel where the scheme is not static. A static scheme has them
+found once, by calibration: nothing is searched for at run time, their weights keep their 16 bits, and
+the scales of all other weights do not have to cover them.
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,4 @@ class LLMInt8:
         rounded = quantize_tensor(rest, scheme, scale_dtype)
         kept = weight[:, columns].to(scale_dtype or weight.dtype)
         outliers = Outliers(columns, kept)
-        return QuantizedTensor(
-            rounded.codes, rounded.scale, rounded.zero_point, scheme, outliers
-        ), []
+        return QuantizedTensor(rounded.codes, rounded.scale, rounded.zero_point, scheme, outliers), []

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from fewbits.evaluate import Estimate, Evaluation
+from fewbits.outliers import Inspection
 from fewbits.speed import Size, Speed
 
 
@@ -106,3 +107,28 @@ def blocks_table(blocks: list[dict[str, Any]]) -> Table:
         )
         table.add_row(*map(str, cells))
     return table
+
+
+def outliers_table(inspection: Inspection) -> Table:
+    """A row for each input of a block, those of a mixture's experts together."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("read by", no_wrap=True)
+    headings = ["columns", "outliers", "largest |x|", "median", "tokens with one"]
+    headings += ["error of W8A8", "outliers in 16 bit", "ratio"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in inspection.rows():
+        name = f"{row.name} ({row.experts} experts)" if row.experts else row.name
+        cells = [str(row.block), name, str(row.features)]
+        if row.token_share is None:
+            table.add_row(*cells, "not reached")
+            continue
+        cells += [str(row.outliers), f"{row.largest:.3g}", f"{row.median:.3g}", _share(row.token_share)]
+        cells += [_share(row.plain), _share(row.kept), "" if row.ratio is None else f"{row.ratio:.3g}"]
+        table.add_row(*cells)
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
