@@ -1,4 +1,4 @@
-"""QuantScheme: how many bits, what shares a scale, whether zero is fixed at mid-range, and what inputs become."""
+"""QuantScheme: bits, what shares a scale, whether zero is fixed at mid-range, what becomes of inputs."""
 
 import re
 from dataclasses import dataclass

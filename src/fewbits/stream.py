@@ -266,14 +266,14 @@ class Stream:
 
     @contextmanager
     def in_fast_dtype(self, block: nn.Module) -> Iterator[None]:
-        """Until left, `run` computes in the dtype that the model itself has, where `fast_dtype` is one."""
+        """Until left, `run` computes in the dtype of the model itself, where `fast_dtype` is one."""
         if self.fast_dtype is None:
             yield
             return
         held = {p: p.data for p in block.parameters() if p.dtype == torch.float32}
         # In one piece: the C library hands large pieces back when they are freed, and keeps small ones.
         copies = torch.empty(sum(p.numel() for p in held), dtype=self.fast_dtype)
-        parts = copies.split([p.numel() for p in held])
+        parts = torch.split(copies, [p.numel() for p in held])
         try:
             for (parameter, data), part in zip(held.items(), parts, strict=True):
                 parameter.data = part.view(data.shape).copy_(data)

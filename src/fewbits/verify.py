@@ -226,7 +226,7 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
         points.append(zero_one)
     parts = {"codes": codes, "scale": scales, "zero_point": points}
     found: dict[str, str | None] = {part: hash_tensors(values) for part, values in parts.items()}
-    found["outliers"] = _hash_outliers(name, stated, tensors)
+    found["outliers"] = _hash_outliers(name, tensors)
     return [
         f"{name}: the {part} read back are not those that were chosen"
         for part, value in found.items()
@@ -234,7 +234,7 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
     ]
 
 
-def _hash_outliers(name: str, stated: Codes, tensors: _Tensors) -> str | None:
+def _hash_outliers(name: str, tensors: _Tensors) -> str | None:
     """Of columns and weights that are kept in 16 bit, matrix after matrix; None if there are none."""
     names = (f"{name}_outlier_columns", f"{name}_outliers")
     if not all(n in tensors.dtype_shape for n in names):

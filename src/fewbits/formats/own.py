@@ -4,7 +4,7 @@ The same tensors as compressed-tensors writes, except that the codes take the *s
 client that does not know the format meets a tensor of the wrong shape and stops, instead of filling in
 random weights. `(out, in)` on disk whatever the source's orientation; experts that the source keeps
 in one 3-D tensor keep their axis in front. Columns kept in 16 bit have tensors of their own. Promised
-for `fewbits.load`, and for `AutoModelForCausalLM.from_pretrained` in a process that has imported fewbits.
+for `fewbits.load`, and for `from_pretrained` of transformers in a process that has imported fewbits.
 
     X.weight   X.weight_scale   X.weight_zero_point   X.weight_shape
                X.weight_outliers   X.weight_outlier_columns

@@ -5,7 +5,7 @@
     NAME_zero_point   int32 (ceil(out * bits / 32), groups)   packed along *out*; asymmetric only
     NAME_shape        int64 (2,)                          out, in
 
-    NAME_outlier_columns   int32 (n,)       columns that are not on the grid, ascending; where there are any
+    NAME_outlier_columns   int32 (n,)       columns that are not on the grid, ascending; if any
     NAME_outliers          float (out, n)   their weights
 
 Granularity "tensor" is written as "channel" with the scale repeated: one scale for a whole tensor is

@@ -193,7 +193,7 @@ class _Columns:
         expanded = (q.t().to(V.dtype).expand(-1, V.shape[1]) for q in (scale, zero_point))
         steps, points = (q.contiguous() for q in expanded)
         groups = order // (len(V) // scale.shape[1])
-        for part, group in zip(V.split(_BLOCK), groups.split(_BLOCK), strict=True):
+        for part, group in zip(torch.split(V, _BLOCK), torch.split(groups, _BLOCK), strict=True):
             part.div_(steps[group])
         return cls(V, torch.zeros_like(V), steps, points, groups, scheme)
 
@@ -228,8 +228,8 @@ class _Columns:
     def codes_in(self, order: Tensor) -> Tensor:
         """The codes (out, in), as the weight had them."""
         result = torch.empty(self.V.shape, dtype=torch.uint8, device=self.V.device)
-        for columns, group in zip(range(0, len(order), _BLOCK), self.groups.split(_BLOCK), strict=True):
-            rows = slice(columns, columns + _BLOCK)
+        for start, group in enumerate(torch.split(self.groups, _BLOCK)):
+            rows = slice(start * _BLOCK, start * _BLOCK + len(group))
             nearest = torch.sub(self.V[rows], self.E[rows] / self.steps[group]).round_()
             result[order[rows]] = nearest.add_(self.points[group]).to(torch.uint8)
         return result.t().contiguous()
