@@ -97,7 +97,7 @@ def test_plan_predicts_what_quantize_writes(model, int4):
         (["--method", "llm-int8", "--threshold", "-1"], ["-1", "from 0"]),
         (["--method", "llm-int8", "--format", "compressed-tensors"], ["no layout", "8 bits"]),
         (["--method", "gptq", "--threshold", "6"], ["--threshold", "gptq", "llm-int8"]),
-        (["--method", "llm-int8", "--threshold", "0", "--calibration", "self"], ["llm-int8", "static"]),
+        (["--method", "llm-int8", "--threshold", "0", "--calibration", "self"], ["llm-int8", "above 0"]),
         (["--group-size", "40"], ["40", "down_proj", "q_proj", "divisors"]),
         (["--group-size", "many"], ["many", "none"]),
         (["--per-tensor", "--group-size", "32"], ["--per-tensor", "32"]),

@@ -105,6 +105,7 @@ def test_without_a_large_input_it_is_plain_w8a8_and_says_so(source, tmp_path):
     scheme = replace(STATIC, inputs=InputScheme("token", 1e4, True))
     result = quantize(source, tmp_path / "out", method="llm-int8", scheme=scheme, calibration=IDS)
     assert not any("outlier" in name for name in tensors(tmp_path / "out"))
+    assert any("leave out that inputs" in note.what for note in result.ledger.notes)
     assert any("plain W8A8" in note.what for note in result.ledger.notes)
     plain = quantize(
         source, tmp_path / "plain", method="llm-int8", scheme=QuantScheme.parse("w8-channel-a8-token")
@@ -130,6 +131,42 @@ def test_experts_in_one_tensor_have_their_columns_in_common(tmp_path):
     stacks = [t for n, t in tensors(out).items() if n.endswith("_outlier_columns") and t.ndim == 2]
     assert stacks
     assert all(bool((stack == stack[0]).all()) for stack in stacks)
+    load(out)(IDS)
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[:2, :2]], ids=["all reached", "some experts starved"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_experts_that_saw_nothing_do_not_end_the_run(tmp_path, model_type, ids):
+    source = tiny_checkpoint(tmp_path / "source", model_type)
+    out = tmp_path / "out"
+    result = quantize(source, out, method="llm-int8", scheme=STATIC, calibration=ids)
+    verify(out, source)
+    assert bool(load(out)(IDS).logits.isfinite().all())
+    matrices = [m for block in result.ledger.blocks for m in block["matrices"]]
+    unseen = [m for m in matrices if m["steps"]]
+    # Nobody knows their outliers: they are looked for in each call, not taken for absent.
+    assert all(m["scheme"] == STATIC.dynamic.label for m in unseen)
+    seen = [m for m in matrices if not m["steps"]]
+    assert all(m["scheme"] == STATIC.label for m in seen)
+    if len(ids) == 2:
+        assert any(m["tokens"] == 0 for m in matrices)
+        assert bool(unseen) == (model_type != "gpt_oss")  # in one tensor all have the same columns
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("llama", {}), ("opt", {"word_embed_proj_dim": 32})]
+)
+def test_what_calibration_does_not_reach_looks_for_outliers_in_each_call(tmp_path, model_type, changes):
+    source = tiny_checkpoint(tmp_path / "source", model_type, **changes)
+    out = tmp_path / "out"
+    result = quantize(source, out, method="llm-int8", scheme=STATIC, calibration=IDS, head=True)
+    verify(out, source)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["weights"]
+    outside = [name for name in config if ".layers." not in name]
+    assert outside
+    assert {config[name] for name in outside} == {STATIC.dynamic.label}
+    assert {config[name] for name in config if name not in outside} == {STATIC.label}
+    assert any(note.where in outside and note.kind == "fallback" for note in result.ledger.notes)
     load(out)(IDS)
 
 
@@ -221,6 +258,12 @@ def test_the_schemes_decide_what_is_collected(source, tmp_path):
         (lambda: InputScheme(threshold=-1.0), "threshold is -1"),
         (lambda: InputScheme(threshold=float("nan")), "threshold is nan"),
         (lambda: InputScheme(threshold=0, static=True), "no column stays"),
+        (lambda: LLMInt8()(torch.ones(2, 4), STATIC, {}), "without calibration"),
+        (lambda: QuantizedLinear.from_float(torch.nn.Linear(4, 2), STATIC), "without calibration"),
+        (
+            lambda: LLMInt8(True)(torch.ones(2, 2), STATIC, {"absmax": torch.tensor([1.0, torch.nan])}),
+            "inputs hold NaN",
+        ),
         (lambda: InputScheme("row"), "'token' and 'tensor'"),
         (lambda: QuantScheme.parse("w8-channel-a8-token-t6.1.2"), "names no inputs"),
         (lambda: QuantScheme.parse("w8-channel-a8-token-static"), "names no inputs"),
@@ -233,7 +276,7 @@ def test_a_scheme_that_no_product_of_integers_can_follow_is_refused(make, messag
 
 
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
-@pytest.mark.parametrize("threshold", [0, 0.5, 6, 6.25, 100, 1e-3, 12345.5])
+@pytest.mark.parametrize("threshold", [0, 0.5, 6, 6.25, 100, 1e-3, 12345.5, 6.1234567, 1e-7, 1e20])
 @pytest.mark.parametrize("static", [False, True])
 def test_a_label_names_its_scheme(granularity, threshold, static):
     if static and not threshold:

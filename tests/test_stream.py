@@ -124,7 +124,7 @@ def test_products_in_bfloat16_are_off_by_their_rounding_only(source):
     exact = flow.run(0, block, flow.states)
     flow.fast_dtype = torch.bfloat16
     assert torch.equal(flow.run(0, block, flow.states), exact)
-    with flow.in_fast_dtype(block):
+    with flow.in_fast_dtype(0, block):
         assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
         fast = flow.run(0, block, flow.states)
     assert torch.equal(flow.run(0, block, flow.states), exact)

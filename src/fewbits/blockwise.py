@@ -24,7 +24,7 @@ from fewbits.methods import RTN, Method, WeightedRTN
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
-from fewbits.stream import TOKENS, Stream
+from fewbits.stream import TOKENS, Stream, fast_dtype
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.wiring import Wiring, find_wiring, signature
@@ -202,16 +202,18 @@ def quantize_blocks(
         progress(what, stream.count, stream.count)
 
 
-def estimate_memory(plan: Plan, ids: Tensor) -> tuple[int, int]:
+def estimate_memory(plan: Plan, ids: Tensor, needs: frozenset[str]) -> tuple[int, int]:
     """Bytes that `quantize_blocks` takes beside its states, at most, and of the states.
 
-    One block in float32 and its codes, its Hessians, three more of the largest while it is factored,
-    and what the block computes on the way.
+    One block in float32, its codes, and its copy in the model's own dtype; what the block computes on
+    the way; and if the method `needs` Hessians, those, and three more of the largest while it is
+    factored.
     """
+    copy = 0 if fast_dtype(plan.checkpoint.dtype) is None else 2
     samples, length = ids.shape
     blocks, hessians = defaultdict[int, int](int), defaultdict[int, set[tuple[str, int]]](set)
     for name, number in plan.blocks.items():
-        blocks[number] += 5 * plan.info(name).count
+        blocks[number] += (5 + copy) * plan.info(name).count
         if name in plan.placements:
             matrix = plan.matrices[name]
             columns = matrix.rows_columns[1]
@@ -221,7 +223,8 @@ def estimate_memory(plan: Plan, ids: Tensor) -> tuple[int, int]:
     widest = max((columns for found in hessians.values() for _, columns in found), default=0)
     squares = max((sum(4 * n * n for _, n in found) for found in hessians.values()), default=0)
     batch = max(TOKENS, length)
-    work = max(blocks.values(), default=0) + squares + 3 * 4 * widest**2 + 4 * 4 * batch * widest
+    work = max(blocks.values(), default=0) + 4 * 4 * batch * widest
+    work += squares + 3 * 4 * widest**2 if "hessian" in needs else 0
     return work, 2 * samples * length * plan.hidden_size
 
 
@@ -385,7 +388,7 @@ class _Run:
         for path, stat in stats.items():
             watched.setdefault(id(stat), path)
         hooks = _hooks(block, {path: stats[path] for path in watched.values()})
-        with hooks, self.stream.in_fast_dtype(block):
+        with hooks, self.stream.in_fast_dtype(number, block):
             for rows in self.stream.batches(self.fitted):
                 with suppress(_AllSeen):
                     self.stream.run(number, block, self.stream.states[rows])
@@ -423,6 +426,8 @@ class _Run:
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method, why = self._method(block, alike[0].linear, stat)
+        if isinstance(method, RTN):
+            scheme = scheme.dynamic  # nobody has seen its inputs
         given = {} if stat is None else stat.given
         try:
             rounded, notes = method(weight, scheme, given, dtype)
@@ -449,7 +454,8 @@ class _Run:
         method = self.recipe.method
         if not method.needs:
             return method, None
-        if stat is None or stat.tokens == 0:
+        shared = stat is not None and stat.absmax is not None and bool(stat.absmax.any())
+        if stat is None or (stat.tokens == 0 and not shared):  # other experts may have seen tokens
             return RTN(), "no calibration token reached it: rounded to nearest"
         columns = 0 if stat.hessian is None else len(stat.hessian)
         if _is_expert(block, linear) and stat.tokens < columns and not isinstance(method, WeightedRTN):

@@ -70,7 +70,12 @@ GroupSize = Annotated[
     str | None,
     typer.Option(help="Input columns that share a scale, or none.  [default: 128; 8 bits: none]"),
 ]
-PerTensor = Annotated[bool, typer.Option("--per-tensor", help="One scale for a whole matrix.")]
+PerTensor = Annotated[
+    bool,
+    typer.Option(
+        "--per-tensor", help="One scale for a whole matrix; of llm-int8 also for all inputs of a call."
+    ),
+]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Store a zero point with each scale.")]
 Override = Annotated[
     list[str] | None,
@@ -163,16 +168,17 @@ def _scheme(
     threshold: float | None = None,
     calibrated: bool = False,
 ) -> QuantScheme:
-    eight = method in ("int8", "llm-int8")
+    last = method.rpartition("+")[2]
+    eight = last in ("int8", "llm-int8")
     if eight and bits not in (None, 8):
         raise InputError(f"--method {method} with --bits {bits}; accepted is 8, or --method rtn")
     if eight and group_size not in (None, "none"):
         raise InputError(
             f"--method {method} with --group-size {group_size}; accepted is none, or --method rtn"
         )
-    if threshold is not None and method != "llm-int8":
+    if threshold is not None and last != "llm-int8":
         raise InputError(f"--threshold with --method {method}; accepted is --method llm-int8")
-    if method == "llm-int8":
+    if last == "llm-int8":
         limit = 6.0 if threshold is None else threshold
         inputs = InputScheme("tensor" if per_tensor else "token", limit, calibrated and limit > 0)
         return QuantScheme(8, "tensor" if per_tensor else "channel", None, not asymmetric, inputs)

@@ -40,8 +40,15 @@ from fewbits.kernels import (
     Kernel,
     Reference,
 )
-from fewbits.linear import QuantizedLinear
-from fewbits.load import by_parameter, check_shape, put, quantized_matrices, read_parameter
+from fewbits.linear import ExpertLinears, QuantizedLinear
+from fewbits.load import (
+    by_parameter,
+    check_shape,
+    kernel_notes,
+    put,
+    quantized_matrices,
+    read_parameter,
+)
 from fewbits.recipe import Recipe
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import Matrix, find_matrices, locate
@@ -90,7 +97,9 @@ def Config(  # noqa: N802 - a class to its users: transformers, where its base c
     experts of a layer are one), and for a moment one matrix of it in 32 bit.
 
     A head stays in float. Adapters can be trained on the model, its codes cannot. All of it must be on
-    devices that compute, nothing offloaded.
+    devices that compute, nothing offloaded. When a saved model is opened with device_map "auto" (or
+    another that transformers works out), codes count as nothing: it fits several devices badly, so give a
+    dict or `max_memory`; on one device it does not matter.
 
     Args:
         kind: "int8": weights in 8 bits, a scale per row. "llm-int8": inputs too, but for columns with
@@ -142,14 +151,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         """The spec that others find, its loader extended."""
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            run, then = spec.loader.exec_module, self.then
+            run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                then()
+                if self in sys.meta_path:  # until now: who asks for a spec need not import it
+                    sys.meta_path.remove(self)
+                    self.then()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -236,6 +248,8 @@ def _classes() -> tuple[Any, Any]:
                 _read_stored(self.state, model, self.dtype)
             self.state.checkpoint.close()
             _finish_biases(model)
+            for note in kernel_notes(model):
+                _LOG.warning("%s", note)
             config = FewbitsCheckpoint(**_stored_config(self.state, model))
             self.quantization_config = model.config.quantization_config = config
 
@@ -295,12 +309,19 @@ def _plan_request(state: _State, model: nn.Module, scheme: QuantScheme, skip: tu
     """Which parameters will be quantized, known before the first is read.
 
     Raises:
-        InputError: a pattern matches nothing, or the scheme does not fit; nothing was loaded.
+        InputError: a pattern matches nothing, nothing is left to quantize, or the scheme does not fit;
+            nothing was loaded.
     """
     shapes = {name: info.shape for name, info in state.checkpoint.tensors.items()}
     matrices, notes = find_matrices(model, shapes)
     for note in notes:
         _LOG.warning("%s", note)
+    if not matrices:
+        raise InputError(
+            f"{state.checkpoint.folder}: none of its {len(shapes)} tensors, like {min(shapes, default='')}, "
+            "is a matrix that can be quantized; accepted are names that transformers knows for the model, "
+            "without key_mapping"
+        )
     recipe = Recipe(scheme=scheme, overrides=tuple((pattern, None) for pattern in skip))
     schemes = recipe.assign(matrices.values())
     for module, parameter, parts in by_parameter(matrices.values()):
@@ -317,6 +338,11 @@ def _plan_request(state: _State, model: nn.Module, scheme: QuantScheme, skip: tu
             )
         name = f"{module}.{parameter}"
         state.parameters[name] = _Parameter(parts, tuple(model.get_parameter(name).shape), scheme)
+    if not state.parameters:
+        raise InputError(
+            f"skip is {skip!r}, which leaves none of {len(matrices)} matrices to quantize; accepted are "
+            "patterns that leave one, or no quantization_config"
+        )
 
 
 def _operation(state: _State) -> Any:
@@ -374,7 +400,8 @@ def _place(
 ) -> None:
     """Replace a parameter by codes; a bias may still be without values.
 
-    transformers initializes what has no mark, which for codes would be slow, or fail.
+    transformers initializes what has no mark, which for codes would be slow, or fail. What accelerate
+    hooked to a module, to bring its inputs to its device, goes on with the new one.
     """
     module, _, parameter = name.rpartition(".")
     before = model.get_submodule(module)
@@ -382,6 +409,10 @@ def _place(
     put(model, module, parameter, kind, pieces, dtype, device)
     after = model.get_submodule(module)
     if isinstance(after, QuantizedLinear):
+        if hasattr(before, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(after, before._hf_hook)
         if after.bias is not None:
             after.bias._is_hf_initialized = loaded  # type: ignore[attr-defined, unused-ignore]
         after._is_hf_initialized = True  # type: ignore[assignment]
@@ -451,13 +482,23 @@ class _Done(list[Any]):
 
 
 def _linears(model: nn.Module, name: str) -> list[QuantizedLinear]:
-    """The modules with a parameter's codes: one, or one per expert."""
+    """The modules with a parameter's codes: one, or one per expert.
+
+    Raises:
+        InputError: something else is there now.
+    """
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
-    found = [owner] if isinstance(owner, QuantizedLinear) else list(getattr(owner, parameter))
-    linears = [linear for linear in found if isinstance(linear, QuantizedLinear)]
-    assert len(linears) == len(found)
-    return linears
+    found = owner if isinstance(owner, QuantizedLinear) else getattr(owner, parameter, owner)
+    modules = list(found) if isinstance(found, ExpertLinears) else [found]
+    for linear in modules:
+        if not isinstance(linear, QuantizedLinear):
+            kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
+            raise InputError(
+                f"{module} is no longer what was loaded but in {kind}; accepted is the model without "
+                "adapters: unload() them first, or save the adapter alone (save_pretrained of the PEFT model)"
+            )
+    return modules
 
 
 def _placements(state: _State, model: nn.Module) -> dict[str, Placement]:
@@ -481,12 +522,13 @@ def _stored_tensors(state: _State, model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+    linears = {name: _linears(model, name) for name in state.parameters}
     inside = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Kernel))
     floats = {n: t for n, t in model.state_dict().items() if not n.startswith(inside)}
     floats = remove_tied_weights_from_state_dict(floats, model)
     tensors: dict[str, Tensor] = revert_weight_conversion(model, floats)
     for name, parameter in state.parameters.items():
-        weights = [give_back(linear) for linear in _linears(model, name)]
+        weights = [give_back(linear) for linear in linears[name]]
         for part, pieces in _split(parameter.parts, weights):
             tensors |= _write(part, pieces)
     return tensors

@@ -56,8 +56,12 @@ class QuantizedLinear(nn.Linear):
         """Round the weight of an `nn.Linear`, or of transformers' `Conv1D`, to the nearest codes.
 
         Raises:
-            InputError: the scheme does not fit the weight.
+            InputError: the scheme does not fit the weight, or asks for calibration.
         """
+        if scheme.dynamic != scheme:
+            raise InputError(
+                f"scheme {scheme.label} without calibration; accepted is {scheme.dynamic.label}"
+            )
         weight = float_weight(linear)
         bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
         return cls(quantize_tensor(weight, scheme), bias, weight.dtype, weight.device)

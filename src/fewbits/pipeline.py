@@ -179,9 +179,11 @@ def quantize(
             else:
                 ledger.calibration = _describe_calibration(plan, data)
                 ledger.notes += _check_calibration(plan, data)
-                states_file = _states_file(plan, data, max_memory, writer.folder, ledger.notes)
+                states_file = _states_file(
+                    plan, data, recipe.method.needs, max_memory, writer.folder, ledger.notes
+                )
                 blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
-                _write_blocks(blocks, plan, recipe, writer, ledger)
+                _write_blocks(blocks, plan, writer, ledger)
                 ledger.notes += _outlier_notes(ledger)
                 if states_file is not None:
                     states_file.unlink()
@@ -277,7 +279,7 @@ def _write_weights(
     """Round and write one source tensor after the other."""
     names = sorted(plan.checkpoint.tensors.keys() | plan.origins.keys(), key=_natural)
     for i, name in enumerate(names):
-        weights = _round(name, plan, recipe, ledger.notes) if name in plan.placements else None
+        weights = _round(name, plan, recipe.method, ledger.notes) if name in plan.placements else None
         _write_one(name, plan, writer, ledger, weights)
         if progress is not None:
             progress("quantize", i + 1, len(names))
@@ -285,16 +287,15 @@ def _write_weights(
     plan.checkpoint.close()
 
 
-def _write_blocks(
-    blocks: Iterator[Block], plan: Plan, recipe: Recipe, writer: CheckpointWriter, ledger: Ledger
-) -> None:
+def _write_blocks(blocks: Iterator[Block], plan: Plan, writer: CheckpointWriter, ledger: Ledger) -> None:
     """Write what stands outside of the blocks, and each block as soon as it is done."""
     names = plan.checkpoint.tensors.keys() | plan.origins.keys()
     inside = {name: plan.blocks.get(name) for name in names}
     for name in sorted((n for n in names if inside[n] is None), key=_natural):
         weights = None
         if name in plan.placements:
-            weights = _round(name, plan, replace(recipe, method=RTN()), ledger.notes)
+            _without_calibration(name, plan)
+            weights = _round(name, plan, RTN(), ledger.notes)
             what = "outside of the blocks: rounded to nearest, without calibration"
             ledger.notes.append(Note("fallback", name, what))
         _write_one(name, plan, writer, ledger, weights)
@@ -302,12 +303,20 @@ def _write_blocks(
         members = (name for name in names if inside[name] == block.report.block)
         for name in sorted(members, key=_natural):
             weights, changed = block.weights.get(name), block.changed.get(name)
+            if weights is not None and weights[0].scheme != plan.placements[name].scheme:
+                _without_calibration(name, plan)
             _write_one(name, plan, writer, ledger, weights, changed)
         ledger.notes += block.notes
         ledger.blocks.append(block.report.to_json())
         del block, weights, changed  # before the next one is made
     writer.finish_weights()
     plan.checkpoint.close()
+
+
+def _without_calibration(name: str, plan: Plan) -> None:
+    """Nobody has seen this weight's inputs: its outlier columns are found in each call."""
+    placement = plan.placements[name]
+    plan.placements[name] = replace(placement, scheme=placement.scheme.dynamic)
 
 
 def _outlier_notes(ledger: Ledger) -> list[Note]:
@@ -317,8 +326,13 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
         for name, entry in ledger.tensors.items()
         if entry.quantized is not None and "-static" in entry.quantized.scheme
     }
+    rounds = any(
+        "-a8-" in e.quantized.scheme for e in ledger.tensors.values() if e.quantized is not None
+    )
+    what = "errors and KL of the blocks leave out that inputs are rounded too"
+    notes = [Note("fact", "blocks", what)] if rounds else []
     if not asked:
-        return []
+        return notes
     some = [name for name, codes in asked.items() if codes.outliers is not None]
     kept = sum(w.size_bytes for n in some for w in ledger.tensors[n].written if "_outlier" in w.name)
     whole = sum(ledger.tensors[name].size_bytes for name in asked)
@@ -328,7 +342,7 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
     )
     if not some:
         what = "no input was above the threshold: all columns are integers (plain W8A8)"
-    return [Note("fact", "outliers", what)]
+    return [*notes, Note("fact", "outliers", what)]
 
 
 def _write_one(
@@ -367,13 +381,13 @@ def _write_one(
     )
 
 
-def _round(name: str, plan: Plan, recipe: Recipe, notes: list[Note]) -> list[QuantizedTensor]:
+def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[QuantizedTensor]:
     """Round one source tensor, a matrix or a stack of them, without calibration."""
     tensor = plan.checkpoint.read(plan.origins.get(name, name))
     weights: list[QuantizedTensor] = []
     for piece in plan.matrices[name].slices(tensor):
         try:
-            weight, more = recipe.method(piece, plan.placements[name].scheme, {})
+            weight, more = method(piece, plan.placements[name].scheme, {})
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         weights.append(weight)
@@ -399,7 +413,7 @@ def _read_calibration(
         if source is not None:
             raise InputError(
                 f"method {name} takes no calibration; accepted with it are gptq, awq, and llm-int8 "
-                "with static columns"
+                "whose threshold is above 0"
             )
         return None
     if source is None:
@@ -459,12 +473,17 @@ def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
 
 
 def _states_file(
-    plan: Plan, data: Calibration, max_memory: int | None, folder: Path, notes: list[Note]
+    plan: Plan,
+    data: Calibration,
+    needs: frozenset[str],
+    max_memory: int | None,
+    folder: Path,
+    notes: list[Note],
 ) -> Path | None:
     """Where calibration states go if memory is short; None for memory itself."""
     if max_memory is None:
         return None
-    work, states = estimate_memory(plan, data.ids)
+    work, states = estimate_memory(plan, data.ids, needs)
     least = memory_bytes() + work
     if least + states <= max_memory:
         return None

@@ -256,7 +256,7 @@ def _choose_format(
     )
     if format_name is not None:
         raise InputError(f"--format {format_name} cannot hold this model: {reasons}")
-    what = f"written for fewbits.load only, not as {chosen.name}: {reasons}"
+    what = f"written for fewbits alone, not as {chosen.name}: {reasons}"
     return FORMATS["fewbits"], [Note("fallback", "format", what)]
 
 

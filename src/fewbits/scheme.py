@@ -1,7 +1,7 @@
 """QuantScheme: bits, what shares a scale, whether zero is fixed at mid-range, what becomes of inputs."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from fewbits.errors import InputError
@@ -51,7 +51,8 @@ class InputScheme:
     @property
     def label(self) -> str:
         """Short name: `a8-token`, `a8-token-t6`, `a8-token-t6-static`."""
-        outliers = f"-t{self.threshold:g}" + ("-static" if self.static else "")
+        exact = repr(float(self.threshold)).removesuffix(".0")
+        outliers = f"-t{exact}" + ("-static" if self.static else "")
         return f"a8-{self.granularity}" + (outliers if self.threshold else "")
 
     @classmethod
@@ -157,6 +158,13 @@ class QuantScheme:
     def max_code(self) -> int:
         """The largest code: 15 for 4 bits."""
         return (1 << self.bits) - 1
+
+    @property
+    def dynamic(self) -> Self:
+        """The same; outlier columns, where there are any, are found in each call."""
+        if self.inputs is None or not self.inputs.static:
+            return self
+        return replace(self, inputs=replace(self.inputs, static=False))
 
     def groups(self, columns: int) -> int:
         """How many scales one row of `columns` inputs has.

@@ -233,14 +233,18 @@ class Stream:
         prefix = f"{self.path}.{number}."
         absent = {name for name in self.network.state_dict() if not name.startswith(prefix)}
         block: nn.Module = self._build(absent).get_submodule(prefix[:-1])
-        tensors = self.checkpoint.tensors
-        mapped = {t.parameter for n, t in self.located.items() if tensors[n].dtype == torch.float32}
+        mapped = self._in_float32()
         for name, parameter in block.named_parameters():
             if prefix + name in mapped:  # the file itself: never written to
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(False)
         split_experts(block)
         return block
+
+    def _in_float32(self) -> set[str]:
+        """The parameters that the checkpoint has in float32."""
+        tensors = self.checkpoint.tensors
+        return {t.parameter for n, t in self.located.items() if tensors[n].dtype == torch.float32}
 
     def batches(self, samples: range) -> Iterator[slice]:
         """Slices of samples that are run at a time."""
@@ -265,12 +269,17 @@ class Stream:
         return hidden.float()
 
     @contextmanager
-    def in_fast_dtype(self, block: nn.Module) -> Iterator[None]:
-        """Until left, `run` computes in the dtype of the model itself, where `fast_dtype` is one."""
+    def in_fast_dtype(self, number: int, block: nn.Module) -> Iterator[None]:
+        """Until left, `run` computes in the dtype of the model itself, where `fast_dtype` is one.
+
+        Parameters that the checkpoint has in float32 stay so.
+        """
         if self.fast_dtype is None:
             yield
             return
-        held = {p: p.data for p in block.parameters() if p.dtype == torch.float32}
+        exact = self._in_float32()
+        named = {f"{self.path}.{number}.{name}": p for name, p in block.named_parameters()}
+        held = {p: p.data for n, p in named.items() if p.dtype == torch.float32 and n not in exact}
         # In one piece: the C library hands large pieces back when they are freed, and keeps small ones.
         copies = torch.empty(sum(p.numel() for p in held), dtype=self.fast_dtype)
         parts = torch.split(copies, [p.numel() for p in held])
@@ -291,7 +300,7 @@ class Stream:
 
     def advance(self, number: int, block: nn.Module, samples: range) -> None:
         """Replace the states of these samples by what the block makes of them."""
-        with self.in_fast_dtype(block):
+        with self.in_fast_dtype(number, block):
             for rows in self.batches(samples):
                 self.states[rows] = self.run(number, block, self.states[rows])
 

@@ -41,7 +41,7 @@ class CompressedTensors:
         return "compressed-tensors"
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """Transposed or stacked weights, which it has no layout for; asymmetric experts."""
+        """Rounded inputs, transposed or stacked weights: there is no layout; and asymmetric experts."""
         if scheme.inputs is not None:
             return "inputs in 8 bits, and columns in 16 bits, have no layout in pack-quantized"
         if placement.stacked:

@@ -63,8 +63,8 @@ class Own:
         inputs = [p.scheme.inputs for p in placements.values() if p.scheme.inputs is not None]
         if any(kind.threshold and not kind.static for kind in inputs):
             return [
-                "outlier columns are looked for in each call: 16 rows take up to 1.5 times as long as in "
-                "bfloat16 (1 and 512 rows less); not where --calibration has found them"
+                "outlier columns are looked for in each call: 16 rows take up to 1.5 times as long as "
+                "in bfloat16 (1 and 512 rows less); not where --calibration has found them"
             ]
         return []
 

@@ -1,4 +1,4 @@
-"""The four tensors that both formats of this room share.
+"""The tensors that both formats of this room share.
 
     NAME + suffix     int32 (out, ceil(in * bits / 32))   codes, packed along in (see fewbits.packing)
     NAME_scale        float (out, groups)

@@ -90,12 +90,12 @@ class Int4Pack(Kernel):
         self.register_buffer("scale_and_zero", both)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        """`x @ W.T`, in bfloat16 whatever x is: norms that were made float32 give such inputs."""
+        rows = F.pad(x.reshape(-1, x.shape[-1]).to(self.dtype), (0, self.padding)).contiguous()
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self.codes, self.group, self.scale_and_zero
         )
-        return y[:, : self.out].reshape(*x.shape[:-1], self.out)
+        return y[:, : self.out].reshape(*x.shape[:-1], self.out).to(x.dtype)
 
 
 class Int8Pack(Kernel):
@@ -130,7 +130,7 @@ class Int8Pack(Kernel):
         self.register_buffer("scale", weight.scale[:, 0].to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        """`x @ W.T`, in bfloat16 whatever x is: norms that were made float32 give such inputs."""
+        rows = F.pad(x.reshape(-1, x.shape[-1]).to(self.dtype), (0, self.padding)).contiguous()
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)

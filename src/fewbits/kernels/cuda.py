@@ -54,7 +54,7 @@ class Int4PackCuda(Kernel):
         self.register_buffer("scale_and_zero", both.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.padding)).contiguous()
+        """`x @ W.T`, in bfloat16 whatever x is: norms that were made float32 give such inputs."""
+        rows = F.pad(x.reshape(-1, x.shape[-1]).to(self.dtype), (0, self.padding)).contiguous()
         y: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.codes, self.group, self.scale_and_zero)
-        return y[:, : self.out].reshape(*x.shape[:-1], self.out)
+        return y[:, : self.out].reshape(*x.shape[:-1], self.out).to(x.dtype)

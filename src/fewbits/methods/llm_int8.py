@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, Outliers, QuantizedTensor, quantize_tensor
 
@@ -37,10 +38,20 @@ class LLMInt8:
         stats: dict[str, Tensor],
         scale_dtype: torch.dtype | None = None,
     ) -> tuple[QuantizedTensor, list[Note]]:
-        """Codes for `weight` (out, in); `stats["absmax"]` is (in,), where the scheme is static."""
+        """Codes for `weight` (out, in); `stats["absmax"]` is (in,), where the scheme is static.
+
+        Raises:
+            InputError: as `quantize_tensor`, or the scheme is static and there is no `absmax`.
+        """
         inputs = scheme.inputs
-        if inputs is None or not inputs.static or "absmax" not in stats:
+        if inputs is None or not inputs.static:
             return quantize_tensor(weight, scheme, scale_dtype), []
+        if "absmax" not in stats:
+            raise InputError(
+                f"scheme {scheme.label} without calibration; accepted is {scheme.dynamic.label}"
+            )
+        if bool(stats["absmax"].isnan().any()):
+            raise InputError("its inputs hold NaN; accepted are finite ones")
         columns = (stats["absmax"] > inputs.threshold).nonzero()[:, 0]
         if not len(columns):
             return quantize_tensor(weight, scheme, scale_dtype), []
