@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -283,10 +283,13 @@ def agreement_rows(models: dict[str, Judged]) -> list[dict[str, Any]]:
     return rows
 
 
-def quality_checks(models: dict[str, Judged]) -> list[Check]:
+def quality_checks(asked: Sequence[str], models: dict[str, Judged]) -> list[Check]:
+    """Of every model that was asked for: one that is not there was not measured, which fails."""
     found = []
-    for name, judged in models.items():
-        above = {what: s.above(judged.float_).value for what, s in judged.scores.items()}
+    for name in asked:
+        judged = models.get(name)
+        scores = {} if judged is None else judged.scores
+        above = {what: s.above(judged.float_).value for what, s in scores.items()}
         if name in LIMITED:
             for what in (DYNAMIC, STATIC):
                 off = abs(above[what]) if what in above else None
@@ -294,28 +297,24 @@ def quality_checks(models: dict[str, Judged]) -> list[Check]:
         if name == "twin":
             what = f"{name}, {NAIVE} is broken: % of perplexity above float"
             found.append(Check(what, above.get(NAIVE), BROKEN, at_least=True))
-        found += agreement_checks(name, judged)
+        found.append(agreement_check(name, judged))
         found.append(Check(f"{name}: matrices whose inputs were not rounded", unrounded(judged), 0))
     return found
 
 
-def agreement_checks(name: str, judged: Judged) -> list[Check]:
+def agreement_check(name: str, judged: Judged | None) -> Check:
     """How far from bitsandbytes' logits ours are, against how far both are from the float model's.
 
-    The first holds of any two models, by the triangle inequality: it only checks that all logits are of
-    the same tokens. By the second both err no more differently than by chance: independent errors are as
-    far apart as the root of the sum of their squares. They are not equal, because scales are not: ours
-    have the checkpoint's 16 bits, theirs are in float32; `check_product` compares with equal scales.
+    Both must err no more differently than by chance: independent errors are as far apart as the root of
+    the sum of their squares. (Their plain sum is no limit: by the triangle inequality it always holds.)
+    Equal they are not, as scales are not: ours have the checkpoint's 16 bits, theirs are in float32.
+    `check_product` compares with equal scales.
     """
-    apart = sums = chance = None
-    if judged.apart is not None:
+    chance = None
+    if judged is not None and judged.apart is not None:
         ours, theirs = (float(judged.scores[what].error.mean()) for what in (DYNAMIC, THEIRS))
-        apart = float(judged.apart.mean())
-        sums, chance = apart / (ours + theirs), apart / math.hypot(ours, theirs)
-    return [
-        Check(f"{name}: distance to bitsandbytes over the sum of both errors", sums, 1.0),
-        Check(f"{name}: distance to bitsandbytes over that of independent errors", chance, 1.0),
-    ]
+        chance = float(judged.apart.mean()) / math.hypot(ours, theirs)
+    return Check(f"{name}: distance to bitsandbytes over that of independent errors", chance, 1.0)
 
 
 @torch.no_grad()
@@ -331,9 +330,15 @@ def check_product(bench: Bench) -> Check:
     return Check(what, float(apart / error), SAME)
 
 
-def unrounded(judged: Judged) -> int:
-    """The reference kernel multiplies inputs as they are: what it ran was not what the scheme says."""
-    return sum(judged.kernels.get(what, {}).get("reference", 0) for what in SCHEMES if what != ROUNDED)
+def unrounded(judged: Judged | None) -> int | None:
+    """The reference kernel multiplies inputs as they are: what it ran was not what the scheme says.
+
+    None if a scheme has no result.
+    """
+    schemes = [what for what in SCHEMES if what != ROUNDED]
+    if judged is None or any(what not in judged.kernels for what in schemes):
+        return None
+    return sum(judged.kernels[what].get("reference", 0) for what in schemes)
 
 
 # -- speed -------------------------------------------------------------------------------------------
@@ -505,8 +510,7 @@ def write_block(path: Path, text: str) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = [name for name in JUDGED if MODELS[name].source.is_dir()]
-    parser.add_argument("--models", nargs="*", choices=JUDGED, default=here)
+    parser.add_argument("--models", nargs="*", choices=JUDGED, default=JUDGED, help="absent ones fail")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held out; fewer to try it")
     parser.add_argument("--no-speed", dest="speed", action="store_false")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the processes' turns")
@@ -538,11 +542,13 @@ def main() -> None:
     rival = version_of_rival(args.environments)
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work, args.environments, args.threads, args.windows)
-    models = {name: bench.judge_model(name) for name in args.models}
+    here = [name for name in args.models if MODELS[name].source.is_dir()]
+    models = {name: bench.judge_model(name) for name in here}
     with torch.no_grad():
         speed = measure_speed(args) if args.speed else []
-    checks = [*quality_checks(models), check_product(bench), *speed_checks(speed)]
+    checks = [*quality_checks(args.models, models), check_product(bench), *speed_checks(speed)]
     refused = {f"{m}, {what}": why for m, j in models.items() for what, why in j.refused.items()}
+    refused |= {name: "the model is not on this machine" for name in args.models if name not in here}
     facts = provenance(command(args)) | {
         "versions": {p: version(p) for p in ("torch", "transformers")} | {"bitsandbytes": rival},
         "calibration": f"{SAMPLES} x {LENGTH} tokens",

@@ -33,8 +33,8 @@ def folder(request, source, tmp_path_factory):
     return out
 
 
-def adapted(folder, **changes):
-    model = fewbits.load(folder)
+def adapted(folder, dtype=None, **changes):
+    model = fewbits.load(folder, dtype=dtype)
     config = peft.LoraConfig(r=4, target_modules="all-linear", **changes)
     return peft.get_peft_model(model, config)
 
@@ -78,11 +78,16 @@ def test_an_adapter_is_trained_saved_and_loaded(folder, tmp_path):
     assert torch.equal(plain, fewbits.load(folder)(ids).logits)
 
 
-def test_every_adapter_gets_the_gradient_that_float_linears_give(folder):
-    """The quantized model against one with the same weights in `nn.Linear`, in float32."""
-    ids = torch.randint(3, VOCABULARY, (2, 16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_every_adapter_gets_the_gradient_that_float_linears_give(folder, dtype):
+    """The quantized model against one with the same weights in `nn.Linear`."""
     torch.manual_seed(1)
-    model = adapted(folder, init_lora_weights=False)
+    ids = torch.randint(3, VOCABULARY, (2, 16))
+    model = adapted(folder, dtype, init_lora_weights=False)
+    kernels = {m.kernel_name for m in model.modules() if isinstance(m, QuantizedLinear)}
+    # Only the reference kernel computes as a linear does. The others round (inputs to 8 bits, sums to
+    # bfloat16): at most 0.095 in four seeds of all schemes, and twice that here; a wrong scale is more.
+    bound = 1e-5 if kernels == {"reference"} else 0.2
     floats = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -90,16 +95,15 @@ def test_every_adapter_gets_the_gradient_that_float_linears_give(folder):
             plain.weight.data = module.weight.clone()
             floats[name] = plain.requires_grad_(False)
     model(ids, labels=ids).loss.backward()
-    ours = {n: p.grad.flatten().clone() for n, p in model.named_parameters() if p.requires_grad}
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     for name, plain in floats.items():
         model.set_submodule(name, plain)
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # In bfloat16, and perhaps with inputs in 8 bits, they are alike, not the same.
-            likeness = torch.cosine_similarity(ours[name], parameter.grad.flatten(), 0)
-            assert likeness > 0.9, (name, likeness)
+            apart = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert apart < bound, (name, apart)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
@@ -131,5 +135,5 @@ def test_unloading_gives_the_quantized_model_back(folder):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_adapters_that_begin_by_changing_the_weight_are_refused(folder, start):
-    with pytest.raises((InputError, AttributeError, TypeError, KeyError)):
+    with pytest.raises(InputError, match="a quantized weight cannot be written to"):
         adapted(folder, init_lora_weights=start)

@@ -1,6 +1,8 @@
 """`from_pretrained` with our config, and what `save_pretrained` writes of it."""
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import fewbits
 from fewbits import InputError, QuantizedLinear, QuantScheme
-from fewbits.integration import give_back
+from fewbits.integration import _Finder, give_back
 from fewbits.kernels import KERNELS
+from fewbits.load import kernel_notes
 from fewbits.scheme import InputScheme
 from models import VOCABULARY, tiny_checkpoint, tiny_model
 
@@ -162,12 +165,28 @@ def test_adapters_are_trained_and_saved_alone(folders, tmp_path, kind):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_base_inside_adapters_is_not_saved(folders, tmp_path, model_type):
+    peft = pytest.importorskip("peft")
+    model = open_model(folders(model_type), quantization_config=config("int8"))
+    expected = logits(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj is now a peft\..*unload\(\)"):
+        wrapped.base_model.model.save_pretrained(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*"))
+    wrapped.unload().save_pretrained(tmp_path / "unloaded")
+    assert torch.equal(logits(open_model(tmp_path / "unloaded")), expected)
+
+
 def test_shards(folders, tmp_path):
     model = open_model(folders("llama"), quantization_config=config("int8"))
     model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert torch.equal(logits(open_model(tmp_path / "out")), logits(model))
-    assert torch.equal(logits(fewbits.load(tmp_path / "out")), logits(fewbits.load(tmp_path / "out")))
+    own = fewbits.load(tmp_path / "out")
+    own.set_attn_implementation("eager")
+    assert torch.equal(logits(own), logits(model))
 
 
 def test_other_dtypes(folders, tmp_path):
@@ -192,6 +211,33 @@ def test_device_maps(folders, tmp_path, device_map):
     model.save_pretrained(tmp_path / "out")
     again = open_model(tmp_path / "out", device_map=device_map)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # without biases, and with some
+def test_hooks_of_a_device_map_stay(folders, tmp_path, monkeypatch, model_type):
+    """Of linears that are entries of their own; two spellings of the CPU are two devices."""
+    modeling = pytest.importorskip("accelerate.utils.modeling")
+    # Or it would move parameters from one spelling to the other, after which they are none.
+    monkeypatch.setattr(modeling, "check_device_same", lambda one, other: one.type == other.type)
+    whole, other = torch.device("cpu"), torch.device("cpu", 0)
+    expected = open_model(folders(model_type), quantization_config=config("int8"))
+    paths = list(quantized(expected))[:3]
+    places = {"": whole} | dict.fromkeys(paths, other)
+    expected.save_pretrained(tmp_path / "out")
+    for folder, options in (
+        (folders(model_type), {"quantization_config": config("int8")}),
+        (tmp_path / "out", {}),
+    ):
+        model = open_model(folder, device_map=places, **options)
+        assert model.hf_device_map == places
+        for path in paths:
+            linear = quantized(model)[path]
+            assert linear._hf_hook.execution_device == other
+            moved = []
+            linear._hf_hook.pre_forward = lambda m, *a, moved=moved, **k: (moved.append(m), (a, k))[1]
+            logits(model)
+            assert moved == [linear]
+        assert torch.equal(logits(model), logits(expected))
 
 
 def test_nothing_is_offloaded(folders, tmp_path):
@@ -234,6 +280,40 @@ def test_options_reach_the_scheme():
     assert fewbits.Config("llm-int8", threshold=0).scheme.label == "w8-channel-a8-token"
     assert isinstance(fewbits.Config("int8"), QuantizationConfigMixin)
     assert "w8-channel" in repr(fewbits.Config("int8"))
+
+
+@pytest.mark.parametrize("skip", [("*",), ("model.layers.*",)])
+def test_a_request_that_leaves_nothing_is_refused(folders, skip):
+    message = rf"skip is {re.escape(repr(skip))}, which leaves none of 14 matrices"
+    with pytest.raises(InputError, match=message):
+        open_model(folders("llama"), quantization_config=config("int8", skip=skip))
+
+
+def test_names_that_no_matrix_has_are_refused(folders, tmp_path):
+    shutil.copytree(folders("llama"), tmp_path / "model")
+    renamed = {f"my.{name}": tensor for name, tensor in tensors(folders("llama")).items()}
+    save_file(renamed, tmp_path / "model/model.safetensors", {"format": "pt"})
+    mapping = {r"^my\.": ""}
+    plain = open_model(tmp_path / "model", key_mapping=mapping)
+    assert torch.equal(logits(plain), logits(open_model(folders("llama"))))
+    with pytest.raises(InputError, match=r"none of its \d+ tensors, like my\..*key_mapping"):
+        open_model(tmp_path / "model", quantization_config=config("int8"), key_mapping=mapping)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_slow_kernel_is_told_of(folders, tmp_path, caplog, kind):
+    for dtype, notes in ((torch.bfloat16, 0), (torch.float32, 1)):
+        for folder, options in (
+            (folders("llama"), {"quantization_config": config(kind)}),
+            (tmp_path / "out", {}),
+        ):
+            caplog.clear()
+            model = open_model(folder, dtype=dtype, **options)
+            said = [r.getMessage() for r in caplog.records if r.name == "fewbits.integration"]
+            assert said == kernel_notes(model)
+            assert len(said) == notes
+            assert all("run reference" in line for line in said)
+            model.save_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -325,6 +405,21 @@ def test_a_config_may_come_before_transformers(folders):
         "assert any(isinstance(m, fewbits.QuantizedLinear) for m in model.modules())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_only_asks_for_a_spec_does_not_end_the_registration(tmp_path, monkeypatch):
+    (tmp_path / "fewbits_probed.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = []
+    finder = _Finder("fewbits_probed", lambda: told.append(sys.modules["fewbits_probed"].value))
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    for _ in range(2):
+        assert importlib.util.find_spec("fewbits_probed").origin == str(tmp_path / "fewbits_probed.py")
+        assert not told
+        assert finder in sys.meta_path
+    importlib.import_module("fewbits_probed")
+    assert told == [3]
+    assert finder not in sys.meta_path
 
 
 def test_importing_does_not_import_transformers():

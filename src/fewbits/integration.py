@@ -97,9 +97,8 @@ def Config(  # noqa: N802 - a class to its users: transformers, where its base c
     experts of a layer are one), and for a moment one matrix of it in 32 bit.
 
     A head stays in float. Adapters can be trained on the model, its codes cannot. All of it must be on
-    devices that compute, nothing offloaded. When a saved model is opened with device_map "auto" (or
-    another that transformers works out), codes count as nothing: it fits several devices badly, so give a
-    dict or `max_memory`; on one device it does not matter.
+    devices that compute, nothing offloaded. When what was saved is opened with a device map that
+    transformers works out ("auto"), codes count as nothing: on several devices, give a dict instead.
 
     Args:
         kind: "int8": weights in 8 bits, a scale per row. "llm-int8": inputs too, but for columns with
@@ -313,15 +312,14 @@ def _plan_request(state: _State, model: nn.Module, scheme: QuantScheme, skip: tu
             nothing was loaded.
     """
     shapes = {name: info.shape for name, info in state.checkpoint.tensors.items()}
+    if not locate(model, list(shapes)):
+        raise InputError(
+            f"{state.checkpoint.folder}: none of its {len(shapes)} tensors, like {min(shapes)}, is one "
+            "of the model; accepted are the names that transformers has for it, without key_mapping"
+        )
     matrices, notes = find_matrices(model, shapes)
     for note in notes:
         _LOG.warning("%s", note)
-    if not matrices:
-        raise InputError(
-            f"{state.checkpoint.folder}: none of its {len(shapes)} tensors, like {min(shapes, default='')}, "
-            "is a matrix that can be quantized; accepted are names that transformers knows for the model, "
-            "without key_mapping"
-        )
     recipe = Recipe(scheme=scheme, overrides=tuple((pattern, None) for pattern in skip))
     schemes = recipe.assign(matrices.values())
     for module, parameter, parts in by_parameter(matrices.values()):
@@ -339,8 +337,9 @@ def _plan_request(state: _State, model: nn.Module, scheme: QuantScheme, skip: tu
         name = f"{module}.{parameter}"
         state.parameters[name] = _Parameter(parts, tuple(model.get_parameter(name).shape), scheme)
     if not state.parameters:
+        blocks = sum(not matrix.head for matrix in matrices.values())
         raise InputError(
-            f"skip is {skip!r}, which leaves none of {len(matrices)} matrices to quantize; accepted are "
+            f"skip is {skip!r}, which leaves none of {blocks} matrices to quantize; accepted are "
             "patterns that leave one, or no quantization_config"
         )
 
@@ -410,9 +409,8 @@ def _place(
     after = model.get_submodule(module)
     if isinstance(after, QuantizedLinear):
         if hasattr(before, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(after, before._hf_hook)
+            hooks = importlib.import_module("accelerate.hooks")  # it has no types
+            hooks.add_hook_to_module(after, before._hf_hook)
         if after.bias is not None:
             after.bias._is_hf_initialized = loaded  # type: ignore[attr-defined, unused-ignore]
         after._is_hf_initialized = True  # type: ignore[assignment]
@@ -489,16 +487,17 @@ def _linears(model: nn.Module, name: str) -> list[QuantizedLinear]:
     """
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
-    found = owner if isinstance(owner, QuantizedLinear) else getattr(owner, parameter, owner)
-    modules = list(found) if isinstance(found, ExpertLinears) else [found]
-    for linear in modules:
+    experts = None if isinstance(owner, QuantizedLinear) else getattr(owner, parameter, None)
+    linears = []
+    for linear in experts if isinstance(experts, ExpertLinears) else [owner]:
         if not isinstance(linear, QuantizedLinear):
-            kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
             raise InputError(
-                f"{module} is no longer what was loaded but in {kind}; accepted is the model without "
-                "adapters: unload() them first, or save the adapter alone (save_pretrained of the PEFT model)"
+                f"{module} is now a {type(linear).__module__}.{type(linear).__qualname__}, no quantized "
+                "linear; accepted is a model without adapters: unload() them first, or save them alone, "
+                "with save_pretrained of the PEFT model"
             )
-    return modules
+        linears.append(linear)
+    return linears
 
 
 def _placements(state: _State, model: nn.Module) -> dict[str, Placement]:
