@@ -134,8 +134,9 @@ def parse_override(text: str) -> tuple[str, QuantScheme | None]:
     Raises:
         InputError: not of that form.
 
-    >>> parse_override("*.down_proj=w8-channel")
-    ('*.down_proj', QuantScheme(bits=8, granularity='channel', group_size=None, symmetric=True))
+    >>> pattern, scheme = parse_override("*.down_proj=w8-channel")
+    >>> pattern, scheme.label
+    ('*.down_proj', 'w8-channel')
     """
     pattern, equals, label = text.rpartition("=")
     if not equals or not pattern:

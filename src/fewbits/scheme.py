@@ -93,7 +93,7 @@ class QuantScheme:
     >>> QuantScheme(4, "group", 128).label
     'w4-g128'
     >>> QuantScheme.parse("w8-channel-asym")
-    QuantScheme(bits=8, granularity='channel', group_size=None, symmetric=False)
+    QuantScheme(bits=8, granularity='channel', group_size=None, symmetric=False, inputs=None)
     """
 
     bits: int
