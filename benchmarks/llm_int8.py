@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 import fewbits
 from fewbits import QuantizedLinear, QuantScheme
 from fewbits.errors import InputError
-from fewbits.evaluate import Estimate, ratio_estimate
+from fewbits.estimate import Estimate, ratio_estimate
 from fewbits.methods import LLMInt8
 from quality import BATCH, LENGTH, SAMPLES, WINDOWS
 from rivals.run_bitsandbytes import make_exact, make_inputs, make_linears, median_s

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from fewbits.evaluate import Estimate, ratio_estimate
+from fewbits.estimate import Estimate, ratio_estimate
 from samples import (
     MODELS,
     calibration_ids,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewbits.errors import InputError
-from fewbits.evaluate import Estimate, evaluate, percentile_estimate, ratio_estimate
+from fewbits.estimate import Estimate, percentile_estimate, ratio_estimate
+from fewbits.evaluate import evaluate
 from fewbits.text import Text
 
 VOCABULARY = 11

@@ -2,7 +2,8 @@
 
 from fewbits.calibration import Calibration, read_calibration
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
-from fewbits.evaluate import Estimate, Evaluation, evaluate
+from fewbits.estimate import Estimate
+from fewbits.evaluate import Evaluation, evaluate
 from fewbits.integration import Config
 from fewbits.integration import register as _register
 from fewbits.linear import QuantizedLinear

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbits.checkpoint import resolve
 from fewbits.errors import InputError, first_line
+from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
 from fewbits.load import load
 from fewbits.text import Text, read_text, windows
 
@@ -25,21 +26,6 @@ Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 DEFAULT_LENGTH = 2048
 _LOGITS = 2**26  # logits held at a time for one model: 256 MB in float32; not tuned
 _TOKENS = 2**12  # run at a time, at least one window; not tuned
-_RESAMPLES = 200  # for the error of the 99th percentile; not tuned
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value and its standard error; None from a single window."""
-
-    value: float
-    error: float | None
-
-    def __str__(self) -> str:
-        if self.error is None or not self.error > 0:
-            return f"{self.value:.4g}"
-        digits = max(0, 1 - math.floor(math.log10(self.error)))
-        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,47 +211,8 @@ def _summarize(counts: list[_Window], text: Text, length: int) -> Evaluation:
         kl_99 = percentile_estimate(per_token, 0.99)
         agreement = mean([float(c.agreed) for c in counts])
         flips = mean([float(c.flipped) for c in counts])
-        ratio = _exp(mean([c.loss - c.reference_loss for c in counts]))
+        ratio = exp_estimate(mean([c.loss - c.reference_loss for c in counts]))
     return Evaluation(
-        _exp(loss), kl, kl_99, agreement, flips, ratio,
+        exp_estimate(loss), kl, kl_99, agreement, flips, ratio,
         int(tokens.sum()), len(counts), length, text.name, text.sha256,
     )  # fmt: skip
-
-
-def ratio_estimate(sums: Tensor, counts: Tensor) -> Estimate:
-    """The mean per token from sums and counts of tokens per window, and its standard error.
-
-    >>> ratio_estimate(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
-    Estimate(value=2.0, error=1.0)
-    """
-    n, total = len(sums), counts.sum()
-    mean = sums.sum() / total
-    if n < 2:
-        return Estimate(float(mean), None)
-    variance = (sums - mean * counts).square().sum() * n / (n - 1)
-    return Estimate(float(mean), float(variance.sqrt() / total))
-
-
-def percentile_estimate(windows: list[Tensor], quantile: float) -> Estimate:
-    """A quantile over tokens, its error by drawing windows again (bootstrap, Efron 1979)."""
-    value, n = _quantile(windows, quantile), len(windows)
-    if n < 2:
-        return Estimate(value, None)
-    generator = torch.Generator().manual_seed(0)
-    draws = [
-        _quantile([windows[i] for i in torch.randint(n, (n,), generator=generator)], quantile)
-        for _ in range(_RESAMPLES)
-    ]
-    return Estimate(value, float(torch.tensor(draws).std()))
-
-
-def _quantile(windows: list[Tensor], quantile: float) -> float:
-    values = torch.cat(windows)
-    rank = min(len(values), math.ceil(quantile * len(values)))
-    return float(values.kthvalue(max(1, rank)).values)
-
-
-def _exp(estimate: Estimate) -> Estimate:
-    """exp of an estimate; its error by the delta method."""
-    value = math.exp(estimate.value) if estimate.value < 700 else math.inf
-    return Estimate(value, None if estimate.error is None else value * estimate.error)

@@ -2,7 +2,8 @@ import io
 
 from rich.console import Console
 
-from fewbits.evaluate import Estimate, Evaluation
+from fewbits.estimate import Estimate
+from fewbits.evaluate import Evaluation
 from fewbits.report import Row, evaluation_table
 from fewbits.speed import Size, Speed
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fewbits.evaluate import Estimate, Evaluation
+from fewbits.estimate import Estimate
+from fewbits.evaluate import Evaluation
 from fewbits.outliers import Inspection
 from fewbits.speed import Size, Speed
 
