@@ -51,6 +51,8 @@ class MatrixReport:
             tokens; None without a Hessian.
         outliers: columns that are kept in 16 bit.
         steps: notes of the method: what it had to fall back to.
+        error: squared error of its output over the squared output, on the same rows and tokens; None
+            without a Hessian.
     """
 
     name: str
@@ -60,6 +62,7 @@ class MatrixReport:
     error_to_rtn: float | None
     outliers: int = 0
     steps: tuple[str, ...] = ()
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,14 +442,16 @@ class _Run:
             part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
             hessian = None if stat is None else stat.hessian
-            ratio = None if hessian is None else _error_to_rtn(own, part, hessian, dtype)
+            lost, ratio = (None, None) if hessian is None else _errors(own, part, hessian, dtype)
             own.copy_(part.dequantize(torch.float32))
             result.weights.setdefault(piece.source, []).append(part)
             result.notes += [Note("fallback", piece.name, step) for step in steps]
             tokens = 0 if stat is None else stat.tokens
             name, kept = type(method).__name__, part.outliers
             outliers = 0 if kept is None else len(kept.columns)
-            reports.append(MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps))
+            reports.append(
+                MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps, lost)
+            )
         return reports
 
     def _method(self, block: nn.Module, linear: str, stat: _Stats | None) -> tuple[Method, str | None]:
@@ -582,10 +587,10 @@ def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
             handle.remove()
 
 
-def _error_to_rtn(
+def _errors(
     weight: Tensor, rounded: QuantizedTensor, hessian: Tensor, dtype: torch.dtype
-) -> float | None:
-    """Squared output error over that of round to nearest, on some rows."""
+) -> tuple[float | None, float | None]:
+    """Squared output error over the squared output, and over that of round to nearest; some rows."""
     rows = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS)).long()
     scale, zero_point = choose_qparams(weight, rounded.scheme, dtype)
     rounded, weight = rounded.rows(rows), weight[rows]
@@ -595,7 +600,8 @@ def _error_to_rtn(
     ours, theirs = (
         _cost(weight - other.dequantize(torch.float32), hessian) for other in (rounded, nearest)
     )
-    return ours / theirs if theirs > 0 else None
+    whole = _cost(weight, hessian)
+    return (ours / whole if whole > 0 else None, ours / theirs if theirs > 0 else None)
 
 
 def _cost(error: Tensor, hessian: Tensor) -> float:

@@ -1,20 +1,21 @@
 """How good is a model: perplexity, and what quantization changed, each with its standard error.
 
 Windows are the unit of sampling: tokens of one window depend on each other, so errors are computed over
-windows, by the ratio estimator (Cochran, Sampling Techniques, 1977, eq. 6.13). Flips are the share of
-tokens whose correctness changed (Dutta et al. 2024, arXiv 2407.09141): equal accuracy can hide many.
+windows (`estimate`). Flips are the share of tokens whose correctness changed (Dutta et al. 2024,
+arXiv 2407.09141): equal accuracy can hide many.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.calibration import Calibration
 from fewbits.checkpoint import resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
@@ -26,6 +27,31 @@ Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 DEFAULT_LENGTH = 2048
 _LOGITS = 2**26  # logits held at a time for one model: 256 MB in float32; not tuned
 _TOKENS = 2**12  # run at a time, at least one window; not tuned
+_FIRST_BIN = 16  # positions; every further bin doubles the length of text before it. Not tuned.
+
+
+@dataclass(frozen=True, slots=True)
+class PositionKL:
+    """Mean KL of the tokens at positions start <= i < stop of their windows."""
+
+    start: int
+    stop: int
+    kl: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class PerWindow:
+    """Sums over the predicted tokens of each window, shortest window first; for paired differences."""
+
+    tokens: tuple[int, ...]
+    loss: tuple[float, ...]
+    reference_loss: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreed: tuple[int, ...]
+    flipped: tuple[int, ...]
+
+
+Measure = Literal["loss", "kl", "agreed", "flipped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +67,8 @@ class Evaluation:
         perplexity_ratio: model over reference, paired by window.
         tokens, windows, length: how much was measured; tokens are those predicted.
         text, text_sha256: on what.
+        kl_by_position: how KL goes with the length of the text before a token.
+        per_window: what the means were made from.
     """
 
     perplexity: Estimate
@@ -54,17 +82,64 @@ class Evaluation:
     length: int
     text: str
     text_sha256: str
+    kl_by_position: tuple[PositionKL, ...] = ()
+    per_window: PerWindow | None = field(default=None, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
+    def to_json(self, per_window: bool = False) -> dict[str, Any]:
+        """For `--json`; with sums per window to be read back by `from_json`."""
+        value = asdict(self)
+        if not per_window:
+            del value["per_window"]
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        value = dict(value)
+        for name in _ESTIMATES:
+            value[name] = None if value[name] is None else Estimate(**value[name])
+        value["kl_by_position"] = tuple(
+            PositionKL(b["start"], b["stop"], Estimate(**b["kl"])) for b in value["kl_by_position"]
+        )
+        sums = value.get("per_window")
+        value["per_window"] = (
+            None if sums is None else PerWindow(**{k: tuple(v) for k, v in sums.items()})
+        )
+        return cls(**value)
+
+    def difference(self, other: Self, measure: Measure) -> Estimate:
+        """The mean of a measure per token here minus there, paired by window.
+
+        Args:
+            other: of another model, on the same windows.
+            measure: "loss" in nats (its exp is the ratio of perplexities), "kl" in nats, "agreed" or
+                "flipped" as shares.
+
+        Raises:
+            InputError: they were not measured on the same windows.
+        """
+        ours, theirs = self.per_window, other.per_window
+        same = self.text_sha256 == other.text_sha256 and ours is not None and theirs is not None
+        if not same or ours is None or theirs is None or ours.tokens != theirs.tokens:
+            raise InputError(
+                f"{self.windows} windows of {self.text} and {other.windows} of {other.text} cannot be "
+                "paired; accepted are evaluations on the same windows"
+            )
+        if measure != "loss" and (self.kl is None or other.kl is None):
+            raise InputError(f"{measure} was not measured; accepted are evaluations against a reference")
+        pairs = zip(getattr(ours, measure), getattr(theirs, measure), strict=True)
+        sums = torch.tensor([a - b for a, b in pairs], dtype=torch.float64)
+        return ratio_estimate(sums, torch.tensor(ours.tokens, dtype=torch.float64))
+
+
+_ESTIMATES = ("perplexity", "kl", "kl_99", "top1_agreement", "flips", "perplexity_ratio")
 
 
 def evaluate(
     model: str | Path | Any,
     reference: str | Path | Any | None = None,
     *,
-    text: str | Path | Text,
+    text: str | Path | Text | Calibration,
     length: int | None = None,
     limit: int | None = None,
     tokenizer: Any = None,
@@ -75,7 +150,7 @@ def evaluate(
     Args:
         model: folder, hub id, or a model that is loaded already.
         reference: what it should behave like, usually the float model.
-        text: see `read_text`.
+        text: see `read_text`; or samples of token ids, each a window.
         length: of the windows in tokens; 2048 by default, at most the model's context.
         limit: evaluate at most so many windows, evenly spread.
         tokenizer: the model's own by default; needed if `model` is no folder.
@@ -88,19 +163,22 @@ def evaluate(
     >>> result.windows, result.kl.value, result.top1_agreement.value
     (2, 0.0, 1.0)
     """
-    text = text if isinstance(text, Text) else read_text(text)
-    tokenizer = tokenizer or load_tokenizer(model)
+    text = read_text(text) if isinstance(text, str | Path) else text
     network = _loaded(model)
     other = None if reference is None else _loaded(reference)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     length = min(n for n in (length or DEFAULT_LENGTH, context) if n)
     if length < 3:
         raise InputError(f"length is {length}; windows need at least 3 tokens")
-    pieces = windows(text, tokenizer, length)
+    if isinstance(text, Calibration):
+        pieces = [ids[:length] for ids in text.ids]
+    else:
+        pieces = windows(text, tokenizer or load_tokenizer(model), length)
+    name = text.source if isinstance(text, Calibration) else text.name
     if limit is not None:
         pieces = pieces[:: max(1, math.ceil(len(pieces) / limit))]
     if not pieces:
-        raise InputError(f"{text.name} holds no window of 2 tokens")
+        raise InputError(f"{name} holds no window of 2 tokens")
     vocabulary = network.config.get_text_config().vocab_size
     largest = max(int(piece.max()) for piece in pieces)
     if largest >= vocabulary:
@@ -112,7 +190,7 @@ def evaluate(
         done += len(batch)
         if progress is not None:
             progress("evaluate", done, len(pieces))
-    return _summarize(counts, text, length)
+    return _summarize(counts, name, text.sha256, length)
 
 
 def load_tokenizer(model: str | Path | Any) -> Any:
@@ -197,22 +275,42 @@ def _measure(model: Any, reference: Any | None, batch: list[Tensor]) -> list[_Wi
     return results
 
 
-def _summarize(counts: list[_Window], text: Text, length: int) -> Evaluation:
+def _summarize(counts: list[_Window], text: str, sha256: str, length: int) -> Evaluation:
     tokens = torch.tensor([c.tokens for c in counts], dtype=torch.float64)
 
     def mean(values: list[float]) -> Estimate:
         return ratio_estimate(torch.tensor(values, dtype=torch.float64), tokens)
 
     loss = mean([c.loss for c in counts])
+    per_token = [c.kl for c in counts if c.kl is not None]
+    kls = [float(k.double().sum()) for k in per_token]
+    sums = PerWindow(
+        tuple(c.tokens for c in counts),
+        tuple(c.loss for c in counts),
+        tuple(c.reference_loss for c in counts),
+        tuple(kls),
+        tuple(c.agreed for c in counts),
+        tuple(c.flipped for c in counts),
+    )
     kl = kl_99 = agreement = flips = ratio = None
-    if counts[0].kl is not None:
-        per_token = [c.kl for c in counts if c.kl is not None]
-        kl = mean([float(k.double().sum()) for k in per_token])
+    if per_token:
+        kl = mean(kls)
         kl_99 = percentile_estimate(per_token, 0.99)
         agreement = mean([float(c.agreed) for c in counts])
         flips = mean([float(c.flipped) for c in counts])
         ratio = exp_estimate(mean([c.loss - c.reference_loss for c in counts]))
     return Evaluation(
         exp_estimate(loss), kl, kl_99, agreement, flips, ratio,
-        int(tokens.sum()), len(counts), length, text.name, text.sha256,
+        int(tokens.sum()), len(counts), length, text, sha256, tuple(_positions(per_token)), sums,
     )  # fmt: skip
+
+
+def _positions(per_token: list[Tensor]) -> Iterator[PositionKL]:
+    """Bins of positions, the first of 16 and each further one as long as all before it."""
+    longest, start, stop = max((len(k) for k in per_token), default=0), 0, _FIRST_BIN
+    while start < longest:
+        parts = [part for k in per_token if len(part := k[start:stop].double())]
+        sums = torch.stack([part.sum() for part in parts])
+        counts = torch.tensor([float(len(part)) for part in parts], dtype=torch.float64)
+        yield PositionKL(start, min(stop, longest), ratio_estimate(sums, counts))
+        start, stop = stop, 2 * stop

@@ -2,6 +2,7 @@
 
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits.checkpoint import LEDGER, open_checkpoint
-from fewbits.errors import InputError
+from fewbits.errors import InputError, ResourceError
+from fewbits.estimate import Estimate, mean_estimate
 from fewbits.ledger import read_ledger
 from fewbits.linear import QuantizedLinear
 from fewbits.structure import skeleton
@@ -92,13 +94,68 @@ class Speed:
         return asdict(self)
 
 
-@torch.no_grad()
 def measure_speed(model: Any, prompt: int = 256, new_tokens: int = 32, repeats: int = 3) -> Speed:
     """Time one prefill and single decoding steps; nothing else may run on the machine.
 
     Raises:
         InputError: the model's context is too short for the prompt and the new tokens.
     """
+    ids, new_tokens = _prompt(model, prompt, new_tokens)
+    _time_round(model, ids, new_tokens)  # warms up
+    return _speed(model, ids, [_time_round(model, ids, new_tokens) for _ in range(repeats)])
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRatio:
+    """Two models timed in turn: how many times as many tokens per second the first makes.
+
+    Args:
+        model, reference: of each alone.
+        prefill, decode: means over the rounds of the reference's time over the model's.
+    """
+
+    model: Speed
+    reference: Speed
+    prefill: Estimate
+    decode: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def compare_speed(
+    model: Any, reference: Any, prompt: int = 256, new_tokens: int = 32, rounds: int = 5
+) -> SpeedRatio:
+    """Time two models round by round in turn, so that what slows the machine down slows both.
+
+    Raises:
+        InputError: see `measure_speed`.
+    """
+    ids, new_tokens = _prompt(reference, prompt, new_tokens)
+    pair = (model, reference)
+    for network in pair:
+        _time_round(network, ids, new_tokens)
+    times = [[_time_round(network, ids, new_tokens) for network in pair] for _ in range(rounds)]
+    ours, theirs = ([each[i] for each in times] for i in (0, 1))
+    ratios = (
+        mean_estimate(torch.tensor([getattr(b, what) / getattr(a, what) for a, b in times]))
+        for what in ("prefill_s", "step_s")
+    )
+    return SpeedRatio(_speed(model, ids, ours), _speed(reference, ids, theirs), *ratios)
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One prefill, and the median of single decoding steps after it."""
+
+    prefill_s: float
+    step_s: float
+    steps: int
+
+
+def _prompt(model: Any, prompt: int, new_tokens: int) -> tuple[Tensor, int]:
+    """Random token ids, (1, prompt), and how many may follow them."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or prompt + new_tokens
     new_tokens = min(new_tokens, context // 2)
@@ -106,33 +163,70 @@ def measure_speed(model: Any, prompt: int = 256, new_tokens: int = 32, repeats: 
     if prompt < 1 or new_tokens < 1:
         raise InputError(f"a context of {context} tokens is too short to measure speed")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, prompt), generator=generator).to(model.device)
-    prefills, steps = [], []
-    for i in range(repeats + 1):
+    return torch.randint(config.vocab_size, (1, prompt), generator=generator), new_tokens
+
+
+@torch.no_grad()
+def _time_round(model: Any, ids: Tensor, new_tokens: int) -> _Round:
+    ids = ids.to(model.device)
+    began = time.perf_counter()
+    output = model(ids, use_cache=True)
+    token = output.logits[:, -1:].argmax(-1)
+    _wait(model)
+    prefill_s = time.perf_counter() - began
+    steps = []
+    for _ in range(new_tokens):
         began = time.perf_counter()
-        output = model(ids, use_cache=True)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         _wait(model)
-        first = time.perf_counter() - began
-        times = []
-        for _ in range(new_tokens):
-            began = time.perf_counter()
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
-            _wait(model)
-            times.append(time.perf_counter() - began)
-        if i > 0:  # the first round warms up
-            prefills.append(first)
-            steps += times
+        steps.append(time.perf_counter() - began)
+    return _Round(prefill_s, statistics.median(steps), len(steps))
+
+
+def _speed(model: Any, ids: Tensor, rounds: list[_Round]) -> Speed:
     return Speed(
-        prompt / statistics.median(prefills),
-        1 / statistics.median(steps),
-        prompt,
-        new_tokens,
+        ids.shape[1] / statistics.median(each.prefill_s for each in rounds),
+        1 / statistics.median(each.step_s for each in rounds),
+        ids.shape[1],
+        rounds[0].steps,
         tensor_bytes(model),
         count_kernels(model),
         torch.get_num_threads(),
     )
+
+
+def measure_resident(folder: Path, dtype: torch.dtype | None = None) -> int | None:
+    """Bytes that loading a checkpoint and running it once adds to a fresh process; None if unknown.
+
+    Mapped files count as far as they were read. Only Linux tells.
+
+    Raises:
+        ResourceError: that process failed.
+    """
+    if not _STATUS.exists():
+        return None
+    name = "" if dtype is None else str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-c", _RESIDENT, str(folder), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ResourceError(f"the process that loads {folder} to see its memory failed: {last}")
+    return int(done.stdout.splitlines()[-1])
+
+
+_RESIDENT = """
+import sys, torch, transformers
+from fewbits.load import load
+from fewbits.speed import status_bytes
+dtype = getattr(torch, sys.argv[2]) if sys.argv[2] else None
+torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+before = status_bytes("VmRSS")
+model = load(sys.argv[1], dtype=dtype)
+with torch.no_grad():
+    model(torch.zeros(1, 1, dtype=torch.int64))
+print(status_bytes("VmRSS") - before)
+"""
 
 
 @dataclass(slots=True)
@@ -180,11 +274,19 @@ _STATUS = Path("/proc/self/status")
 def memory_bytes() -> int:
     """Anonymous memory of this process now; where the system does not tell, its largest size so far."""
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return 1024 * int(line.split()[1])
+        return status_bytes("RssAnon")
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else 1024 * largest
+
+
+def status_bytes(key: str) -> int:
+    """What Linux says of this process: VmRSS, RssAnon, VmHWM.
+
+    >>> 0 < status_bytes("VmRSS") <= status_bytes("VmHWM")
+    True
+    """
+    lines = _STATUS.read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def count_kernels(model: nn.Module) -> dict[str, int]:
