@@ -86,7 +86,7 @@ class Calibration:
 
 
 def read_calibration(
-    source: str | Path | Text | Tensor,
+    source: str | Path | Text | Tensor | Calibration,
     tokenizer: Any,
     *,
     model: Any = None,
@@ -101,7 +101,7 @@ def read_calibration(
 
     Args:
         source: what `read_text` takes, a `Text`, "self" (the model's own text), or token ids
-            (samples, length) that are taken whole.
+            (samples, length) that are taken whole, as is what was read before.
         tokenizer: the model's; None will do for token ids.
         model: a loaded transformers model, which "self" needs.
         context: most tokens of a sample; the model's by default.
@@ -126,20 +126,20 @@ def read_calibration(
     config = None if model is None else model.config.get_text_config()
     context = context or getattr(config, "max_position_embeddings", None)
     vocabulary = vocabulary or getattr(config, "vocab_size", None)
-    if isinstance(source, Tensor):
-        found = Calibration(source.cpu(), "token ids", seed)
-        samples, length = found.ids.shape
+    whole = Calibration(source.cpu(), "token ids", seed) if isinstance(source, Tensor) else source
+    if isinstance(whole, Calibration):
+        samples, length = whole.ids.shape
     length = min(DEFAULT_LENGTH, context or DEFAULT_LENGTH) if length is None else length
     if samples < 1 or length < 2:
         raise InputError(f"calibration needs samples >= 1 of length >= 2, not {samples} of {length}")
     if context is not None and length > context:
         raise InputError(f"samples of {length} tokens; accepted is the model's context, {context}")
-    if not isinstance(source, Tensor):
-        found = (
-            _written(model, tokenizer, samples, length, seed, progress)
-            if source == SELF
-            else _packed(source, tokenizer, samples, length, seed, progress)
-        )
+    if isinstance(whole, Calibration):
+        found = whole
+    elif whole == SELF:
+        found = _written(model, tokenizer, samples, length, seed, progress)
+    else:
+        found = _packed(whole, tokenizer, samples, length, seed, progress)
     least, largest = int(found.ids.min()), int(found.ids.max())
     if vocabulary is not None and (least < 0 or largest >= vocabulary):
         wrong = least if least < 0 else largest

@@ -30,7 +30,7 @@ from fewbits.plan import Plan, make_plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.stream import Stream
-from fewbits.structure import Matrix, skeleton, text_config
+from fewbits.structure import Matrix, find_blocks, skeleton, text_config
 from fewbits.text import Text
 from fewbits.wiring import Wiring, find_wiring, signature
 
@@ -222,6 +222,43 @@ def inspect_outliers(
     plan.checkpoint.close()
     skipped = tuple(name for name in plan.placements if plan.matrices[name].block is None)
     return Inspection(threshold, data.to_json(), tuple(inputs), skipped, tuple(map(str, data.notes)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReport:
+    """How far the largest weight of a matrix stands out.
+
+    Args:
+        name: source tensor; a stack of experts is one.
+        block: number; None outside of the blocks.
+        module: name inside the block, or whole outside.
+        rms: root of the mean square.
+        largest: |w| over that; a normal distribution has 4 to 6 in matrices of this size.
+        beyond: share of weights with an |w| above 6 times that.
+    """
+
+    name: str
+    block: int | None
+    module: str
+    rms: float
+    largest: float
+    beyond: float
+
+
+def weight_outliers(plan: Plan) -> list[WeightReport]:
+    """Of all matrices that a plan quantizes, read one at a time."""
+    path, reports = find_blocks(skeleton(plan.checkpoint.config)), []
+    for name in plan.placements:
+        matrix = plan.matrices[name]
+        weight = plan.checkpoint.read(plan.origins.get(name, name)).float().abs()
+        rms = float(weight.square().mean().sqrt())
+        unit = rms or 1.0
+        inside = matrix.module.removeprefix(f"{path}.{matrix.block}.")
+        beyond = float((weight > THRESHOLD * unit).float().mean())
+        largest = float(weight.max()) / unit
+        reports.append(WeightReport(name, matrix.block, inside, rms, largest, beyond))
+    plan.checkpoint.close()
+    return reports
 
 
 def _read_calibration(

@@ -111,7 +111,7 @@ def quantize(
     overrides: tuple[tuple[str, QuantScheme | None], ...] = (),
     head: bool = False,
     transforms: tuple[Transform, ...] = (),
-    calibration: str | Path | Text | Tensor | None = None,
+    calibration: str | Path | Text | Tensor | Calibration | None = None,
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
     seed: int = 0,
@@ -401,7 +401,7 @@ def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[Qua
 def _read_calibration(
     plan: Plan,
     recipe: Recipe,
-    source: str | Path | Text | Tensor | None,
+    source: str | Path | Text | Tensor | Calibration | None,
     samples: int,
     length: int | None,
     seed: int,
@@ -421,13 +421,14 @@ def _read_calibration(
             f"method {name} needs calibration; accepted are a text file, a .jsonl file, "
             f"hub:owner/name/config:split:column, and {SELF} for text that the model writes itself"
         )
-    if samples < 2 and not isinstance(source, Tensor):
+    given = isinstance(source, Tensor | Calibration)
+    if samples < 2 and not given:
         raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
     config = text_config(skeleton(plan.checkpoint.config))
     writes = isinstance(source, str) and source == SELF
     return read_calibration(
         source,
-        None if isinstance(source, Tensor) else load_tokenizer(plan.checkpoint.folder),
+        None if given else load_tokenizer(plan.checkpoint.folder),
         model=load(plan.checkpoint.folder) if writes else None,
         context=getattr(config, "max_position_embeddings", None),
         vocabulary=config.vocab_size,

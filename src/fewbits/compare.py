@@ -1,0 +1,525 @@
+"""compare(): one model by every method, side by side: size, memory, speed, quality, with their errors.
+
+Each candidate is quantized into a work folder of its own, which a later run finds again, and measured
+against the float model: quality on the same windows, so that differences are paired; speed in turn,
+round by round, so that what slows the machine down slows both.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration import SELF, Calibration, Progress, read_calibration
+from fewbits.checkpoint import CONFIG, LEDGER, disk_errors, hash_file, hash_json, read_json, resolve
+from fewbits.comparison import FLOAT, Comparison, Row, read_comparison
+from fewbits.errors import InputError
+from fewbits.estimate import Estimate
+from fewbits.evaluate import DEFAULT_LENGTH, evaluate, load_tokenizer
+from fewbits.ledger import Ledger
+from fewbits.load import kernel_notes, load
+from fewbits.outliers import inspect_outliers, weight_outliers
+from fewbits.pipeline import Quantized, quantize
+from fewbits.plan import Plan, make_plan
+from fewbits.recipe import LLM_INT8_SCHEME, Recipe, parse_method
+from fewbits.scheme import InputScheme, QuantScheme
+from fewbits.speed import compare_speed, measure_resident, measure_size, measure_speed
+from fewbits.structure import find_blocks, skeleton, text_config
+from fewbits.tasks import check_tasks, evaluate_tasks
+from fewbits.text import Text, read_text, windows
+
+RESULTS = "compare.json"  # in the work folder
+METHODS = ("int8-tensor", "int8", "llm-int8", "rtn", "gptq", "awq", "awq+gptq")
+BITS = (4,)
+_EIGHT = {
+    "int8-tensor": ("rtn", QuantScheme(8, "tensor")),
+    "int8": ("rtn", QuantScheme(8, "channel")),
+    "llm-int8": ("llm-int8", replace(LLM_INT8_SCHEME, inputs=InputScheme(static=True))),
+}
+_TRACED = 4096  # tokens on which the states behind each block are compared; not tuned
+_OTHER_SEED = 1  # added to the seed where text and calibration are both the model's own
+_SELF_SAMPLES = 64  # windows that the model writes to be judged on; not tuned
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One row to be: a method as `parse_method` reads it, and its scheme.
+
+    >>> [candidate.name for candidate in Candidate.all(["int8", "gptq", "awq=w3-g64"], [4, 3], "none")]
+    ['int8', 'gptq-w4-channel', 'gptq-w3-channel', 'awq-w3-g64']
+    """
+
+    name: str
+    method: str
+    scheme: QuantScheme
+
+    @classmethod
+    def all(cls, methods: list[str], bits: list[int], group_size: str = "128") -> list[Self]:
+        """Every method with every number of bits; those that say theirs once.
+
+        Args:
+            methods: names; `int8-tensor`, `int8`, `llm-int8`, or a method, or METHOD=SCHEME.
+            bits: for the methods that do not say.
+            group_size: likewise; a number, or "none" for one scale per channel.
+
+        Raises:
+            InputError: a name that is none of these, or one of them twice.
+        """
+        found: list[Self] = []
+        for text in methods:
+            method, equals, label = text.partition("=")
+            if text in _EIGHT:
+                found.append(cls(text, *_EIGHT[text]))
+            elif equals:
+                found.append(cls._of(method, QuantScheme.parse(label)))
+            else:
+                found += [cls._of(method, _grouped(number, group_size)) for number in bits]
+        names = [candidate.name for candidate in found]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(f"{min(twice)} is there twice; accepted is each candidate once")
+        if not found:
+            raise InputError(f"nothing to compare; accepted are {', '.join(METHODS)}")
+        return found
+
+    @classmethod
+    def _of(cls, method: str, scheme: QuantScheme) -> Self:
+        parse_method(method)
+        return cls(f"{method}-{scheme.label}", method, scheme)
+
+    @property
+    def recipe(self) -> Recipe:
+        """As `quantize` makes it."""
+        transforms, method = parse_method(self.method)
+        if self.method == "llm-int8":
+            method = type(method)(static=True)  # type: ignore[call-arg]
+        return Recipe(method, self.scheme, transforms=transforms)
+
+
+def _grouped(bits: int, group_size: str) -> QuantScheme:
+    if group_size == "none":
+        return QuantScheme(bits, "channel")
+    if not (group_size.isascii() and group_size.isdigit()):
+        raise InputError(f"--group-size is {group_size!r}; accepted are a number and none")
+    return QuantScheme(bits, "group", int(group_size))
+
+
+def compare(
+    model: str | Path,
+    work: str | Path,
+    *,
+    candidates: list[Candidate] | None = None,
+    text: str | Path | Text | None = SELF,
+    length: int | None = None,
+    limit: int | None = None,
+    calibration: str | Path | Text | Tensor = SELF,
+    samples: int = 128,
+    sample_length: int | None = None,
+    seed: int = 0,
+    tasks: tuple[str, ...] = (),
+    task_data: Path | None = None,
+    task_limit: int | None = None,
+    shots: int | None = None,
+    speed: bool = True,
+    inspect: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Quantize a model by several methods and measure what each costs and saves.
+
+    Args:
+        model: folder of a float checkpoint, or a hub id.
+        work: folder for the quantized models and `compare.json`; what is there already is used.
+        candidates: see `Candidate.all`; by default its methods at 4 bits in groups of 128.
+        text: what quality is measured on, see `read_text`; "self" is text that the model writes, with
+            another seed than that of calibration; None measures no quality.
+        length, limit: see `evaluate`.
+        calibration, samples, sample_length, seed: see `quantize`.
+        tasks, task_data, task_limit, shots: see `evaluate_tasks`.
+        speed: time each model against the source; nothing else may run on the machine then.
+        inspect: look for outliers.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: anything that can be known before the work.
+        ResourceError: the disk failed; the same call goes on with what is there.
+    """
+    candidates = candidates or Candidate.all(list(METHODS), list(BITS))
+    folder, work = resolve(model), Path(work)
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file; accepted is a folder, or none yet")
+    plans = {candidate.name: make_plan(folder, candidate.recipe) for candidate in candidates}
+    if tasks:
+        check_tasks(tasks, task_data)
+    judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
+    data = None
+    if any(candidate.recipe.needs_calibration for candidate in candidates):
+        data = _read_calibration(folder, calibration, samples, sample_length, seed, progress)
+    study = _Study(folder, work, judged, data, tasks, task_data, task_limit, shots, speed, progress)
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    found = study.start(str(model), next(iter(plans.values())), candidates)
+    if inspect:
+        found = replace(found, **_inspect(folder, data, found.notes, progress))
+    rows = [study.float_row()]
+    for candidate in candidates:
+        rows.append(study.row(candidate, rows[0]))
+        found = replace(found, rows=tuple(rows))
+        _save(found, work)
+    return found
+
+
+def _save(comparison: Comparison, work: Path) -> None:
+    path, partial = work / RESULTS, work / f".{RESULTS}.partial"
+    with disk_errors(path):
+        partial.write_text(json.dumps(comparison.to_json(), indent=1), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _read_calibration(
+    folder: Path,
+    source: str | Path | Text | Tensor,
+    samples: int,
+    length: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> Calibration:
+    """Read once, for all methods."""
+    config = text_config(skeleton(read_json(folder / CONFIG)))
+    own = isinstance(source, str) and source == SELF
+    return read_calibration(
+        source,
+        None if isinstance(source, Tensor) else load_tokenizer(folder),
+        model=load(folder) if own else None,
+        context=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        samples=samples,
+        length=length,
+        seed=seed,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The text that quality is measured on, and some of its windows to trace through the blocks."""
+
+    text: Text | Calibration
+    tokenizer: Any
+    length: int | None
+    limit: int | None
+    traced: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        source: str | Path | Text,
+        length: int | None,
+        limit: int | None,
+        seed: int,
+        progress: Progress | None,
+    ) -> Self:
+        tokenizer = load_tokenizer(folder)
+        if isinstance(source, str) and source == SELF:
+            count = _SELF_SAMPLES if limit is None else limit
+            text: Text | Calibration = _read_calibration(
+                folder, SELF, count, length, seed + _OTHER_SEED, progress
+            )
+            pieces = list(text.ids) if isinstance(text, Calibration) else []
+        else:
+            text = source if isinstance(source, Text) else read_text(source)
+            pieces = windows(text, tokenizer, length or DEFAULT_LENGTH)
+        if not pieces:
+            raise InputError(
+                f"{text.name if isinstance(text, Text) else SELF} holds no window of 2 tokens"
+            )
+        config = text_config(skeleton(read_json(folder / CONFIG)))
+        longest = max(map(len, pieces))
+        longest = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+        whole = [piece[:longest] for piece in pieces if len(piece) >= longest]
+        step = max(1, len(whole) * longest // _TRACED)
+        return cls(text, tokenizer, length, limit, torch.stack(whole[::step]))
+
+    @property
+    def name(self) -> str:
+        return self.text.name if isinstance(self.text, Text) else self.text.source
+
+
+@dataclass(slots=True)
+class _Study:
+    """What all rows share."""
+
+    folder: Path
+    work: Path
+    judged: _Judged | None
+    data: Calibration | None
+    tasks: tuple[str, ...]
+    task_data: Path | None
+    task_limit: int | None
+    shots: int | None
+    timed: bool
+    progress: Progress | None
+    earlier: dict[str, Row] = field(default_factory=dict)
+    _reference: Any = None
+    _fast: Any = None
+
+    def start(self, model: str, plan: Plan, candidates: list[Candidate]) -> Comparison:
+        """Everything but the rows; those of an earlier run are remembered."""
+        notes = []
+        if (self.work / RESULTS).is_file():
+            try:
+                before = read_comparison(self.work / RESULTS)
+                self.earlier = {row.name: row for row in before.rows}
+            except InputError as error:
+                notes.append(f"skip: {RESULTS}: {error}; everything is measured again")
+        judged, text = self.judged, None
+        if judged is not None:
+            text = {"name": judged.name, "sha256": judged.text.sha256}
+            same = self.data is not None and self.data.source == judged.name != SELF
+            if same:
+                notes.append(
+                    f"fact: {judged.name} is the text to judge on and that to calibrate on: what was "
+                    "calibrated looks better than it is"
+                )
+        return Comparison(
+            _describe_model(model, plan),
+            (),
+            text,
+            None if self.data is None else self.data.to_json(),
+            None,
+            (),
+            _describe_machine(),
+            _versions(),
+            datetime.now(UTC).strftime("%Y-%m-%d"),
+            tuple(notes),
+        )
+
+    @property
+    def reference(self) -> Any:
+        """The source, loaded once, in its own dtype."""
+        if self._reference is None:
+            self._reference = load(self.folder)
+        return self._reference
+
+    @property
+    def fast(self) -> Any:
+        """The source in bfloat16, that speeds are compared with."""
+        if self._fast is None:
+            own = self.reference.dtype == torch.bfloat16
+            self._fast = self.reference if own else load(self.folder, dtype=torch.bfloat16)
+        return self._fast
+
+    def float_row(self) -> Row:
+        """Of the source; it is compared with itself."""
+        size = measure_size(self.folder)
+        row = Row(FLOAT, "", size.method, size.weight_bytes, size.bits_per_weight)
+        row = self._judge(row, self.folder, self.reference)
+        if self.timed:
+            one = Estimate(1.0, None)
+            row = replace(
+                row, speed=measure_speed(self.fast), prefill_ratio=one, decode_ratio=one,
+                resident_bytes=measure_resident(self.folder, torch.bfloat16),
+            )  # fmt: skip
+        return row
+
+    def row(self, candidate: Candidate, reference: Row) -> Row:
+        """Quantize one candidate, if that was not done before, and measure it."""
+        made = self._quantize(candidate)
+        ledger, run = made.ledger, made.run
+        memory = run.get("memory_bytes")
+        row = Row(
+            candidate.name,
+            ledger.request["method"],
+            ledger.request["scheme"],
+            made.weight_bytes,
+            made.bits_per_weight,
+            quantize_s=run.get("elapsed_s"),
+            quantize_peak_bytes=memory and memory["peak"] - memory["before"],
+            ledger=_describe_ledger(ledger, made.out),
+            notes=tuple(map(str, ledger.notes)),
+        )
+        network = load(made.out)
+        row = self._judge(row, made.out, network)
+        if self.timed:
+            if network.dtype != torch.bfloat16:
+                network = load(made.out, dtype=torch.bfloat16)
+            timed = compare_speed(network, self.fast)
+            row = replace(
+                row,
+                speed=timed.model,
+                prefill_ratio=timed.prefill,
+                decode_ratio=timed.decode,
+                resident_bytes=measure_resident(made.out, torch.bfloat16),
+                notes=(*row.notes, *kernel_notes(network)),
+            )
+        return row
+
+    def _quantize(self, candidate: Candidate) -> Quantized:
+        calibrated = candidate.recipe.needs_calibration
+        what: list[Any] = [candidate.recipe.describe(), version("fewbits")]
+        what += [None if not calibrated or self.data is None else self.data.sha256]
+        what += [hash_json(read_json(self.folder / CONFIG))]
+        digest = hashlib.sha256(json.dumps(what, default=list).encode()).hexdigest()
+        return quantize(
+            self.folder,
+            self.work / f"{candidate.name}-{digest[:8]}",
+            method=candidate.method,
+            scheme=candidate.scheme,
+            calibration=self.data if calibrated else None,
+            progress=_named(self.progress, candidate.name),
+        )
+
+    def _judge(self, row: Row, folder: Path, network: Any) -> Row:
+        """Quality, where it was asked for and no earlier run has measured it."""
+        ledger = folder / LEDGER
+        identity = hash_file(ledger) if ledger.is_file() else hash_json(read_json(folder / CONFIG))
+        earlier, keys, reused = self.earlier.get(row.name), dict[str, str](), list[str]()
+        progress = _named(self.progress, row.name)
+        if self.judged is not None:
+            judged = self.judged
+            asked: list[Any] = [identity, judged.text.sha256, judged.length, judged.limit]
+            keys["evaluation"] = hash_json({"asked": asked})
+            if earlier and earlier.evaluation and earlier.keys.get("evaluation") == keys["evaluation"]:
+                row = replace(row, evaluation=earlier.evaluation, block_errors=earlier.block_errors)
+                reused.append("evaluation")
+            else:
+                measured = evaluate(
+                    network, self.reference, text=judged.text, tokenizer=judged.tokenizer,
+                    length=judged.length, limit=judged.limit, progress=progress,
+                )  # fmt: skip
+                errors = block_errors(network, self.reference, judged.traced)
+                row = replace(row, evaluation=measured, block_errors=tuple(errors))
+        if self.tasks:
+            asked = [identity, self.tasks, str(self.task_data), self.task_limit, self.shots]
+            keys["tasks"] = hash_json({"asked": asked})
+            if earlier and earlier.tasks and earlier.keys.get("tasks") == keys["tasks"]:
+                row = replace(row, tasks=earlier.tasks)
+                reused.append("tasks")
+            else:
+                scores = evaluate_tasks(
+                    network, load_tokenizer(self.folder), self.tasks, data=self.task_data,
+                    limit=self.task_limit, shots=self.shots, progress=progress,
+                )  # fmt: skip
+                row = replace(row, tasks=tuple(scores))
+        return replace(row, keys=keys, reused=tuple(reused))
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    return (
+        None if progress is None else lambda what, done, total: progress(f"{name}: {what}", done, total)
+    )
+
+
+@torch.no_grad()
+def block_errors(model: Any, reference: Any, ids: Tensor) -> list[float]:
+    """Squared error of the states behind each block over the squared states, for tokens (n, length).
+
+    Errors of earlier blocks are in it: both models go on from what they have. Transforms that fold
+    scales into a block leave the states between blocks alone: all methods can be compared by it.
+    """
+    errors, sizes = defaultdict[int, float](float), defaultdict[int, float](float)
+    for window in ids:
+        with _states(model) as ours, _states(reference) as theirs:
+            for network in {id(model): model, id(reference): reference}.values():
+                network(window[None].to(network.device), use_cache=False)
+        for number, wanted in theirs.items():
+            got = ours.get(number, wanted)
+            errors[number] += float((got - wanted).double().square().sum())
+            sizes[number] += float(wanted.double().square().sum())
+    return [errors[number] / sizes[number] if sizes[number] else 0.0 for number in sorted(sizes)]
+
+
+@contextmanager
+def _states(model: Any) -> Iterator[dict[int, Tensor]]:
+    """The hidden states behind each block of a model while it runs, (tokens, features) in float32."""
+    states: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            states[number] = hidden.reshape(-1, hidden.shape[-1]).float().cpu()
+
+        return hook
+
+    blocks = model.get_submodule(find_blocks(model))
+    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inspect(
+    folder: Path, data: Calibration | None, notes: tuple[str, ...], progress: Progress | None
+) -> dict[str, Any]:
+    """Outliers among weights and inputs; where inputs cannot be looked at, why."""
+    plan = make_plan(folder, Recipe(scheme=QuantScheme(8)))
+    weights = tuple(asdict(report) for report in weight_outliers(plan))
+    try:
+        tokens: Any = SELF if data is None else data.ids[:16, :512]
+        inputs = inspect_outliers(folder, calibration=tokens, progress=_named(progress, "inspect"))
+    except InputError as error:
+        notes = (*notes, f"skip: outliers of inputs were not looked at: {error}")
+        return {"outliers": None, "weight_outliers": weights, "notes": notes}
+    return {"outliers": inputs.to_json(), "weight_outliers": weights}
+
+
+# -- what and where ----------------------------------------------------------------------------------
+
+
+def _describe_model(model: str, plan: Plan) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    return {
+        "name": Path(model).resolve().name if Path(model).is_dir() else model,
+        "parameters": plan.parameters,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "weight_bytes": sum(checkpoint.file_bytes.values()),
+        "config_sha256": hash_json(checkpoint.config),
+    }
+
+
+def _describe_ledger(ledger: Ledger, out: Path) -> dict[str, Any]:
+    return {
+        "sha256": hash_file(out / LEDGER),
+        "request": ledger.request,
+        "totals": ledger.totals,
+        "calibration": ledger.calibration,
+        "blocks": ledger.blocks,
+    }
+
+
+def _describe_machine() -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _processor() -> str:
+    """The name of its model where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    names = ("fewbits", "torch", "transformers", "safetensors", "compressed-tensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
