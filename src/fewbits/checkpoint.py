@@ -43,6 +43,7 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 MAX_SHARD_BYTES = 2**32  # of a weight file, as other tools cut them; not tuned
 _COPIED = 2**20  # bytes at a time; not tuned
+_SPARSE = 2**20  # bytes; file systems may keep smaller files without a block of their own; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,57 @@ def _download(repository: str) -> Path:
         ) from error
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_headers(model: str | Path) -> Checkpoint:
+    """Config and headers of a folder or a hub id; of the second no weights are downloaded.
+
+    The checkpoint can be planned with, not read from. A note says where values are missing.
+
+    Raises:
+        InputError: as `resolve` and `open_checkpoint`, or a repository without safetensors.
+    """
+    if Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        return open_checkpoint(resolve(model), headers_only=True)
+    return _remote_headers(str(model))
+
+
+def _remote_headers(repository: str) -> Checkpoint:
+    """By requests for ranges of bytes; without a network from the cached snapshot, if there is one."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        found = HfApi().get_safetensors_metadata(repository)
+        config = read_json(Path(hf_hub_download(repository, CONFIG)))
+    except Exception as error:  # the client raises many kinds; each means that we have no headers
+        with contextlib.suppress(Exception):
+            cached = Path(snapshot_download(repository, local_files_only=True))
+            return open_checkpoint(cached, headers_only=True)
+        raise InputError(
+            f"{repository}: no such folder, and the hub gave no headers of safetensors "
+            f"({first_line(error)}); accepted are a folder and a hub id like owner/name"
+        ) from error
+    checkpoint = Checkpoint(Path(repository), config, {}, {}, {})
+    for file, part in found.files_metadata.items():
+        unknown = sorted({t.dtype for t in part.tensors.values()} - _DTYPES.keys())
+        if unknown:
+            raise InputError(f"{repository}: {file} holds {unknown[0]}; accepted are {', '.join(_DTYPES)}")
+        infos = [
+            TensorInfo(name, _DTYPES[t.dtype], tuple(t.shape), file) for name, t in part.tensors.items()
+        ]
+        checkpoint.tensors |= {info.name: info for info in infos}
+        values = sum(info.size_bytes for info in infos)
+        checkpoint.header_bytes[file] = len(_header(infos))  # as we would write it
+        checkpoint.file_bytes[file] = checkpoint.header_bytes[file] + values
+    checkpoint.notes.append(Note("fact", repository, "headers only, from the hub; no weights were read"))
+    return checkpoint
+
+
+def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
     """Read config and headers, in a moment even for the largest models.
+
+    Args:
+        folder: of the checkpoint.
+        headers_only: files that end behind their header are accepted too, with a note; their tensors
+            cannot be read, and `file_bytes` says how large they would be.
 
     Raises:
         InputError: no config, no weights, a missing shard, a corrupt header; names the file.
@@ -169,18 +219,30 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "with an index"
         )
     checkpoint = Checkpoint(folder, config, {}, {}, {})
+    bare: list[str] = []
     for file in files:
         path = folder / file
         if not path.is_file():
             raise InputError(f"{path} is missing; the index lists it")
-        infos, header = _torch_infos(path, checkpoint) if path.suffix == ".bin" else read_header(path)
+        size = path.stat().st_size
+        if path.suffix == ".bin":
+            infos, header = _torch_infos(path, checkpoint)
+        else:
+            infos, header = read_header(path, headers_only)
+            whole = header + sum(info.size_bytes for info in infos)
+            bare += [file] if headers_only and _values_missing(path, whole) else []
+            size = whole if headers_only else size
         for info in infos:
             if info.name in checkpoint.tensors:
                 other = checkpoint.tensors[info.name].file
                 raise InputError(f"{path}: tensor {info.name} is also in {other}")
             checkpoint.tensors[info.name] = info
-        checkpoint.file_bytes[file] = path.stat().st_size
+        checkpoint.file_bytes[file] = size
         checkpoint.header_bytes[file] = header
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        what = "headers only: the values of the weights are not here, only what was said of them"
+        checkpoint.notes.append(Note("fact", bare[0] + more, what))
     _check_index(folder, checkpoint)
     return checkpoint
 
@@ -229,10 +291,20 @@ def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
             raise InputError(f"{folder / file} does not hold tensor {name}, which the index lists")
 
 
-def read_header(path: Path) -> tuple[list[TensorInfo], int]:
+def _values_missing(path: Path, whole: int) -> bool:
+    """Whether a file was cut behind its header, or is sparse: a hole where its values should be."""
+    status = path.stat()
+    blocks = getattr(status, "st_blocks", None)  # of 512 bytes, wherever there is the field
+    if blocks is None or whole < _SPARSE:
+        return status.st_size < whole
+    return status.st_size < whole or 512 * blocks < whole // 2
+
+
+def read_header(path: Path, headers_only: bool = False) -> tuple[list[TensorInfo], int]:
     """Tensors of a safetensors file, and how many of its bytes are header.
 
-    Layout: 8 bytes N, N bytes of JSON, then the values; offsets count from the values' start.
+    Layout: 8 bytes N, N bytes of JSON, then the values; offsets count from the values' start. With
+    `headers_only` the file may end before they do.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -255,6 +327,8 @@ def read_header(path: Path) -> tuple[list[TensorInfo], int]:
         if any(not isinstance(n, int) or n < 0 for n in info.shape) or end - begin != info.size_bytes:
             raise InputError(f"{path} has a corrupt header: {info.name} does not fit its offsets")
     starts, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), size - 8 - length]
+    if headers_only:
+        ends[-1] = max(ends[-1], starts[-1])
     if starts != ends:
         raise InputError(f"{path} is truncated or corrupt: its tensors do not fill its {size} bytes")
     return infos, 8 + length

@@ -88,24 +88,67 @@ class Plan:
         return sum(i.count for i in self.checkpoint.tensors.values() if i.dtype.is_floating_point)
 
 
-def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> Plan:
+@dataclass(slots=True)
+class Survey:
+    """What config and headers say of a model, whatever is to be done with it.
+
+    Args:
+        checkpoint: its headers.
+        model: without weights.
+        targets: where transformers puts each tensor.
+        matrices: quantizable source tensors by name.
+        notes: what looks like one and is none.
+        parameter_names: source tensors that are parameters of the model, not buffers or leftovers.
+        blocks: number of the decoder block that a source tensor belongs to, if to one.
+    """
+
+    checkpoint: Checkpoint
+    model: torch.nn.Module
+    targets: dict[str, Any]
+    matrices: dict[str, Matrix]
+    notes: list[Note]
+    parameter_names: set[str]
+    blocks: dict[str, int]
+
+
+def survey(checkpoint: Checkpoint) -> Survey:
+    """Find the model's matrices and blocks, once for any number of plans.
+
+    Raises:
+        InputError: the model is quantized already, transformers does not know it, or tensors are
+            missing or have another shape.
+    """
+    quantization, where = checkpoint.config.get("quantization_config"), checkpoint.folder
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(f"{where} is quantized already ({method}); accepted are float checkpoints")
+    model = skeleton(checkpoint.config)
+    targets = locate(model, list(checkpoint.tensors))
+    parameter_names = _check_parameters(where, model, checkpoint, targets)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    matrices, notes = find_matrices(model, shapes, targets)
+    pattern = re.compile(rf"{re.escape(find_blocks(model))}\.(\d+)\.")
+    found = {name: pattern.match(target.parameter) for name, target in targets.items()}
+    blocks = {name: int(match[1]) for name, match in found.items() if match}
+    return Survey(checkpoint, model, targets, matrices, notes, parameter_names, blocks)
+
+
+def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = None) -> Plan:
     """Decide what becomes of every tensor, from config and headers alone.
+
+    Args:
+        source: a folder, or what is known of it already.
+        recipe: method and schemes.
+        format_name: see `fewbits.quantize`.
 
     Raises:
         InputError: the folder is no checkpoint, the model is quantized already, a scheme fits some
             modules not (all are named), or the format cannot hold a weight (the reason is given).
     """
-    checkpoint = open_checkpoint(folder)
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(f"{folder} is quantized already ({method}); accepted are float checkpoints")
-    model = skeleton(checkpoint.config)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    parameter_names = _check_parameters(folder, model, checkpoint)
-    matrices, notes = find_matrices(model, shapes)
-    config = dict(checkpoint.config)
-    origins = _untie_head(model, checkpoint, matrices) if recipe.head else {}
+    seen = source if isinstance(source, Survey) else survey(open_checkpoint(source))
+    checkpoint, model, folder = seen.checkpoint, seen.model, seen.checkpoint.folder
+    matrices, notes, config = dict(seen.matrices), list(seen.notes), dict(checkpoint.config)
+    origins = _untie_head(seen, matrices) if recipe.head else {}
     schemes = recipe.assign(matrices.values())
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
@@ -119,19 +162,20 @@ def make_plan(folder: Path, recipe: Recipe, format_name: str | None = None) -> P
         raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
     _check_fit(checkpoint, matrices, placements, origins)
     layout, why = _choose_format(format_name, placements, _some_experts_float(matrices, placements))
-    floats = sorted(_float_modules(model, matrices, placements, checkpoint))
+    floats = sorted(_float_modules(seen, matrices, placements))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
     plan = Plan(
-        checkpoint, config, matrices, placements, origins, layout, floats, notes, parameter_names,
-        _blocks(model, checkpoint), text_config(model).hidden_size,
+        checkpoint, config, matrices, placements, origins, layout, floats, notes,
+        seen.parameter_names, seen.blocks, text_config(model).hidden_size,
     )  # fmt: skip
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
 
 
-def _check_parameters(folder: Path, model: torch.nn.Module, checkpoint: Checkpoint) -> set[str]:
+def _check_parameters(
+    folder: Path, model: torch.nn.Module, checkpoint: Checkpoint, located: dict[str, Any]
+) -> set[str]:
     """Every parameter must be there and have the model's shape; else nothing can load the result."""
-    located = locate(model, list(checkpoint.tensors))
     parameters = dict(model.named_parameters())
     for name, target in located.items():
         expected = parameters.get(target.parameter)
@@ -149,13 +193,6 @@ def _check_parameters(folder: Path, model: torch.nn.Module, checkpoint: Checkpoi
             f"({len(missing)} missing in all); accepted are whole causal language models"
         )
     return {name for name, target in located.items() if target.parameter in parameters}
-
-
-def _blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
-    pattern = re.compile(rf"{re.escape(find_blocks(model))}\.(\d+)\.")
-    targets = locate(model, list(checkpoint.tensors)).items()
-    found = {name: pattern.match(target.parameter) for name, target in targets}
-    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 def _check_experts(
@@ -187,19 +224,16 @@ def _check_experts(
             )
 
 
-def _untie_head(
-    model: torch.nn.Module, checkpoint: Checkpoint, matrices: dict[str, Matrix]
-) -> dict[str, str]:
+def _untie_head(seen: Survey, matrices: dict[str, Matrix]) -> dict[str, str]:
     """A head that is tied to the embeddings is quantized as a tensor of its own; they stay in float."""
-    head = find_head(model)
+    model, head = seen.model, find_head(seen.model)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if head is None or not tied or any(matrix.head for matrix in matrices.values()):
         return {}
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is embeddings)
-    targets = locate(model, list(checkpoint.tensors))
-    origin = next(n for n, target in targets.items() if target.parameter == f"{path}.weight")
-    name, shape = f"{head}.weight", checkpoint.tensors[origin].shape
+    origin = next(n for n, target in seen.targets.items() if target.parameter == f"{path}.weight")
+    name, shape = f"{head}.weight", seen.checkpoint.tensors[origin].shape
     matrices[name] = Matrix(name, head, "weight", "linear", shape, head=True)
     return {name: origin}
 
@@ -261,26 +295,22 @@ def _choose_format(
 
 
 def _float_modules(
-    model: torch.nn.Module,
-    matrices: dict[str, Matrix],
-    placements: dict[str, Placement],
-    checkpoint: Checkpoint,
+    seen: Survey, matrices: dict[str, Matrix], placements: dict[str, Placement]
 ) -> set[str]:
     """Matrices that stay in float, by the names of the model and of the source.
 
     A head that is tied to the embeddings has no tensor of its own, and is a linear all the same. What is
     no linear here, as routers are, or not part of this model at all, may be one in another client.
     """
-    head = find_head(model)
+    head, targets = find_head(seen.model), seen.targets
     quantized = any(matrices[name].head for name in placements)
     names = set() if head is None or quantized else {head}
     for name, matrix in matrices.items():
         if name not in placements:
             names |= {matrix.module, name.removesuffix(".weight")}
-    targets = locate(model, list(checkpoint.tensors))
-    for name, info in checkpoint.tensors.items():
+    for name, info in seen.checkpoint.tensors.items():
         if name not in matrices and len(info.shape) == 2 and name.endswith(".weight"):
             module = targets[name].parameter.removesuffix(".weight") if name in targets else None
-            if module is None or not isinstance(model.get_submodule(module), torch.nn.Embedding):
+            if module is None or not isinstance(seen.model.get_submodule(module), torch.nn.Embedding):
                 names |= {name.removesuffix(".weight"), module or name.removesuffix(".weight")}
     return names

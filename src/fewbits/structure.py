@@ -223,13 +223,14 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
 
 
 def find_matrices(
-    model: nn.Module, shapes: dict[str, tuple[int, ...]]
+    model: nn.Module, shapes: dict[str, tuple[int, ...]], targets: dict[str, _Target] | None = None
 ) -> tuple[dict[str, Matrix], list[Note]]:
     """Every source tensor that multiplies activations, and why others that might were left out.
 
     Args:
         model: a `skeleton`.
         shapes: of the checkpoint's tensors, by name.
+        targets: what `locate` finds for them, where that is known already.
 
     Raises:
         InputError: the blocks hold much of their weight in parameters that are neither linears nor
@@ -239,14 +240,16 @@ def find_matrices(
     blocks, head = find_blocks(model), find_head(model)
     matrices: dict[str, Matrix] = {}
     notes: list[Note] = []
-    for name, target in locate(model, list(shapes)).items():
+    targets = locate(model, list(shapes)) if targets is None else targets
+    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    for name, target in targets.items():
         path, _, parameter = target.parameter.rpartition(".")
         owner = modules[path]
         matrix = _matrix(name, path, parameter, owner, target, shapes[name])
         if isinstance(matrix, str):
             notes.append(Note("skip", name, matrix))
         elif matrix is not None:
-            number = re.match(rf"{re.escape(blocks)}\.(\d+)\.", target.parameter)
+            number = pattern.match(target.parameter)
             block = int(number[1]) if number else None
             matrices[name] = replace(matrix, block=block, head=path == head)
     _check_coverage(model.get_submodule(blocks), blocks, matrices)
