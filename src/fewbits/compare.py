@@ -12,7 +12,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from fewbits.calibration import SELF, Calibration, Progress, read_calibration
 from fewbits.checkpoint import CONFIG, LEDGER, disk_errors, hash_file, hash_json, read_json, resolve
-from fewbits.comparison import FLOAT, Comparison, Row, read_comparison
+from fewbits.comparison import FLOAT, Comparison, Row
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate
-from fewbits.evaluate import DEFAULT_LENGTH, evaluate, load_tokenizer
+from fewbits.evaluate import DEFAULT_LENGTH, Evaluation, evaluate, load_tokenizer
 from fewbits.ledger import Ledger
 from fewbits.load import kernel_notes, load
 from fewbits.outliers import inspect_outliers, weight_outliers
@@ -36,10 +36,10 @@ from fewbits.recipe import LLM_INT8_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.speed import compare_speed, measure_resident, measure_size, measure_speed
 from fewbits.structure import find_blocks, skeleton, text_config
-from fewbits.tasks import check_tasks, evaluate_tasks
+from fewbits.tasks import TaskScores, check_tasks, evaluate_tasks
 from fewbits.text import Text, read_text, windows
 
-RESULTS = "compare.json"  # in the work folder
+RESULTS, MEASURED = "compare.json", "measured"  # in the work folder
 METHODS = ("int8-tensor", "int8", "llm-int8", "rtn", "gptq", "awq", "awq+gptq")
 BITS = (4,)
 _EIGHT = {
@@ -139,7 +139,8 @@ def compare(
 
     Args:
         model: folder of a float checkpoint, or a hub id.
-        work: folder for the quantized models and `compare.json`; what is there already is used.
+        work: folder for the quantized models, what was measured of each, and `compare.json` with all of
+            it; what is there already is used.
         candidates: see `Candidate.all`; by default its methods at 4 bits in groups of 128.
         text: what quality is measured on, see `read_text`; "self" is text that the model writes, with
             another seed than that of calibration; None measures no quality.
@@ -168,21 +169,23 @@ def compare(
     study = _Study(folder, work, judged, data, tasks, task_data, task_limit, shots, speed, progress)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    found = study.start(str(model), next(iter(plans.values())), candidates)
+    found = study.start(str(model), next(iter(plans.values())))
     if inspect:
         found = replace(found, **_inspect(folder, data, found.notes, progress))
     rows = [study.float_row()]
     for candidate in candidates:
         rows.append(study.row(candidate, rows[0]))
         found = replace(found, rows=tuple(rows))
-        _save(found, work)
+        _write_json(work / RESULTS, found.to_json())
     return found
 
 
-def _save(comparison: Comparison, work: Path) -> None:
-    path, partial = work / RESULTS, work / f".{RESULTS}.partial"
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        partial.write_text(json.dumps(comparison.to_json(), indent=1), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
         os.replace(partial, path)
 
 
@@ -270,24 +273,15 @@ class _Study:
     shots: int | None
     timed: bool
     progress: Progress | None
-    earlier: dict[str, Row] = field(default_factory=dict)
     _reference: Any = None
     _fast: Any = None
 
-    def start(self, model: str, plan: Plan, candidates: list[Candidate]) -> Comparison:
-        """Everything but the rows; those of an earlier run are remembered."""
-        notes = []
-        if (self.work / RESULTS).is_file():
-            try:
-                before = read_comparison(self.work / RESULTS)
-                self.earlier = {row.name: row for row in before.rows}
-            except InputError as error:
-                notes.append(f"skip: {RESULTS}: {error}; everything is measured again")
-        judged, text = self.judged, None
+    def start(self, model: str, plan: Plan) -> Comparison:
+        """Everything but the rows."""
+        notes, judged, text = [], self.judged, None
         if judged is not None:
             text = {"name": judged.name, "sha256": judged.text.sha256}
-            same = self.data is not None and self.data.source == judged.name != SELF
-            if same:
+            if self.data is not None and self.data.source == judged.name != SELF:
                 notes.append(
                     f"fact: {judged.name} is the text to judge on and that to calibrate on: what was "
                     "calibrated looks better than it is"
@@ -382,37 +376,53 @@ class _Study:
 
     def _judge(self, row: Row, folder: Path, network: Any) -> Row:
         """Quality, where it was asked for and no earlier run has measured it."""
-        ledger = folder / LEDGER
-        identity = hash_file(ledger) if ledger.is_file() else hash_json(read_json(folder / CONFIG))
-        earlier, keys, reused = self.earlier.get(row.name), dict[str, str](), list[str]()
-        progress = _named(self.progress, row.name)
+        ledger, config = folder / LEDGER, read_json(folder / CONFIG)
+        which = hash_file(ledger) if ledger.is_file() else hash_json(config)
+        progress, reused = _named(self.progress, row.name), []
         if self.judged is not None:
-            judged = self.judged
-            asked: list[Any] = [identity, judged.text.sha256, judged.length, judged.limit]
-            keys["evaluation"] = hash_json({"asked": asked})
-            if earlier and earlier.evaluation and earlier.keys.get("evaluation") == keys["evaluation"]:
-                row = replace(row, evaluation=earlier.evaluation, block_errors=earlier.block_errors)
-                reused.append("evaluation")
-            else:
-                measured = evaluate(
-                    network, self.reference, text=judged.text, tokenizer=judged.tokenizer,
-                    length=judged.length, limit=judged.limit, progress=progress,
-                )  # fmt: skip
-                errors = block_errors(network, self.reference, judged.traced)
-                row = replace(row, evaluation=measured, block_errors=tuple(errors))
+            asked = [which, self.judged.text.sha256, self.judged.length, self.judged.limit]
+            value, again = self._once("evaluation", asked, lambda: self._evaluate(network, progress))
+            row = replace(
+                row,
+                evaluation=Evaluation.from_json(value["evaluation"]),
+                block_errors=tuple(value["block_errors"]),
+            )
+            reused += ["evaluation"] if again else []
         if self.tasks:
-            asked = [identity, self.tasks, str(self.task_data), self.task_limit, self.shots]
-            keys["tasks"] = hash_json({"asked": asked})
-            if earlier and earlier.tasks and earlier.keys.get("tasks") == keys["tasks"]:
-                row = replace(row, tasks=earlier.tasks)
-                reused.append("tasks")
-            else:
-                scores = evaluate_tasks(
-                    network, load_tokenizer(self.folder), self.tasks, data=self.task_data,
-                    limit=self.task_limit, shots=self.shots, progress=progress,
-                )  # fmt: skip
-                row = replace(row, tasks=tuple(scores))
-        return replace(row, keys=keys, reused=tuple(reused))
+            asked = [which, *self.tasks, str(self.task_data), self.task_limit, self.shots]
+            value, again = self._once("tasks", asked, lambda: self._score(network, progress))
+            row = replace(row, tasks=tuple(map(TaskScores.from_json, value["tasks"])))
+            reused += ["tasks"] if again else []
+        return replace(row, reused=tuple(reused))
+
+    def _once(
+        self, kind: str, asked: list[Any], measure: Callable[[], dict[str, Any]]
+    ) -> tuple[dict[str, Any], bool]:
+        """What was measured, and whether an earlier run did it."""
+        digest = hash_json({"asked": asked, "version": version("fewbits")})
+        path = self.work / MEASURED / f"{kind}-{digest[:16]}.json"
+        if path.is_file():
+            return read_json(path), True
+        value = measure()
+        _write_json(path, value)
+        return value, False
+
+    def _evaluate(self, network: Any, progress: Progress | None) -> dict[str, Any]:
+        judged = self.judged
+        assert judged is not None
+        measured = evaluate(
+            network, self.reference, text=judged.text, tokenizer=judged.tokenizer,
+            length=judged.length, limit=judged.limit, progress=progress,
+        )  # fmt: skip
+        errors = block_errors(network, self.reference, judged.traced)
+        return {"evaluation": measured.to_json(per_window=True), "block_errors": errors}
+
+    def _score(self, network: Any, progress: Progress | None) -> dict[str, Any]:
+        scores = evaluate_tasks(
+            network, load_tokenizer(self.folder), self.tasks, data=self.task_data,
+            limit=self.task_limit, shots=self.shots, progress=progress,
+        )  # fmt: skip
+        return {"tasks": [each.to_json() for each in scores]}
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:

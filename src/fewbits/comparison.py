@@ -1,6 +1,6 @@
 """What `compare` found: a row for each model, and how any two of them differ."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +36,6 @@ class Row:
             from the first block on.
         ledger: request, totals, blocks and calibration of its ledger, and the hash of the whole.
         notes: of the ledger and the kernels.
-        keys: what `evaluation` and `tasks` were measured on.
         reused: the parts that an earlier run had measured.
     """
 
@@ -56,7 +55,6 @@ class Row:
     block_errors: tuple[float, ...] = ()
     ledger: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
-    keys: dict[str, str] = field(default_factory=dict)
     reused: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
