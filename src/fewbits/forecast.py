@@ -1,0 +1,502 @@
+"""What every method would make of a model: bytes of weights by component, cache, and what fits.
+
+From config and headers alone. Nothing is looked up by the name of an architecture: a matrix belongs to
+attention if the module around it takes a cache, and the cache is the one that the model itself fills when
+it is run without weights.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.checkpoint import Checkpoint, hash_json
+from fewbits.errors import InputError, first_line
+from fewbits.formats.packed import packed_bytes
+from fewbits.plan import Plan, Survey
+from fewbits.scheme import InputScheme, QuantScheme
+from fewbits.structure import find_blocks, is_experts, quiet_transformers, skeleton, text_config
+from fewbits.tensor import Note
+
+FLOAT = "float"
+CALIBRATED = ("gptq", "awq", "awq+gptq", "weighted-rtn")
+COMPONENTS = ("embeddings", "attention", "mlp", "experts", "head", "other")
+_GROUP = 128  # columns in a group, as `quantize` has it by default
+_SMALLER = (128, 64, 32)  # groups that are tried where one does not fit
+# Of the library and the interpreter while a model runs, and one sequence of activations. Rough; not tuned.
+_LIBRARIES = 400 * 10**6
+_ACTIVATION_COPIES = 8  # of the widest hidden state of a prefill that are alive at a time. Not tuned.
+_PREFILL = 2048  # tokens run at a time, at most; clients cut long prompts so. Not tuned.
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of quantizing on this machine.
+
+    Args:
+        elapsed_s: from the start of `quantize` to its result, as `run.json` says it.
+        peak_bytes: anonymous memory at its highest, Python and its libraries included.
+        parts_s: seconds by what they are spent on; they add up to `elapsed_s`.
+    """
+
+    elapsed_s: float
+    peak_bytes: int
+    parts_s: dict[str, float]
+
+
+@dataclass(slots=True)
+class Row:
+    """One method.
+
+    Args:
+        name: like "gptq w4-g128"; "float" for the model as it is.
+        method: as `--method` takes it; None for float.
+        scheme: label of its scheme; None for float.
+        weight_bytes: of all weight files, headers included.
+        bits_per_weight: over whole files.
+        components: bytes of tensors by component.
+        needed_bytes: weights, cache and overhead together, when the result is run.
+        fits: whether that is within the memory asked about; None where none was.
+        refused: why the method cannot be used on this model.
+        cost: of making it; None for float, or where it was not asked for.
+    """
+
+    name: str
+    method: str | None
+    scheme: str | None
+    weight_bytes: int
+    bits_per_weight: float
+    components: dict[str, int]
+    needed_bytes: int = 0
+    fits: bool | None = None
+    refused: str | None = None
+    cost: Cost | None = None
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What can be said of a model before the work.
+
+    Args:
+        config_sha256: of its config, as the ledger has it.
+        parameters: elements of floating-point tensors.
+        quantized: what the source is quantized with already; None if it is in float.
+        context, batch: tokens of a sequence, and sequences, that the cache is for.
+        kv_cache_bytes: of that; None where it is not known.
+        overhead_bytes: activations and libraries: rough.
+        memory_bytes: that the model shall fit in; None if nobody asked.
+        rows: float first, then from larger to smaller.
+        best: name of the first row, in the order of what loses least, that fits.
+        rates: what the probe measured; empty where it was skipped.
+    """
+
+    name: str
+    config_sha256: str
+    parameters: int
+    quantized: str | None
+    device: str
+    context: int
+    batch: int
+    kv_cache_bytes: int | None
+    overhead_bytes: int
+    memory_bytes: int | None
+    rows: list[Row]
+    best: str | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+    def row(self, name: str | None) -> Row | None:
+        """The row of that name."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"notes": [str(note) for note in self.notes]}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A method and scheme that a row is made for."""
+
+    method: str
+    scheme: QuantScheme
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        short = "int8" if self.method == "rtn" and self.scheme == QuantScheme(8) else self.method
+        return f"{short} {self.scheme.label}"
+
+
+# What loses least comes first: 8 bits before 4, and at the same bits what was best in LOG.md.
+def choices(
+    group_size: int | None = _GROUP, symmetric: bool = True, bits: tuple[int, ...] = (4, 3)
+) -> list[Choice]:
+    """The methods of the table; groups of None are whole channels.
+
+    >>> [choice.name for choice in choices(bits=(4,))][:3]
+    ['int8 w8-channel', 'llm-int8 w8-channel-a8-token-t6-static', 'awq+gptq w4-g128']
+    """
+    static = InputScheme(static=True)
+    found = [
+        Choice("rtn", QuantScheme(8, symmetric=symmetric)),
+        Choice("llm-int8", QuantScheme(8, inputs=static)),
+    ]
+    for width in bits:
+        granularity = "channel" if group_size is None else "group"
+        scheme = QuantScheme(width, granularity, group_size, symmetric)  # type: ignore[arg-type]
+        found += [Choice(method, scheme) for method in ("awq+gptq", "gptq", "awq", "rtn")]
+    return found
+
+
+def fitting_group(seen: Survey) -> int | None:
+    """The default group size, or the largest smaller one that divides all columns; None: channels."""
+    columns = {m.rows_columns[1] for m in seen.matrices.values() if not m.head}
+    return next((size for size in _SMALLER if all(n % size == 0 for n in columns)), None)
+
+
+# -- components --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Tensors of a checkpoint that are alike: their component, shape, and what becomes of them.
+
+    Args:
+        scheme: that was fixed for them, whatever the row's is.
+        rounded: whether they become codes at all.
+        count: of matrices in one tensor.
+        shape: (out, in) of a matrix to be rounded; the whole shape of what is copied.
+    """
+
+    component: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rounded: bool
+    scheme: QuantScheme | None
+    count: int
+    block: bool
+
+    @property
+    def source_bytes(self) -> int:
+        """Of one."""
+        return self.count * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def cache_modules(model: nn.Module) -> set[str]:
+    """Paths of the modules inside of blocks that keep a cache: attention, and what stands for it."""
+    prefix = find_blocks(model) + "."
+    blocks = {prefix + name for name, _ in model.get_submodule(prefix[:-1]).named_children()}
+    taking: dict[type, bool] = {}
+    found = set()
+    for path, module in model.named_modules():
+        if path.startswith(prefix) and path not in blocks:
+            kind = type(module)
+            if kind not in taking:
+                names = inspect.signature(kind.forward).parameters
+                taking[kind] = any("past" in name or "cache" in name for name in names)
+            if taking[kind]:
+                found.add(path)
+    return found
+
+
+def group_tensors(
+    plan: Plan, seen: Survey, chosen: QuantScheme
+) -> tuple[Counter[Tensors], Counter[str]]:
+    """All tensors by kind with their numbers, and the letters of their names by "rounded" and "copied".
+
+    Args:
+        plan: of a recipe whose scheme is `chosen`; other schemes in it are those of overrides.
+        seen: the model.
+        chosen: the very object.
+    """
+    caching = cache_modules(seen.model)
+    owners: dict[str, bool] = {}
+
+    def caches(module: str) -> bool:
+        if module not in owners:
+            parts = module.split(".")
+            owners[module] = any(".".join(parts[:i]) in caching for i in range(1, len(parts) + 1))
+        return owners[module]
+
+    embedding = seen.model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = {n for n, m in seen.model.named_modules() if m is embedding}
+    groups, letters = Counter[Tensors](), Counter[str]()
+    for name in plan.checkpoint.tensors.keys() | plan.origins.keys():
+        info, matrix, placement = plan.info(name), plan.matrices.get(name), plan.placements.get(name)
+        target = seen.targets.get(name)
+        if matrix is not None and (matrix.head or matrix.block is not None):
+            component = "head" if matrix.head else "experts" if matrix.kind == "expert" else "mlp"
+            component = "attention" if component == "mlp" and caches(matrix.module) else component
+        else:
+            module = "" if target is None else target.parameter.rpartition(".")[0]
+            component = "embeddings" if module in embeddings else "other"
+        scheme = None if placement is None or placement.scheme is chosen else placement.scheme
+        rounded = placement is not None
+        shape = matrix.rows_columns if matrix is not None and rounded else info.shape
+        count = matrix.shape[0] if matrix is not None and matrix.stacked and rounded else 1
+        inside = plan.blocks.get(name) is not None
+        if name in plan.origins:  # made beside its origin, which is copied: no bytes of the source
+            component = "head"
+        groups[Tensors(component, shape, info.dtype, rounded, scheme, count, inside)] += 1
+        letters["rounded" if rounded else "copied"] += len(name)
+    return groups, letters
+
+
+def tensor_bytes(kind: Tensors, scheme: QuantScheme) -> int:
+    """On disk, of one tensor of a kind."""
+    if not kind.rounded:
+        return kind.source_bytes
+    own = kind.scheme or scheme
+    return kind.count * packed_bytes(*kind.shape, own, kind.dtype.itemsize)  # type: ignore[misc]
+
+
+def _entry_bytes(shape: tuple[int, ...], dtype: str, digits: int) -> int:
+    """Of one entry in a safetensors header, without the name: quotes, dtype, shape, offsets."""
+    numbers = sum(len(str(n)) + 1 for n in shape) - (1 if shape else 0)
+    return len('"":{"dtype":"","shape":[],"data_offsets":[,]},') + len(dtype) + numbers + 2 * digits
+
+
+def header_bytes(
+    groups: Counter[Tensors], letters: Counter[str], scheme: QuantScheme, total: int
+) -> int:
+    """Of all headers, to within the digits of offsets."""
+    digits, size = len(str(total)), 8 + len('{"__metadata__":{"format":"pt"}}')
+    for kind, count in groups.items():
+        if not kind.rounded:
+            size += count * _entry_bytes(kind.shape, "BF16", digits)
+            continue
+        own, (rows, columns) = kind.scheme or scheme, kind.shape
+        names = ["_packed", "_scale", "_shape"] + ([] if own.symmetric else ["_zero_point"])
+        stack = (kind.count,) if kind.count > 1 else ()
+        shapes = [(*stack, rows, columns), (*stack, rows, own.groups(columns)), (*stack, 2)]
+        shapes += [] if own.symmetric else [(*stack, rows, own.groups(columns))]
+        size += count * sum(
+            len(name) + _entry_bytes(shape, "BF16", digits)
+            for name, shape in zip(names, shapes, strict=True)
+        )
+    return size + letters["copied"] + (3 if scheme.symmetric else 4) * letters["rounded"]
+
+
+def _misfit(groups: Counter[Tensors], scheme: QuantScheme) -> str | None:
+    """Why a scheme cannot be used: columns that its groups do not divide."""
+    if scheme.group_size is None:
+        return None
+    size = scheme.group_size
+    wrong = {k.shape[1]: 0 for k in groups if k.rounded and k.scheme is None and k.shape[1] % size}
+    for kind, count in groups.items():
+        if kind.rounded and kind.scheme is None and kind.shape[1] in wrong:
+            wrong[kind.shape[1]] += count
+    if not wrong:
+        return None
+    columns = next(iter(wrong))
+    return f"groups of {size} do not divide the {columns} columns of {sum(wrong.values())} weights"
+
+
+# -- the cache ---------------------------------------------------------------------------------------
+
+
+def measure_cache(model: nn.Module, context: int, itemsize: int) -> int | str:
+    """Bytes that the model's cache takes for one sequence; why not, where the model does not tell.
+
+    The model is run on the meta device, where nothing is computed, and keeps what it would keep. Its
+    experts, whose order of work depends on values, are passed over.
+    """
+    last = ""
+    for attention in (None, "eager"):
+        try:
+            with _without_experts(model), quiet_transformers(), torch.no_grad():
+                if attention is not None:
+                    model.set_attn_implementation(attention)  # type: ignore[operator]
+                ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
+                output = model(ids, use_cache=True)
+        except Exception as error:  # models fail in as many ways as there are architectures
+            last = first_line(error)
+            continue
+        cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+        kept = {id(t): t.numel() for t in _tensors(cache, 0) if t.is_floating_point() and t.ndim > 1}
+        if kept:
+            return itemsize * sum(kept.values())
+        last = "it keeps none that is understood"
+    return last
+
+
+def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+    """Those inside of a cache: it holds layers, which hold tensors or lists of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item, depth + 1)
+    elif hasattr(value, "__dict__") and depth < 4:
+        yield from _tensors(vars(value), depth + 1)
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    experts = [module for module in model.modules() if is_experts(module)]
+    for module in experts:
+        module.forward = _same  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+# -- the forecast ------------------------------------------------------------------------------------
+
+
+def forecast(
+    plan: Plan,
+    seen: Survey,
+    chosen: QuantScheme,
+    wanted: list[Choice],
+    *,
+    name: str,
+    memory_bytes: int | None = None,
+    device: str = "cpu",
+    batch: int = 1,
+    context: int | None = None,
+    cost: Callable[[Choice, Counter[Tensors]], Cost] | None = None,
+) -> Forecast:
+    """Sizes, cache, what fits, and what it costs, for float and each choice.
+
+    Args:
+        plan: of a recipe whose scheme is `chosen`; its overrides and head hold for every row.
+        seen: the model.
+        chosen: the very object that the recipe has.
+        wanted: methods, from the one that loses least.
+        name: of the model.
+        memory_bytes: that the result shall run in.
+        device: where it shall run.
+        batch, context: sequences and tokens of each; 1, and the model's context up to 8,192.
+        cost: of making one; None: not asked for.
+
+    Raises:
+        InputError: a batch, a context or a memory that is no size.
+    """
+    context, notes = _context(seen.model, batch, context)
+    groups, letters = group_tensors(plan, seen, chosen)
+    checkpoint = plan.checkpoint
+    itemsize = checkpoint.dtype.itemsize
+    cache = measure_cache(seen.model, context, itemsize)
+    if isinstance(cache, str):
+        notes.append(Note("skip", "KV cache", f"not known: {cache}"))
+    overhead = _overhead(seen.model, groups, batch, context, itemsize)
+    whole = sum(checkpoint.file_bytes.values())
+    source = dict.fromkeys(COMPONENTS, 0)
+    for kind, count in groups.items():
+        source[kind.component] += count * kind.source_bytes
+    for made in plan.origins:
+        source["head"] -= plan.info(made).size_bytes
+    rows = [Row(FLOAT, None, None, whole, 8 * whole / plan.parameters, source)]
+    for choice in wanted:
+        rows.append(_row(choice, groups, letters, plan.parameters))
+    if any(choice.method == "llm-int8" and choice.scheme.inputs is not None for choice in wanted):
+        what = "columns that calibration keeps in 16 bit come on top; how many headers cannot tell"
+        notes.append(Note("fact", "llm-int8", what))
+    result = Forecast(
+        name, hash_json(checkpoint.config), plan.parameters, None, device, context, batch,
+        None if isinstance(cache, str) else batch * cache, overhead, memory_bytes, rows, notes=notes,
+    )  # fmt: skip
+    if cost is not None:
+        for choice, row in zip(wanted, rows[1:], strict=True):
+            row.cost = None if row.refused else cost(choice, groups)
+    fit(result)
+    return result
+
+
+def forecast_quantized(
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    memory_bytes: int | None = None,
+    device: str = "cpu",
+    batch: int = 1,
+    context: int | None = None,
+) -> Forecast:
+    """Sizes and cache of a model that is quantized already, as it is.
+
+    Raises:
+        InputError: a batch, a context or a memory that is no size; or an unknown architecture.
+    """
+    quantization = checkpoint.config["quantization_config"]
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    model = skeleton(checkpoint.config)
+    context, notes = _context(model, batch, context)
+    cache = measure_cache(model, context, 2)  # activations are in 16 bit
+    if isinstance(cache, str):
+        notes.append(Note("skip", "KV cache", f"not known: {cache}"))
+    parameters = sum(p.numel() for p in model.parameters())
+    whole = sum(checkpoint.file_bytes.values())
+    by_dtype = Counter[str]()
+    for info in checkpoint.tensors.values():
+        by_dtype[str(info.dtype).removeprefix("torch.")] += info.size_bytes
+    row = Row("as it is", None, None, whole, 8 * whole / parameters, dict(by_dtype))
+    overhead = _overhead(model, Counter(), batch, context, 2)
+    result = Forecast(
+        name, hash_json(checkpoint.config), parameters, str(method), device, context, batch,
+        None if isinstance(cache, str) else batch * cache, overhead, memory_bytes, [row], notes=notes,
+    )  # fmt: skip
+    fit(result)
+    return result
+
+
+def _row(choice: Choice, groups: Counter[Tensors], letters: Counter[str], parameters: int) -> Row:
+    scheme, components = choice.scheme, dict.fromkeys(COMPONENTS, 0)
+    refused = _misfit(groups, scheme)
+    if refused is not None:
+        return Row(choice.name, choice.method, scheme.label, 0, 0.0, {}, refused=refused)
+    for kind, count in groups.items():
+        components[kind.component] += count * tensor_bytes(kind, scheme)
+    total = sum(components.values())
+    total += header_bytes(groups, letters, scheme, total)
+    return Row(choice.name, choice.method, scheme.label, total, 8 * total / parameters, components)
+
+
+def fit(result: Forecast) -> None:
+    """Say of each row whether it fits, and which is the best that does: rows stand in that order."""
+    for row in result.rows:
+        row.needed_bytes = row.weight_bytes + (result.kv_cache_bytes or 0) + result.overhead_bytes
+        if result.memory_bytes is not None and row.refused is None:
+            row.fits = row.needed_bytes <= result.memory_bytes
+    result.best = next((row.name for row in result.rows if row.fits), None)
+
+
+def _context(model: nn.Module, batch: int, context: int | None) -> tuple[int, list[Note]]:
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    if batch < 1:
+        raise InputError(f"--batch is {batch}; accepted are numbers from 1")
+    if context is None:
+        return min(most or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT), []
+    if context < 1:
+        raise InputError(f"--context is {context}; accepted are numbers from 1")
+    if most is not None and context > most:
+        raise InputError(f"--context is {context}; accepted are at most the model's own, {most}")
+    return context, []
+
+
+_DEFAULT_CONTEXT = 8192  # tokens that the cache is stated for where nobody says; not tuned
+
+
+def _overhead(
+    model: nn.Module, groups: Counter[Tensors], batch: int, context: int, itemsize: int
+) -> int:
+    """Activations of one prefill and the logits of its last token, and the libraries: rough."""
+    config = text_config(model)
+    widest = max((max(k.shape) for k in groups if k.rounded and k.block), default=4 * config.hidden_size)
+    tokens = batch * min(context, _PREFILL)
+    return _LIBRARIES + _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * batch * config.vocab_size
