@@ -1,6 +1,8 @@
 """fewbits shrinks a language model 4-8x after training and proves that the result is good."""
 
 from fewbits.calibration import Calibration, read_calibration
+from fewbits.compare import Candidate, compare
+from fewbits.comparison import Comparison
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
 from fewbits.estimate import Estimate
 from fewbits.evaluate import Evaluation, evaluate
@@ -21,6 +23,8 @@ __all__ = [
     "GPTQ",
     "RTN",
     "Calibration",
+    "Candidate",
+    "Comparison",
     "Config",
     "Estimate",
     "Evaluation",
@@ -36,6 +40,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WeightedRTN",
+    "compare",
     "dequantize",
     "evaluate",
     "load",
