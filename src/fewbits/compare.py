@@ -65,26 +65,30 @@ class Candidate:
     scheme: QuantScheme
 
     @classmethod
-    def all(cls, methods: list[str], bits: list[int], group_size: str = "128") -> list[Self]:
-        """Every method with every number of bits; those that say theirs once.
+    def all(
+        cls, methods: list[str] | None = None, bits: list[int] | None = None, group_size: str = "128"
+    ) -> list[Self]:
+        """Every method with every number of bits, those that say theirs once; most bits first.
 
         Args:
-            methods: names; `int8-tensor`, `int8`, `llm-int8`, or a method, or METHOD=SCHEME.
-            bits: for the methods that do not say.
+            methods: names; `int8-tensor`, `int8`, `llm-int8`, or a method, or METHOD=SCHEME; by default
+                those three, rtn, gptq, awq and awq+gptq.
+            bits: for the methods that do not say; 4 by default.
             group_size: likewise; a number, or "none" for one scale per channel.
 
         Raises:
             InputError: a name that is none of these, or one of them twice.
         """
         found: list[Self] = []
-        for text in methods:
+        for text in METHODS if methods is None else methods:
             method, equals, label = text.partition("=")
             if text in _EIGHT:
                 found.append(cls(text, *_EIGHT[text]))
             elif equals:
                 found.append(cls._of(method, QuantScheme.parse(label)))
             else:
-                found += [cls._of(method, _grouped(number, group_size)) for number in bits]
+                found += [cls._of(method, _grouped(number, group_size)) for number in bits or BITS]
+        found.sort(key=lambda candidate: -candidate.scheme.bits)
         names = [candidate.name for candidate in found]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -155,13 +159,13 @@ def compare(
         InputError: anything that can be known before the work.
         ResourceError: the disk failed; the same call goes on with what is there.
     """
-    candidates = candidates or Candidate.all(list(METHODS), list(BITS))
+    candidates = candidates or Candidate.all()
     folder, work = resolve(model), Path(work)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
     plans = {candidate.name: make_plan(folder, candidate.recipe) for candidate in candidates}
     if tasks:
-        check_tasks(tasks, task_data)
+        check_tasks(tasks, task_data, shots)
     judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
     data = None
     if any(candidate.recipe.needs_calibration for candidate in candidates):
@@ -380,7 +384,7 @@ class _Study:
         which = hash_file(ledger) if ledger.is_file() else hash_json(config)
         progress, reused = _named(self.progress, row.name), []
         if self.judged is not None:
-            asked = [which, self.judged.text.sha256, self.judged.length, self.judged.limit]
+            asked: list[Any] = [which, self.judged.text.sha256, self.judged.length, self.judged.limit]
             value, again = self._once("evaluation", asked, lambda: self._evaluate(network, progress))
             row = replace(
                 row,
@@ -389,9 +393,11 @@ class _Study:
             )
             reused += ["evaluation"] if again else []
         if self.tasks:
-            asked = [which, *self.tasks, str(self.task_data), self.task_limit, self.shots]
+            asked = [which, *self.tasks, _state(self.task_data), self.task_limit, self.shots]
             value, again = self._once("tasks", asked, lambda: self._score(network, progress))
-            row = replace(row, tasks=tuple(map(TaskScores.from_json, value["tasks"])))
+            scores = tuple(map(TaskScores.from_json, value["tasks"]))
+            notes = (str(note) for each in scores for note in each.notes)
+            row = replace(row, tasks=scores, notes=(*row.notes, *notes))
             reused += ["tasks"] if again else []
         return replace(row, reused=tuple(reused))
 
@@ -423,6 +429,13 @@ class _Study:
             limit=self.task_limit, shots=self.shots, progress=progress,
         )  # fmt: skip
         return {"tasks": [each.to_json() for each in scores]}
+
+
+def _state(folder: Path | None) -> list[Any]:
+    """Which files a folder holds, and when they were written."""
+    files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
