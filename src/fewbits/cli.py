@@ -148,14 +148,14 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _bytes(text: str | None) -> int | None:
+def _bytes(text: str | None, option: str = "--max-memory") -> int | None:
     """A size like 6GB or 500MB in bytes."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
     size = 0 if match is None else float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")
     if size < 1:
-        raise InputError(f"--max-memory is {text!r}; accepted are sizes like 6GB and 500MB")
+        raise InputError(f"{option} is {text!r}; accepted are sizes like 6GB and 500MB")
     return int(size)
 
 
@@ -198,7 +198,10 @@ def _scheme(
 @_command
 def plan(
     model: Model,
-    method: Method = "rtn",
+    method: Annotated[
+        str | None,
+        typer.Option(help="As quantize takes it.  [default: a table of all]", show_default=False),
+    ] = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     per_tensor: PerTensor = False,
@@ -207,41 +210,69 @@ def plan(
     override: Override = None,
     head: Head = False,
     format: Format = None,
+    memory: Annotated[str | None, typer.Option(help="That it shall run in, like 4GB.")] = None,
+    device: Annotated[str, typer.Option(help="It shall run on: cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Sequences at a time, for the KV cache.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each.  [default: 8192, at most the model's]", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What it is for: math, code, chat, finetune or research.")
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Result of compare.  [default: fewbits-compare/NAME/compare.json, if it is there]",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text that quantize will get: reading it takes time too.")
+    ] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    probe: Annotated[
+        bool, typer.Option(help="Measure this machine for half a second, to tell time and memory.")
+    ] = True,
     json_: Json = False,
 ) -> None:
-    """Say what `quantize` would do and how large the result would be; reads headers only."""
-    from fewbits.checkpoint import resolve
-    from fewbits.plan import make_plan
-    from fewbits.recipe import Recipe, parse_method, parse_override
-    from fewbits.report import bytes_text
+    """Say what each method would make of MODEL, what it takes, and what to do; reads headers only."""
+    from fewbits.outlook import look_ahead
+    from fewbits.report.plan import advice_lines, forecast_lines, forecast_table, headline
 
-    transforms, rounder = parse_method("rtn" if method == "int8" else method)
-    scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold)
-    overrides = tuple(map(parse_override, override or ()))
-    recipe = Recipe(rounder, scheme, overrides, head, transforms)
-    made = make_plan(resolve(model), recipe, format)
-    value = {
-        "format": made.format.name,
-        "scheme": scheme.label,
-        "parameters": made.parameters,
-        "tensors": len(made.checkpoint.tensors),
-        "quantized": len(made.placements),
-        "source_bytes": made.source_bytes,
-        "written_bytes": made.written_bytes,
-        "bits_per_weight": 8 * made.written_bytes / made.parameters,
-        "float_modules": made.floats,
-        "notes": [str(note) for note in made.notes],
-    }
-    if json_:
-        _print_json(value)
-        return
-    out.print(
-        f"{len(made.placements)} of {len(made.checkpoint.tensors)} tensors in {scheme.label}, format "
-        f"{made.format.name}: {bytes_text(made.source_bytes)} -> {bytes_text(made.written_bytes)}, "
-        f"{value['bits_per_weight']:.2f} bits per weight",
-        highlight=False,
+    named, last = method is not None, (method or "rtn").rpartition("+")[2]
+    calibrated = last == "llm-int8" and calibration is not None
+    scheme = _scheme(method or "rtn", bits, group_size, per_tensor, asymmetric, threshold, calibrated)
+    found = look_ahead(
+        model,
+        method=method,
+        scheme=scheme if named or (bits, group_size) != (None, None) or per_tensor else None,
+        symmetric=not asymmetric,
+        bits=None if named else bits,
+        overrides=tuple(override or ()),
+        head=head,
+        format=format,
+        memory_bytes=_bytes(memory, "--memory"),
+        device=device,
+        batch=batch,
+        context=context,
+        task=task,
+        measured=measured,
+        calibration=calibration,
+        samples=samples,
+        length=seq_len,
+        probe=probe,
     )
-    _print_notes([str(note) for note in made.notes])
+    if json_:
+        _print_json(found.to_json())
+        return
+    out.print(headline(found), highlight=False)
+    wide.print(forecast_table(found.forecast))
+    lines = [*forecast_lines(found.forecast), *map(str, found.notes), *advice_lines(found.advice)]
+    for line in lines:
+        out.print(line, highlight=False)
 
 
 @_command

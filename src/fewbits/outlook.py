@@ -1,0 +1,163 @@
+"""Everything that `fewbits plan` says of a model: plan, forecast, and advice together."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbits.advice import Advice, advise, default_measured, read_measured
+from fewbits.checkpoint import Checkpoint, open_headers
+from fewbits.errors import InputError
+from fewbits.forecast import (
+    Choice,
+    Cost,
+    Forecast,
+    Tensors,
+    choices,
+    fitting_group,
+    forecast,
+    forecast_quantized,
+)
+from fewbits.plan import Plan, Survey, make_plan, survey
+from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method, parse_override
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import Note
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is to be printed.
+
+    Args:
+        plan: of the method and scheme asked for, by default round to nearest; None for a model that is
+            quantized already.
+    """
+
+    plan: Plan | None
+    scheme: str | None
+    checkpoint: Checkpoint
+    forecast: Forecast
+    advice: Advice
+    notes: tuple[Note, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        value: dict[str, Any] = {
+            "parameters": self.forecast.parameters,
+            "tensors": len(self.checkpoint.tensors),
+            "source_bytes": sum(info.size_bytes for info in self.checkpoint.tensors.values()),
+            "notes": [str(note) for note in self.notes],
+        }
+        if self.plan is not None:
+            value |= {
+                "format": self.plan.format.name,
+                "scheme": self.scheme,
+                "quantized": len(self.plan.placements),
+                "written_bytes": self.plan.written_bytes,
+                "bits_per_weight": 8 * self.plan.written_bytes / self.plan.parameters,
+                "float_modules": self.plan.floats,
+            }
+        return value | {"forecast": self.forecast.to_json(), "advice": self.advice.to_json()}
+
+
+def look_ahead(
+    model: str | Path,
+    *,
+    method: str | None = None,
+    scheme: QuantScheme | None = None,
+    symmetric: bool = True,
+    bits: int | None = None,
+    overrides: tuple[str, ...] = (),
+    head: bool = False,
+    format: str | None = None,
+    memory_bytes: int | None = None,
+    device: str = "cpu",
+    batch: int = 1,
+    context: int | None = None,
+    task: str | None = None,
+    measured: Path | None = None,
+    calibration: str | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    probe: bool = True,
+) -> Outlook:
+    """Plan, forecast and advice of a model, from its headers alone.
+
+    Args:
+        model: folder, whose weight files may end behind their headers, or a hub id.
+        method: as on the command line; None: a table of all.
+        scheme: asked for; None: the default, in smaller groups where 128 columns do not fit.
+        symmetric: of the table's schemes.
+        bits: of the table's rows in groups; None: 4 and 3.
+        overrides, head, format: as for `fewbits.quantize`; overrides as PATTERN=SCHEME.
+        memory_bytes, device, batch, context: that the result shall run in; see `forecast`.
+        task: see `advise`.
+        measured: result of `fewbits compare`; where it is None that of this model, if there is one.
+        calibration, samples, length: of `fewbits.quantize`, for its time.
+        probe: measure this machine, to tell time and memory of quantizing.
+
+    Raises:
+        InputError: as `make_plan`, `forecast` and `advise`.
+    """
+    if device not in DEVICES:
+        raise InputError(f"--device is {device!r}; accepted are {', '.join(DEVICES)}")
+    checkpoint = open_headers(model)
+    name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+    running = {"memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context}
+    made, label, notes = None, None, list(checkpoint.notes)
+    if checkpoint.config.get("quantization_config") is not None:
+        found = forecast_quantized(checkpoint, name=name, **running)  # type: ignore[arg-type]
+    else:
+        seen = survey(checkpoint)
+        chosen, why = _scheme(seen, scheme)
+        transforms, rounder = parse_method("rtn" if method in (None, "int8") else str(method))
+        parsed = tuple(map(parse_override, overrides))
+        made = make_plan(seen, Recipe(rounder, chosen, parsed, head, transforms), format)
+        label, notes = chosen.label, [*notes, *why, *made.notes]
+        wanted = _wanted(method, chosen, scheme, symmetric, bits)
+        cost = _cost(made, seen, calibration, samples, length) if probe else None
+        found = forecast(made, seen, chosen, wanted, name=name, cost=cost, **running)  # type: ignore[arg-type]
+    numbers, unused = _measured(measured, name, found)
+    notes += [] if unused is None else [Note("skip", "measured", unused)]
+    return Outlook(made, label, checkpoint, found, advise(found, task, numbers), tuple(notes))
+
+
+def _scheme(seen: Survey, asked: QuantScheme | None) -> tuple[QuantScheme, list[Note]]:
+    """The one asked for; else 4 bits in groups of 128, or in smaller ones where those do not fit."""
+    if asked is not None:
+        return asked, []
+    size = fitting_group(seen)
+    if size == DEFAULT_SCHEME.group_size:
+        return DEFAULT_SCHEME, []
+    scheme = QuantScheme(4) if size is None else QuantScheme(4, "group", size)
+    what = f"groups of 128 do not divide the columns of all weights: {scheme.label} instead"
+    return scheme, [Note("fallback", "scheme", what)]
+
+
+def _wanted(
+    method: str | None, chosen: QuantScheme, asked: QuantScheme | None, symmetric: bool, bits: int | None
+) -> list[Choice]:
+    if method is not None:
+        return [Choice("rtn" if method == "int8" else method, chosen)]
+    if asked is not None and asked.granularity == "tensor":
+        return [Choice(name, chosen) for name in ("awq+gptq", "gptq", "awq", "rtn")]
+    widths = (4, 3) if bits is None else (bits,) if bits != 8 else ()
+    return choices(chosen.group_size, symmetric, widths)
+
+
+def _measured(
+    path: Path | None, name: str, found: Forecast
+) -> tuple[dict[str, Any] | None, str | None]:
+    place = path or default_measured(name)
+    if path is None and not place.is_file():
+        return None, None
+    return read_measured(place, found.config_sha256)
+
+
+def _cost(
+    plan: Plan, seen: Survey, calibration: str | None, samples: int, length: int | None
+) -> Callable[[Choice, Counter[Tensors]], Cost] | None:
+    return None
