@@ -118,7 +118,7 @@ class TaskScores:
         True
         """
         value = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in value.items()}
-        del value["accuracy"]
+        value.pop("accuracy", None)
         value["notes"] = tuple(Note(**note) for note in value["notes"])
         return cls(**value)
 
@@ -340,9 +340,9 @@ def _local_hellaswag(data: Path) -> _Local:
     )
     train = _read_hellaswag(files["train"]) if "train" in files else []
     rows = _read_hellaswag(path)
-    joined = sum(not row["ctx_b"] for row in rows)
-    what = f"{joined} contexts are in one piece: taken as written (lm-eval capitalizes the second part)"
-    notes = (Note("fact", "hellaswag", what),) if path.suffix == ".txt" or joined == len(rows) else ()
+    what = "contexts are in one piece, taken as written; lm-eval capitalizes the second part"
+    whole = not any(row["ctx_b"] for row in rows)
+    notes = (Note("fact", path.name, what),) if whole else ()
     return _Local({"hellaswag": {"validation": rows, "train": train}}, path.name, notes)
 
 
@@ -464,7 +464,7 @@ class _Loaded:
 
 @cache
 def _manager(own: bool) -> Any:
-    """lm-eval's index of tasks; `own` has only those with local layouts, and takes no seconds."""
+    """lm-eval's index of tasks; `own` has those of three folders, the others take seconds to index."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent
@@ -523,7 +523,7 @@ def _dataset(splits: dict[str, list[_Row]]) -> Callable[..., Any]:
 
 
 def _from_hub(name: str) -> dict[str, Any]:
-    manager = _manager(name in _LOCAL)
+    manager = _manager(name in _manager(True).all_tasks)
     if name not in manager.all_tasks:
         near = get_close_matches(name, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -539,7 +539,11 @@ def _from_hub(name: str) -> dict[str, Any]:
 def _metric(name: str, members: dict[str, Any]) -> Metric:
     """The metric that lm-eval reports for all of them; normalized where it has both."""
     reported = [set(task.aggregation()) for task in members.values()]
-    choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in members.values())
+    # A task with a rule of its own may take another option than the likeliest.
+    choice = all(
+        task.OUTPUT_TYPE == "multiple_choice" and task.config.process_results is None
+        for task in members.values()
+    )
     metrics: tuple[Metric, Metric] = ("acc_norm", "acc")
     for metric in metrics:
         if choice and all(metric in names for names in reported):
