@@ -216,9 +216,13 @@ def measure_resident(folder: Path, dtype: torch.dtype | None = None) -> int | No
 
 
 _RESIDENT = """
-import sys, torch, transformers
+import sys, torch
+from fewbits.checkpoint import open_checkpoint
 from fewbits.load import load
 from fewbits.speed import status_bytes
+from fewbits.structure import skeleton
+from pathlib import Path
+skeleton(open_checkpoint(Path(sys.argv[1])).config)  # the model's code does not count
 dtype = getattr(torch, sys.argv[2]) if sys.argv[2] else None
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 before = status_bytes("VmRSS")
