@@ -480,12 +480,20 @@ def test_nothing_is_printed_and_the_tokenizer_stays_as_it_is(data, model, tokeni
 
 
 def test_questions_longer_than_the_context_are_counted(model, tokenizer, tmp_path):
-    long = " ".join(["value"] * 600)
-    rows = [("short", ["a", "b", "c"], 0), (long, ["a", "b", "c"], 0)]
+    def question(words):
+        return " ".join(["value"] * words), ["a", "b", "c"], 0
+
+    def tokens(words):  # the last one is only predicted, so one more than the context fits
+        return len(tokenizer(next(arc_pairs([question(words)]))[0] + " a").input_ids)
+
+    last = max(n for n in range(600) if tokens(n) <= 513)
+    assert tokens(last) == 513
+    assert tokens(last + 1) == 514
+    rows = [question(n) for n in (1, last, last + 1, last + 2)]
     write_jsonl(tmp_path / "ARC-Challenge-Test.jsonl", [arc_row(*q) for q in rows])
     (scores,) = evaluate_tasks(model, tokenizer, ["arc_challenge"], data=tmp_path)
-    assert scores.truncated == 1
-    assert "clamp: arc_challenge: 1 of 2 questions lose their beginning" in str(scores.notes[0])
+    assert scores.truncated == 2
+    assert "clamp: arc_challenge: 2 of 4 questions lose their beginning" in str(scores.notes[0])
     answers, _ = direct(model, tokenizer, arc_pairs(rows), normalized=True)
     assert scores.answers == answers
 
