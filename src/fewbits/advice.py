@@ -5,8 +5,9 @@
 """
 
 import json
+import operator
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,8 +18,7 @@ from fewbits.errors import InputError
 from fewbits.forecast import FLOAT, Forecast, Row
 
 TASKS = ("math", "code", "chat", "finetune", "research")
-# Of the perplexity ratio to float, above 1: what a measured row may lose. Within it `int8` of every model in
-# LOG.md, and no 4-bit row of the small ones. Not tuned.
+# Of the perplexity ratio to float, above 1: what a measured row may lose. Not tuned.
 TOLERANCE = 0.01
 
 
@@ -68,6 +68,13 @@ class Advice:
         return asdict(self)
 
 
+_TESTS: dict[str, Callable[[Any, Any], bool]] = {
+    "below": operator.lt,
+    "at_least": operator.ge,
+    "any_of": lambda fact, values: fact in values,
+}
+
+
 @cache
 def rules() -> tuple[Rule, ...]:
     """In order: the first that matches and has a verdict decides."""
@@ -91,12 +98,7 @@ def _holds(wanted: Any, fact: Any) -> bool:
         return False
     if not isinstance(wanted, Mapping):
         return bool(fact == wanted)
-    tests = {
-        "below": lambda limit: fact < limit,
-        "at_least": lambda limit: fact >= limit,
-        "any_of": lambda values: fact in values,
-    }
-    return all(tests[test](limit) for test, limit in wanted.items())
+    return all(_TESTS[test](fact, limit) for test, limit in wanted.items())
 
 
 def facts(forecast: Forecast, task: str | None) -> dict[str, Any]:
@@ -135,14 +137,17 @@ def _bits(row: Row) -> str:
 
 
 def _count_text(count: int) -> str:
-    """
+    """In words.
+
     >>> _count_text(1_240_000_000), _count_text(5_800_000)
     ('1.24 billion', '5.8 million')
     """
     return f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
 
 
-def advise(forecast: Forecast, task: str | None = None, measured: dict[str, Any] | None = None) -> Advice:
+def advise(
+    forecast: Forecast, task: str | None = None, measured: dict[str, Any] | None = None
+) -> Advice:
     """The rules that match, in their order; measured numbers before all that they overrule.
 
     Args:

@@ -188,7 +188,8 @@ def _remote_headers(repository: str) -> Checkpoint:
     for file, part in found.files_metadata.items():
         unknown = sorted({t.dtype for t in part.tensors.values()} - _DTYPES.keys())
         if unknown:
-            raise InputError(f"{repository}: {file} holds {unknown[0]}; accepted are {', '.join(_DTYPES)}")
+            accepted = ", ".join(_DTYPES)
+            raise InputError(f"{repository}: {file} holds {unknown[0]}; accepted are {accepted}")
         infos = [
             TensorInfo(name, _DTYPES[t.dtype], tuple(t.shape), file) for name, t in part.tensors.items()
         ]

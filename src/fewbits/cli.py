@@ -263,7 +263,7 @@ def plan(
         calibration=calibration,
         samples=samples,
         length=seq_len,
-        probe=probe,
+        measure=probe,
     )
     if json_:
         _print_json(found.to_json())

@@ -1,8 +1,8 @@
 """What every method would make of a model: bytes of weights by component, cache, and what fits.
 
 From config and headers alone. Nothing is looked up by the name of an architecture: a matrix belongs to
-attention if the module around it takes a cache, and the cache is the one that the model itself fills when
-it is run without weights.
+attention if the module around it takes a cache, and the cache is the one that the model itself fills
+when it is run without weights.
 """
 
 import inspect
@@ -20,7 +20,14 @@ from fewbits.errors import InputError, first_line
 from fewbits.formats.packed import packed_bytes
 from fewbits.plan import Plan, Survey
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.structure import find_blocks, is_experts, quiet_transformers, skeleton, text_config
+from fewbits.structure import (
+    find_blocks,
+    is_conv1d,
+    is_experts,
+    quiet_transformers,
+    skeleton,
+    text_config,
+)
 from fewbits.tensor import Note
 
 FLOAT = "float"
@@ -28,7 +35,7 @@ CALIBRATED = ("gptq", "awq", "awq+gptq", "weighted-rtn")
 COMPONENTS = ("embeddings", "attention", "mlp", "experts", "head", "other")
 _GROUP = 128  # columns in a group, as `quantize` has it by default
 _SMALLER = (128, 64, 32)  # groups that are tried where one does not fit
-# Of the library and the interpreter while a model runs, and one sequence of activations. Rough; not tuned.
+# Of the interpreter and its libraries while a model runs. Rough; not tuned.
 _LIBRARIES = 400 * 10**6
 _ACTIVATION_COPIES = 8  # of the widest hidden state of a prefill that are alive at a time. Not tuned.
 _PREFILL = 2048  # tokens run at a time, at most; clients cut long prompts so. Not tuned.
@@ -252,8 +259,8 @@ def tensor_bytes(kind: Tensors, scheme: QuantScheme) -> int:
     """On disk, of one tensor of a kind."""
     if not kind.rounded:
         return kind.source_bytes
-    own = kind.scheme or scheme
-    return kind.count * packed_bytes(*kind.shape, own, kind.dtype.itemsize)  # type: ignore[misc]
+    rows, columns = kind.shape
+    return kind.count * packed_bytes(rows, columns, kind.scheme or scheme, kind.dtype.itemsize)
 
 
 def _entry_bytes(shape: tuple[int, ...], dtype: str, digits: int) -> int:
@@ -301,29 +308,70 @@ def _misfit(groups: Counter[Tensors], scheme: QuantScheme) -> str | None:
 # -- the cache ---------------------------------------------------------------------------------------
 
 
-def measure_cache(model: nn.Module, context: int, itemsize: int) -> int | str:
-    """Bytes that the model's cache takes for one sequence; why not, where the model does not tell.
+@dataclass(slots=True)
+class Observed:
+    """What a run without weights shows.
 
-    The model is run on the meta device, where nothing is computed, and keeps what it would keep. Its
-    experts, whose order of work depends on values, are passed over.
+    Args:
+        cache_elements: values that the model keeps for one sequence; None where it does not tell.
+        why: it does not.
+        readers: module of each linear of the blocks -> number of the input that it reads.
     """
-    last = ""
+
+    cache_elements: int | None = None
+    why: str = ""
+    readers: dict[str, int] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, context: int) -> Observed:
+    """Run the model on the meta device, where nothing is computed, and see what it keeps of a sequence.
+
+    Its experts, whose order of work depends on values, are passed over.
+    """
+    found = Observed()
     for attention in (None, "eager"):
         try:
-            with _without_experts(model), quiet_transformers(), torch.no_grad():
+            with _without_experts(model), _watched(model, found), quiet_transformers(), torch.no_grad():
                 if attention is not None:
                     model.set_attn_implementation(attention)  # type: ignore[operator]
                 ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
                 output = model(ids, use_cache=True)
         except Exception as error:  # models fail in as many ways as there are architectures
-            last = first_line(error)
+            found.why = first_line(error)
             continue
         cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
         kept = {id(t): t.numel() for t in _tensors(cache, 0) if t.is_floating_point() and t.ndim > 1}
         if kept:
-            return itemsize * sum(kept.values())
-        last = "it keeps none that is understood"
-    return last
+            found.cache_elements = sum(kept.values())
+            return found
+        found.why = "it keeps none that is understood"
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, found: Observed) -> Iterator[None]:
+    """Note which tensor each linear of the blocks is given; tensors live on, so that ids stay theirs."""
+    prefix, inputs = find_blocks(model) + ".", dict[int, Tensor]()
+
+    def watch(path: str) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                inputs[id(args[0])] = args[0]
+                found.readers[path] = id(args[0])
+
+        return record
+
+    linears = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path.startswith(prefix) and (isinstance(module, nn.Linear) or is_conv1d(module))
+    ]
+    handles = [module.register_forward_pre_hook(watch(path)) for path, module in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
@@ -344,7 +392,7 @@ def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
 def _without_experts(model: nn.Module) -> Iterator[None]:
     experts = [module for module in model.modules() if is_experts(module)]
     for module in experts:
-        module.forward = _same  # type: ignore[method-assign]
+        module.forward = _same
     try:
         yield
     finally:
@@ -370,7 +418,7 @@ def forecast(
     device: str = "cpu",
     batch: int = 1,
     context: int | None = None,
-    cost: Callable[[Choice, Counter[Tensors]], Cost] | None = None,
+    cost: Callable[[Choice, Counter[Tensors], Observed], Cost] | None = None,
 ) -> Forecast:
     """Sizes, cache, what fits, and what it costs, for float and each choice.
 
@@ -392,9 +440,8 @@ def forecast(
     groups, letters = group_tensors(plan, seen, chosen)
     checkpoint = plan.checkpoint
     itemsize = checkpoint.dtype.itemsize
-    cache = measure_cache(seen.model, context, itemsize)
-    if isinstance(cache, str):
-        notes.append(Note("skip", "KV cache", f"not known: {cache}"))
+    observed = observe(seen.model, context)
+    notes += _cache_notes(observed)
     overhead = _overhead(seen.model, groups, batch, context, itemsize)
     whole = sum(checkpoint.file_bytes.values())
     source = dict.fromkeys(COMPONENTS, 0)
@@ -410,11 +457,11 @@ def forecast(
         notes.append(Note("fact", "llm-int8", what))
     result = Forecast(
         name, hash_json(checkpoint.config), plan.parameters, None, device, context, batch,
-        None if isinstance(cache, str) else batch * cache, overhead, memory_bytes, rows, notes=notes,
+        _cache_bytes(observed, batch, itemsize), overhead, memory_bytes, rows, notes=notes,
     )  # fmt: skip
     if cost is not None:
         for choice, row in zip(wanted, rows[1:], strict=True):
-            row.cost = None if row.refused else cost(choice, groups)
+            row.cost = None if row.refused else cost(choice, groups, observed)
     fit(result)
     return result
 
@@ -437,9 +484,8 @@ def forecast_quantized(
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     model = skeleton(checkpoint.config)
     context, notes = _context(model, batch, context)
-    cache = measure_cache(model, context, 2)  # activations are in 16 bit
-    if isinstance(cache, str):
-        notes.append(Note("skip", "KV cache", f"not known: {cache}"))
+    observed = observe(model, context)
+    notes += _cache_notes(observed)
     parameters = sum(p.numel() for p in model.parameters())
     whole = sum(checkpoint.file_bytes.values())
     by_dtype = Counter[str]()
@@ -449,10 +495,22 @@ def forecast_quantized(
     overhead = _overhead(model, Counter(), batch, context, 2)
     result = Forecast(
         name, hash_json(checkpoint.config), parameters, str(method), device, context, batch,
-        None if isinstance(cache, str) else batch * cache, overhead, memory_bytes, [row], notes=notes,
+        _cache_bytes(observed, batch, 2),  # activations are in 16 bit
+        overhead, memory_bytes, [row], notes=notes,
     )  # fmt: skip
     fit(result)
     return result
+
+
+def _cache_bytes(observed: Observed, batch: int, itemsize: int) -> int | None:
+    elements = observed.cache_elements
+    return None if elements is None else batch * elements * itemsize
+
+
+def _cache_notes(observed: Observed) -> list[Note]:
+    if observed.cache_elements is not None:
+        return []
+    return [Note("skip", "KV cache", f"not known, and left out of what fits: {observed.why}")]
 
 
 def _row(choice: Choice, groups: Counter[Tensors], letters: Counter[str], parameters: int) -> Row:
@@ -496,7 +554,7 @@ def _overhead(
     model: nn.Module, groups: Counter[Tensors], batch: int, context: int, itemsize: int
 ) -> int:
     """Activations of one prefill and the logits of its last token, and the libraries: rough."""
-    config = text_config(model)
-    widest = max((max(k.shape) for k in groups if k.rounded and k.block), default=4 * config.hidden_size)
+    hidden, vocabulary = int(text_config(model).hidden_size), int(text_config(model).vocab_size)
+    widest = max((max(k.shape) for k in groups if k.rounded and k.block), default=4 * hidden)
     tokens = batch * min(context, _PREFILL)
-    return _LIBRARIES + _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * batch * config.vocab_size
+    return _LIBRARIES + _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * batch * vocabulary

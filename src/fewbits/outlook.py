@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbits import cost as machine
 from fewbits.advice import Advice, advise, default_measured, read_measured
+from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.checkpoint import Checkpoint, open_headers
+from fewbits.cost import Rates, Work, count_work, estimate_cost, probe
 from fewbits.errors import InputError
 from fewbits.forecast import (
     Choice,
     Cost,
     Forecast,
+    Observed,
     Tensors,
     choices,
     fitting_group,
@@ -22,6 +26,8 @@ from fewbits.forecast import (
 from fewbits.plan import Plan, Survey, make_plan, survey
 from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method, parse_override
 from fewbits.scheme import QuantScheme
+from fewbits.speed import memory_bytes as memory_bytes_now
+from fewbits.structure import text_config
 from fewbits.tensor import Note
 
 DEVICES = ("cpu", "cuda")
@@ -82,7 +88,7 @@ def look_ahead(
     calibration: str | None = None,
     samples: int = 128,
     length: int | None = None,
-    probe: bool = True,
+    measure: bool = True,
 ) -> Outlook:
     """Plan, forecast and advice of a model, from its headers alone.
 
@@ -97,13 +103,14 @@ def look_ahead(
         task: see `advise`.
         measured: result of `fewbits compare`; where it is None that of this model, if there is one.
         calibration, samples, length: of `fewbits.quantize`, for its time.
-        probe: measure this machine, to tell time and memory of quantizing.
+        measure: probe this machine, to tell time and memory of quantizing.
 
     Raises:
         InputError: as `make_plan`, `forecast` and `advise`.
     """
     if device not in DEVICES:
         raise InputError(f"--device is {device!r}; accepted are {', '.join(DEVICES)}")
+    began = machine.clock()
     checkpoint = open_headers(model)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     running = {"memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context}
@@ -118,8 +125,16 @@ def look_ahead(
         made = make_plan(seen, Recipe(rounder, chosen, parsed, head, transforms), format)
         label, notes = chosen.label, [*notes, *why, *made.notes]
         wanted = _wanted(method, chosen, scheme, symmetric, bits)
-        cost = _cost(made, seen, calibration, samples, length) if probe else None
+        before = memory_bytes_now()
+        took = machine.clock() - began
+        cost, rates = None, None
+        if measure:
+            cost, rates = _cost(made, seen, calibration, samples, length, took, before)
+            if calibration is None:
+                what = "reading calibration text takes time too, which --calibration FILE adds"
+                notes.append(Note("fact", "time", what))
         found = forecast(made, seen, chosen, wanted, name=name, cost=cost, **running)  # type: ignore[arg-type]
+        found.rates = {} if rates is None else rates.to_json()
     numbers, unused = _measured(measured, name, found)
     notes += [] if unused is None else [Note("skip", "measured", unused)]
     return Outlook(made, label, checkpoint, found, advise(found, task, numbers), tuple(notes))
@@ -148,9 +163,7 @@ def _wanted(
     return choices(chosen.group_size, symmetric, widths)
 
 
-def _measured(
-    path: Path | None, name: str, found: Forecast
-) -> tuple[dict[str, Any] | None, str | None]:
+def _measured(path: Path | None, name: str, found: Forecast) -> tuple[dict[str, Any] | None, str | None]:
     place = path or default_measured(name)
     if path is None and not place.is_file():
         return None, None
@@ -158,6 +171,31 @@ def _measured(
 
 
 def _cost(
-    plan: Plan, seen: Survey, calibration: str | None, samples: int, length: int | None
-) -> Callable[[Choice, Counter[Tensors]], Cost] | None:
-    return None
+    plan: Plan,
+    seen: Survey,
+    calibration: str | None,
+    samples: int,
+    length: int | None,
+    survey_s: float,
+    baseline_bytes: int,
+) -> tuple[Callable[[Choice, Counter[Tensors], Observed], Cost], Rates]:
+    """What tells the cost of a row, and what the machine was measured to do."""
+    config = text_config(seen.model)
+    text = None if calibration is None else Path(calibration)
+    context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    rates = probe(
+        plan,
+        min(DEFAULT_LENGTH, context) if length is None else length,
+        text if text is not None and text.is_file() else None,
+        survey_s,
+        baseline_bytes,
+    )
+    counted: list[Work] = []
+
+    def cost(choice: Choice, groups: Counter[Tensors], observed: Observed) -> Cost:
+        if not counted:
+            readers = observed.readers
+            counted.append(count_work(plan, groups, readers, config, samples, length, calibration))
+        return estimate_cost(choice, groups, counted[0], rates)
+
+    return cost, rates

@@ -54,7 +54,8 @@ def _cells(row: Row, components: list[str], asked: bool, timed: bool) -> list[st
 
 
 def time_text(elapsed_s: float) -> str:
-    """
+    """In the unit that reads best.
+
     >>> [time_text(s) for s in (4.26, 75, 5400, 400_000)]
     ['4.3 s', '75 s', '90 min', '111 h']
     """

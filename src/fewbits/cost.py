@@ -1,0 +1,555 @@
+"""Seconds and bytes that quantizing takes on this machine: what the run does, times rates of a probe.
+
+Every term is one thing that `quantize` does, counted: bytes hashed, packed and written, forward passes
+of the blocks, Hessians, the columns of GPTQ, the trials of AWQ. The rates come from calling the very
+operations for some milliseconds each. Nothing is fitted to the time of whole runs.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.calibration import DEFAULT_LENGTH
+from fewbits.errors import InputError
+from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
+from fewbits.methods import GPTQ
+from fewbits.methods.grid import search_qparams
+from fewbits.packing import pack, unpack
+from fewbits.plan import Plan
+from fewbits.scheme import QuantScheme
+from fewbits.stream import TOKENS, fast_dtype
+from fewbits.structure import Matrix
+from fewbits.tensor import quantize_tensor
+from fewbits.text import is_hub, tokenize
+
+clock = time.perf_counter  # the benchmark takes time.process_time on a busy machine
+
+_BUDGET_S = 0.02  # for one rate, after one call that does not count; not tuned
+_WIDTH = 1024  # of probed matrices, at most; wider ones run at the same rate. Not tuned.
+_HELD_OUT, _JUDGED, _LENS = 32, 4096, 256  # as in blockwise
+_SWEEPS, _POINTS = GPTQ().sweeps, 11  # as GPTQ and AWQ have them by default
+_COMPARED_ROWS = 128  # as in blockwise
+_DISTANCE = 32 * 32  # tokens that the model writes, and is run on, to judge calibration text
+
+# Streaming passes over float32 values, counted in the code; the probe's pass reads one and writes one.
+_FORWARD_PASSES = 4  # over inputs and outputs of each matrix: norms, rotations, activations, casts
+_LOAD_PASSES = 3  # over a block's weights: read, cast, copy in the fast dtype
+_FACTOR_PASSES = 8  # over a Hessian: reorder, damp, flip, divide, check
+_SWEEP_PASSES = 2  # over a Hessian in each sweep: gather and divide
+# Seconds of Python that are no arithmetic. Of one quiet core, 2026-11-25; not tuned.
+_TENSOR_S = 1.5e-3  # of one source tensor: opened, hashed, entered, verified
+_BUILD_S, _BUILD_NAME_S = (
+    0.05,
+    4e-5,
+)  # of a model that transformers builds, and for each of its parameters
+_SKELETON_S = 0.06  # of a model without weights
+_VERIFY_IMPORT_S = 0.5  # of compressed-tensors
+_TOKEN_S = 6e-7  # of a calibration token: hashed, looked for repetitions
+_TOKENIZER_S = 0.4  # of loading one
+_BLOCK_CALLS = 12  # runs of a block on few tokens that wiring takes
+_STARTED_BYTES = 25 * 10**6  # of libraries that are loaded on the way
+_CALIBRATED_BYTES = 40 * 10**6  # the same where the model is run: its threads' buffers, the tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds for one unit of each operation on this machine.
+
+    Args:
+        multiply, multiply_fast: one multiplication and addition of a linear, float32 and the fast dtype.
+        multiply_few: the same at 32 rows, in the dtype of the model.
+        attend, attend_fast: one token, times tokens it attends to, times features.
+        hessian: one multiplication and addition of x.T @ x in panels.
+        cholesky: n**3 / 3 of it.
+        stream: one float32 read and one written.
+        search, search_blocks: one weight, all candidates; costs by column and by block.
+        round: one weight to the nearest, range included.
+        pack, unpack: one code.
+        column, column_row: of GPTQ, all sweeps: one column, and each row of it.
+        hash, write: one byte; the second includes its way to the disk.
+        tokenize: one byte of text; 0 where there is none.
+        survey: everything before the work, seconds; measured as it happened.
+        baseline_bytes: anonymous memory of this process then.
+    """
+
+    multiply: float
+    multiply_fast: float
+    multiply_few: float
+    attend: float
+    attend_fast: float
+    hessian: float
+    cholesky: float
+    stream: float
+    search: float
+    search_blocks: float
+    round: float
+    pack: float
+    unpack: float
+    column: float
+    column_row: float
+    hash: float
+    write: float
+    tokenize: float
+    survey: float
+    baseline_bytes: int
+
+    def to_json(self) -> dict[str, float]:
+        """For `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The numbers of a run that do not depend on the method.
+
+    Args:
+        groups: tensors by kind.
+        matrices: of one block's kind each: rows of what reads one input together, and columns, with how
+            many there are in the model.
+        active: share of the experts' weights that a token meets.
+        parameters: how many tensors the model has.
+        largest: elements of the largest block, and of the largest tensor.
+    """
+
+    blocks: int
+    samples: int
+    length: int
+    hidden: int
+    vocabulary: int
+    context_text_bytes: int
+    tensors: int
+    source_bytes: int
+    linears: Counter[tuple[int, int]]
+    inputs: Counter[tuple[int, int]]
+    experts: int
+    chosen: int
+    expert_linears: Counter[tuple[int, int]]
+    attention_width: int
+    block_values: int
+    largest_block: int
+    largest_matrix: int
+    hessian_bytes: int
+    widest: int
+    scalable: int
+    dense: bool
+    has_text: bool
+    shared: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+
+# -- the probe ---------------------------------------------------------------------------------------
+
+
+def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_bytes: int) -> Rates:
+    """Measure this machine, in about half a second.
+
+    Args:
+        plan: of the model: widths and dtype of what is probed.
+        length: tokens of a sample.
+        text: calibration text, to see how fast it becomes tokens.
+        survey_s, baseline_bytes: of what came before.
+    """
+    torch.manual_seed(0)
+    columns = [m.rows_columns[1] for n, m in plan.matrices.items() if n in plan.placements]
+    width = min(_WIDTH, max(32, sorted(columns)[len(columns) // 2] // 32 * 32))
+    x, w = torch.randn(TOKENS, width), torch.randn(width, width)
+    fast = fast_dtype(plan.checkpoint.dtype) or torch.float32
+    own = plan.checkpoint.dtype
+    xf, wf, few, wo = x.to(fast), w.to(fast), x[:32].to(own), w.to(own)
+    products = TOKENS * width * width
+    hessian, gram = torch.zeros(width, width), torch.eye(width) + 0.1
+    length = min(length, 512)
+    state = torch.randn(1, 4, length, 32)
+    pairs = length * length * 4 * 32
+    flat, other = torch.randn(2**20), torch.empty(2**20)
+    scheme = QuantScheme(4, "group", 32)
+    part, importance = w[: max(64, 2**17 // width)], torch.rand(width) + 0.1
+    codes = torch.randint(16, (256, width), dtype=torch.uint8)
+    packed = pack(codes, 4)
+    column, column_row = _columns()
+    raw = x.numpy().tobytes()[: 2**20]
+    return Rates(
+        multiply=_time(lambda: F.linear(x, w)) / products,
+        multiply_fast=_time(lambda: F.linear(xf, wf)) / products,
+        multiply_few=_time(lambda: F.linear(few, wo)) / (32 * width * width),
+        attend=_time(lambda: _attend(state)) / pairs,
+        attend_fast=_time(lambda: _attend(state.to(fast))) / pairs,
+        hessian=_time(lambda: _gram(hessian, x)) / (TOKENS * width * (width + _panel(width)) / 2),
+        cholesky=_time(lambda: torch.linalg.cholesky_ex(gram)) / (width**3 / 3),
+        stream=_time(lambda: torch.mul(flat, 1.5, out=other)) / len(flat),
+        search=_time(lambda: search_qparams(part, scheme, importance)) / part.numel(),
+        search_blocks=_time(lambda: search_qparams(part, scheme, gram)) / part.numel(),
+        round=_time(lambda: quantize_tensor(part, scheme)) / part.numel(),
+        pack=_time(lambda: pack(codes, 4)) / codes.numel(),
+        unpack=_time(lambda: unpack(packed, 4, width)) / codes.numel(),
+        column=column,
+        column_row=column_row,
+        hash=_time(lambda: hashlib.sha256(raw).digest()) / len(raw),
+        write=_write(),
+        tokenize=0.0 if text is None else _tokenize(plan, text),
+        survey=survey_s,
+        baseline_bytes=baseline_bytes,
+    )
+
+
+def _time(call: Callable[[], Any]) -> float:
+    """The quickest of some calls, after one that warms up."""
+    call()
+    best, began = float("inf"), clock()
+    while True:
+        start = clock()
+        call()
+        now = clock()
+        best = min(best, now - start)
+        if now - began >= _BUDGET_S:
+            return best
+
+
+def _panel(width: int) -> int:
+    return min(256, width)  # as in blockwise
+
+
+def _gram(hessian: Tensor, x: Tensor) -> None:
+    for start in range(0, x.shape[1], 256):
+        panel = slice(start, start + 256)
+        hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
+
+
+def _attend(state: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(state, state, state, is_causal=True)
+
+
+def _columns() -> tuple[float, float]:
+    """Of GPTQ itself: seconds for a column, and for a row of one, from a small and a larger matrix."""
+    gram, times = torch.eye(64) + 0.1, []
+    scheme = QuantScheme(4, "group", 64)
+    heights = (64, 2048)
+    for rows in heights:
+        weight = torch.randn(rows, 64)
+        searching = _time(lambda w=weight: search_qparams(w, scheme, torch.ones(64)))  # type: ignore[misc]
+        whole = _time(lambda w=weight: GPTQ()(w, scheme, {"hessian": gram}))  # type: ignore[misc]
+        times.append(max(0.0, whole - searching) / 64)
+    row = max(0.0, (times[1] - times[0]) / (heights[1] - heights[0]))
+    return max(0.0, times[0] - heights[0] * row), row
+
+
+def _write() -> float:
+    """Seconds for a byte that is written and forced to the disk that temporary files lie on."""
+    size = 2**22
+    with tempfile.TemporaryFile() as file:
+        start = clock()
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+        return (clock() - start) / size
+
+
+def _tokenize(plan: Plan, text: Path) -> float:
+    from fewbits.evaluate import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.checkpoint.folder)
+    with text.open(encoding="utf-8", errors="replace") as file:
+        some = file.read(2**15)
+    return _time(lambda: tokenize(some, tokenizer)) / max(1, len(some.encode()))
+
+
+# -- counting ----------------------------------------------------------------------------------------
+
+
+def count_work(
+    plan: Plan,
+    groups: Counter[Tensors],
+    readers: dict[str, int],
+    config: Any,
+    samples: int,
+    length: int | None,
+    text: str | None,
+) -> Work:
+    """What the run works on.
+
+    Args:
+        plan: of the run.
+        groups: tensors by kind.
+        readers: module of each linear -> which input it reads, as the model was seen to do.
+        config: of the language model.
+        samples, length, text: of calibration.
+
+    Raises:
+        InputError: samples or tokens that are no numbers from 2.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    length = min(DEFAULT_LENGTH, context or DEFAULT_LENGTH) if length is None else length
+    if samples < 2 or length < 2:
+        raise InputError(f"--samples {samples} --seq-len {length}; accepted are numbers from 2")
+    inside = [plan.matrices[n] for n in plan.placements if plan.matrices[n].block is not None]
+    linears, expert_linears = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    together: dict[Any, list[int]] = {}
+    by_block: dict[int, set[Any]] = {}
+    for matrix in inside:
+        rows, columns = matrix.rows_columns
+        for expert in _experts(matrix):
+            (linears if expert is None else expert_linears)[rows, columns] += 1
+            key = (matrix.block, _input(matrix, expert, readers))
+            together.setdefault(key, [0, columns])[0] += rows
+            by_block.setdefault(matrix.block or 0, set()).add((key, columns))
+    inputs = Counter[tuple[int, int]]((rows, columns) for rows, columns in together.values())
+    values: Counter[int] = Counter()
+    for name, number in plan.blocks.items():
+        values[number] += plan.info(name).count
+    squares = max((sum(4 * c * c for _, c in found) for found in by_block.values()), default=0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    count = max((m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in inside), default=1)
+    return Work(
+        blocks=max(1, len(values)),
+        samples=samples,
+        length=length,
+        hidden=plan.hidden_size,
+        vocabulary=config.vocab_size,
+        context_text_bytes=_text_bytes(text),
+        tensors=len(plan.checkpoint.tensors),
+        source_bytes=plan.source_bytes,
+        linears=linears,
+        inputs=inputs,
+        experts=count if expert_linears else 0,
+        chosen=chosen if isinstance(chosen, int) else count,
+        expert_linears=expert_linears,
+        attention_width=_attention_width(plan, groups),
+        block_values=sum(values.values()),
+        largest_block=max(values.values(), default=0),
+        largest_matrix=_largest_matrix(plan),
+        hessian_bytes=squares,
+        widest=max((m.rows_columns[1] for m in inside), default=0),
+        scalable=len(_scalable(inside, readers)),
+        dense=not expert_linears,
+        has_text=text is not None and text != "self",
+        shared=Counter[tuple[int, int]](_scalable(inside, readers).values()),
+    )
+
+
+def _largest_matrix(plan: Plan) -> int:
+    shapes = [plan.matrices[name].rows_columns for name in plan.placements]
+    return max((rows * columns for rows, columns in shapes), default=0)
+
+
+def _experts(matrix: Matrix) -> list[int | None]:
+    if matrix.kind != "expert":
+        return [None]
+    return [matrix.expert] if matrix.expert is not None else list(range(matrix.shape[0]))
+
+
+def _input(matrix: Matrix, expert: int | None, readers: dict[str, int]) -> Any:
+    if expert is not None:
+        return matrix.module, matrix.rows_columns[1], expert
+    return readers.get(matrix.module, matrix.module)
+
+
+def _scalable(inside: list[Matrix], readers: dict[str, int]) -> dict[Any, tuple[int, int]]:
+    """Places of AWQ: inputs that a norm or a linear makes; what reads them, (weights, block).
+
+    The input of the last matrix of attention comes from its values only where these are not shared by
+    several heads: where another matrix of the same parent is lower than it is wide, it is left out.
+    """
+    places: dict[Any, list[Matrix]] = {}
+    for matrix in inside:
+        shared = "experts" if matrix.kind == "expert" else readers.get(matrix.module, matrix.module)
+        places.setdefault((matrix.block, shared, matrix.rows_columns[1]), []).append(matrix)
+    lowest: dict[str, int] = {}
+    for matrix in inside:
+        parent = matrix.module.rpartition(".")[0]
+        lowest[parent] = min(lowest.get(parent, 1 << 60), matrix.rows_columns[0])
+    found = {}
+    for key, members in places.items():
+        first = members[0]
+        parent = first.module.rpartition(".")[0]
+        alone = len(members) == 1 and first.kind != "expert"
+        if alone and lowest[parent] < min(first.rows_columns):
+            continue
+        weights = sum(
+            m.rows_columns[0] * m.rows_columns[1] * (m.shape[0] if m.stacked else 1) for m in members
+        )
+        found[key] = (weights, first.block or 0)
+    return found
+
+
+def _attention_width(plan: Plan, groups: Counter[Tensors]) -> int:
+    rows = [k.shape[0] for k in groups if k.component == "attention" and k.rounded]
+    return max(rows, default=plan.hidden_size)
+
+
+def _text_bytes(text: str | None) -> int:
+    if text is None or text == "self" or is_hub(text):
+        return 0
+    path = Path(text)
+    return path.stat().st_size if path.is_file() else 0
+
+
+# -- time --------------------------------------------------------------------------------------------
+
+
+def estimate_cost(choice: Choice, groups: Counter[Tensors], work: Work, rates: Rates) -> Cost:
+    """Seconds and peak memory of one method."""
+    scheme = choice.scheme
+    calibrated = choice.method not in ("rtn",) and (
+        choice.method != "llm-int8" or (scheme.inputs is not None and scheme.inputs.static)
+    )
+    parts = {"preflight": rates.survey, **_files(groups, scheme, work, rates)}
+    if calibrated:
+        parts |= _before(work, rates) | _blocks(choice, work, rates)
+    else:
+        parts["rounding"] = rates.round * _weights(groups)
+    parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
+    peak = rates.baseline_bytes + _memory(choice, work, calibrated)
+    return Cost(sum(parts.values()), peak, parts)
+
+
+def _weights(groups: Counter[Tensors]) -> int:
+    """Elements that are rounded."""
+    return sum(n * k.count * k.shape[0] * k.shape[1] for k, n in groups.items() if k.rounded)
+
+
+def _files(groups: Counter[Tensors], scheme: QuantScheme, work: Work, rates: Rates) -> dict[str, float]:
+    """Hashing, packing, writing and verifying.
+
+    Of source bytes each is hashed once; of those written each as it is written, in its file, and twice
+    in verification; codes as chosen and as read back.
+    """
+    written = sum(n * tensor_bytes(k, scheme) for k, n in groups.items())
+    codes = _weights(groups)
+    hashed = work.source_bytes + 4 * written + 2 * codes
+    return {
+        "hashing": rates.hash * hashed,
+        "packing": (rates.pack + rates.unpack) * codes,
+        "writing": rates.write * 2 * written,  # to the spool and from there
+        "bookkeeping": _TENSOR_S * work.tensors + _SKELETON_S + _VERIFY_IMPORT_S,
+    }
+
+
+def _before(work: Work, rates: Rates) -> dict[str, float]:
+    """Reading the text, and seeing whether it is enough."""
+    tokens = work.samples * work.length
+    own = 0.0
+    if work.dense and work.has_text:  # the whole model writes tokens and is run on them
+        few = _DISTANCE * (_products(work) + work.hidden * work.vocabulary)
+        own = rates.multiply_few * few + rates.multiply_fast * 2 * few + _build(work)
+    return {
+        "calibration text": rates.tokenize * work.context_text_bytes
+        + (_TOKENIZER_S if work.has_text else 0.0),
+        "calibration check": own + _TOKEN_S * tokens,
+    }
+
+
+def _build(work: Work) -> float:
+    return _BUILD_S + _BUILD_NAME_S * work.tensors
+
+
+def _products(work: Work) -> float:
+    """Multiplications of one token in all blocks."""
+    dense = sum(n * rows * columns for (rows, columns), n in work.linears.items())
+    routed = sum(n * rows * columns for (rows, columns), n in work.expert_linears.items())
+    return dense + routed * work.chosen / max(1, work.experts)
+
+
+def _forward(tokens: int, work: Work, rates: Rates, fast: bool) -> float:
+    """Of all blocks, seconds."""
+    multiply = rates.multiply_fast if fast else rates.multiply
+    attend = rates.attend_fast if fast else rates.attend
+    values = float(sum(n * (rows + columns) for (rows, columns), n in work.linears.items()))
+    values += sum(n * sum(shape) for shape, n in work.expert_linears.items()) * (
+        work.chosen / max(1, work.experts)
+    )
+    attention = work.blocks * work.length * work.attention_width
+    stream = _FORWARD_PASSES * values * rates.stream
+    return tokens * (multiply * _products(work) + attend * attention + stream)
+
+
+def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
+    length, method = work.length, choice.method
+    held = max(1, min(work.samples // _HELD_OUT, _JUDGED // length))
+    fitted = (work.samples - held) * length
+    weights = sum(n * rows * columns for (rows, columns), n in work.inputs.items())
+    logits = (_LENS * rates.multiply + held * rates.stream) * work.vocabulary * work.hidden
+    parts = {
+        "loading blocks": (work.blocks + 1) * (_build(work) + 4 * _SKELETON_S)
+        + _LOAD_PASSES * rates.stream * work.block_values,
+        "judging": 3 * _forward(held * length, work, rates, fast=False)
+        + 2 * work.blocks * logits
+        + _forward(64 * _BLOCK_CALLS, work, rates, fast=False) / work.blocks,
+        "collecting": _forward(fitted, work, rates, fast=True),
+        "going on": _forward(fitted, work, rates, fast=True) * (work.blocks - 1) / work.blocks,
+    }
+    if method == "llm-int8":
+        inputs = sum(n * columns for (_, columns), n in work.inputs.items())
+        parts["collecting"] += 2 * rates.stream * fitted * inputs
+        parts["rounding"] = rates.round * weights
+        return parts
+    parts["hessians"] = sum(
+        n * _tokens(columns, fitted, work) * rates.hessian * columns * (columns + 256) / 2
+        for (_, columns), n in work.inputs.items()
+    )
+    if method.startswith("awq"):
+        parts["search for scales"] = _awq(work, rates, held)
+    if method.endswith("gptq"):
+        parts["rounding"] = _gptq(work, rates) + rates.search * weights
+    else:
+        parts["rounding"] = (rates.search_blocks + rates.round) * weights
+    parts["errors"] = rates.round * weights + sum(
+        n * 3 * _COMPARED_ROWS * columns**2 * rates.multiply for (_, columns), n in work.inputs.items()
+    )
+    return parts
+
+
+def _tokens(columns: int, fitted: int, work: Work) -> float:
+    """That reach an input: of an expert's, those sent to it."""
+    widths = {c for _, c in work.expert_linears}
+    return fitted * work.chosen / work.experts if work.experts and columns in widths else fitted
+
+
+def _awq(work: Work, rates: Rates, held: int) -> float:
+    """Trials of every place: its weights rounded on the best grid, and the block run on some samples."""
+    searched = min(max(1, _JUDGED // work.length), work.samples - held) * work.length
+    one = _forward(searched, work, rates, fast=False)  # of all blocks, once
+    judged = _forward(held * work.length, work, rates, fast=False)
+    places = work.scalable / work.blocks
+    weights = sum(n * size for (size, _), n in work.shared.items())
+    rounding = rates.search + rates.round + 3 * rates.stream
+    return one * (_POINTS * places + 1) + judged * (3 * places + 1) + (_POINTS + 2) * rounding * weights
+
+
+def _gptq(work: Work, rates: Rates) -> float:
+    """Factor of each Hessian, the columns one by one, and the products that correct them."""
+    total = 0.0
+    for (rows, n), count in work.inputs.items():
+        factor = rates.cholesky * n**3 / 3 + rates.stream * _FACTOR_PASSES * n * n
+        columns = n * (rates.column + rates.column_row * rows)
+        products = rates.multiply * rows * n * n * (0.5 + _SWEEPS)
+        total += count * (factor + columns + products + rates.stream * _SWEEPS * _SWEEP_PASSES * n * n)
+    return total
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def _memory(choice: Choice, work: Work, calibrated: bool) -> int:
+    """Beside what the process had before: the larger of what collecting and rounding hold at a time."""
+    if not calibrated:
+        # One matrix: float32, its quotients, codes, and their words while they are packed.
+        return _STARTED_BYTES + 12 * work.largest_matrix
+    states = 2 * work.samples * work.length * work.hidden
+    batch = max(TOKENS, work.length)
+    running = 4 * 4 * batch * work.widest
+    hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
+    collecting = 6 * work.largest_block + running + hessians
+    tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
+    rounding = 5 * work.largest_block + hessians + 12 * work.widest * tallest
+    rounding += 12 * work.widest**2 if choice.method.endswith("gptq") else 0
+    text = 6 * work.context_text_bytes  # documents and their tokens
+    return _STARTED_BYTES + _CALIBRATED_BYTES + states + max(collecting, rounding, text)
