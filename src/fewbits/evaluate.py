@@ -170,6 +170,8 @@ def evaluate(
     length = min(n for n in (length or DEFAULT_LENGTH, context) if n)
     if length < 3:
         raise InputError(f"length is {length}; windows need at least 3 tokens")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; accepted are numbers of windows from 1")
     if isinstance(text, Calibration):
         pieces = [ids[:length] for ids in text.ids]
     else:
