@@ -171,5 +171,5 @@ def read_comparison(path: Path) -> Comparison:
     """
     try:
         return Comparison.from_json(read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} was not written by this version of compare: {error}") from None
