@@ -7,8 +7,11 @@ failed, 2 the input is wrong, 3 verification failed, 130 interrupted.
 import contextlib
 import functools
 import json
+import os
 import re
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -293,16 +296,25 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
     max_memory: MaxMemory = None,
     format: Format = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the report, a page, to FILE.  [default: OUT/report.html]"
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Quantize MODEL, write it to OUT, and verify what was written."""
     from fewbits.pipeline import quantize as run
     from fewbits.recipe import parse_override
     from fewbits.report import blocks_table, bytes_text
+    from fewbits.report.page import check_page, run_page, write_page
 
     calibrated = calibration is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
+    if html is not None:
+        check_page(html)
     with _progress() as progress:
         result = run(
             model,
@@ -319,6 +331,12 @@ def quantize(
             format=format,
             progress=progress,
         )
+    page, missing = html or out_folder / "report.html", None
+    try:
+        check_page(page)
+        write_page(run_page(result, _own_command()), page)
+    except InputError as error:  # the checkpoint is done and verified: no reason to fail now
+        missing = f"skip: no report.html: {error}"
     if json_:
         _print_json(result.to_json())
         return
@@ -344,6 +362,7 @@ def quantize(
             highlight=False,
         )
     _print_notes([str(note) for note in result.ledger.notes])
+    out.print(missing or f"report: {page}", highlight=False)
 
 
 @_command
@@ -431,6 +450,105 @@ def evaluate(
         f"Python {platform.python_version()}",
         highlight=False,
     )
+
+
+@_command
+def compare(
+    model: Model,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="By commas: int8-tensor, int8, llm-int8; rtn, weighted-rtn, gptq, awq, awq+gptq, which "
+            "take --bits; or METHOD=SCHEME, like gptq=w3-g64.  [default: all but weighted-rtn]"
+        ),
+    ] = None,
+    bits: Annotated[str, typer.Option(help="By commas: 8, 4, 3, 2.")] = "4",
+    group_size: Annotated[str, typer.Option(help="Columns that share a scale, or none.")] = "128",
+    text: Annotated[
+        str,
+        typer.Option(
+            help="What quality is measured on: a text file, a .jsonl file, "
+            "hub:owner/name/config:split:column, self for text that the model writes, or none."
+        ),
+    ] = "self",
+    eval_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: 2048, at most the context]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Like --text, for the methods that need it; not none.")
+    ] = "self",
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="By commas: mmlu, arc_challenge, hellaswag, or other tasks of lm-eval."),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with files of MMLU, ARC, HellaSwag.  [default: from the hub]"),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="At most so many questions of a task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved questions before each.  [default: the task's own]")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure memory and tokens per second too.")] = True,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="For the quantized models and the results; what is there already is used.  "
+            "[default: fewbits-compare/ and the model's name]",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report to FILE, a page.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Quantize MODEL by several methods and show what each costs: memory, speed and quality."""
+    from fewbits.compare import Candidate
+    from fewbits.compare import compare as run
+    from fewbits.report.page import check_page, comparison_page, write_page
+    from fewbits.report.table import comparison_facts, comparison_table
+
+    if html is not None:
+        check_page(html)
+    _positive(limit=limit, task_limit=task_limit)
+    if eval_len is not None and eval_len < 3:
+        raise InputError(f"--eval-len is {eval_len}; windows need at least 3 tokens")
+    chosen = None if methods is None else _listed(methods)
+    candidates = Candidate.all(chosen, [_number("--bits", n) for n in _listed(bits)], group_size)
+    folder = work or Path("fewbits-compare", Path(model).resolve().name)
+    with _progress() as progress:
+        found = run(
+            model,
+            folder,
+            candidates=candidates,
+            text=None if text == "none" else text,
+            length=eval_len,
+            limit=limit,
+            calibration=calibration,
+            samples=samples,
+            sample_length=seq_len,
+            seed=seed,
+            tasks=tuple(_listed(tasks or "")),
+            task_data=task_data,
+            task_limit=task_limit,
+            shots=shots,
+            speed=speed,
+            progress=progress,
+        )
+    if html is not None:
+        write_page(comparison_page(found, _own_command()), html)
+    if json_:
+        _print_json(found.to_json())
+        return
+    wide.print(comparison_table(found))
+    for line in comparison_facts(found):
+        out.print(line, highlight=False)
+    _print_notes(list(found.notes))
 
 
 @_command
@@ -570,6 +688,28 @@ def inspect(
     for name in found.skipped:
         out.print(f"{name}: outside of the blocks, not looked at", highlight=False)
     _print_notes(list(found.notes))
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(option: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(f"{option} has {text!r}; accepted are numbers, by commas")
+    return int(text)
+
+
+def _positive(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; accepted are numbers from 1")
+
+
+def _own_command() -> str:
+    """What was typed, for the page, but for folders on the way to files."""
+    words = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
+    return "fewbits " + shlex.join(words)
 
 
 def _print_notes(notes: list[str]) -> None:

@@ -5,10 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
+from fewbits.comparison import Comparison
+from fewbits.comparison import Row as ComparisonRow
 from fewbits.estimate import Estimate
 from fewbits.evaluate import Evaluation
 from fewbits.outliers import Inspection
 from fewbits.speed import Size, Speed
+from fewbits.tasks import compare_scores
+
+_SMALL = 1_000_000_000  # parameters, below which decoding is not bound by reading weights; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,55 @@ def _percent(estimate: Estimate | None) -> str:
     return f"{Estimate(100 * estimate.value, error)} %"
 
 
+def comparison_table(comparison: Comparison) -> Table:
+    """A numbered row for each model; columns that nothing was measured for are left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rows = comparison.rows
+    numbers = {row.name: i for i, row in enumerate(rows)}
+    cells = [_comparison_cells(row, rows[0], comparison, numbers) for row in rows]
+    headings = [h for h in cells[-1] if any(line.get(h) for line in cells)]
+    for heading in headings:
+        left = heading in ("model", "scheme")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*(line.get(heading, "") for heading in headings))
+    return table
+
+
+def _comparison_cells(
+    row: ComparisonRow, source: ComparisonRow, comparison: Comparison, numbers: dict[str, int]
+) -> dict[str, str]:
+    speed, quality = row.speed, row.evaluation
+    cells = {
+        "#": str(numbers[row.name]),
+        "model": row.name,
+        "scheme": "" if row.name.endswith(row.scheme) else row.scheme,
+        "bits/weight": f"{row.bits_per_weight:.2f}",
+        "size": bytes_text(row.weight_bytes),
+        "resident": "" if row.resident_bytes is None else bytes_text(row.resident_bytes),
+        "prefill": "" if speed is None else f"{speed.prefill:.0f}/s",
+        "x": _cell(row.prefill_ratio),
+        "decode": "" if speed is None else f"{speed.decode:.0f}/s",
+        "x ": _cell(row.decode_ratio),
+    }
+    if quality is not None:
+        cells |= {
+            "perplexity": str(quality.perplexity),
+            "ratio": _cell(quality.perplexity_ratio),
+            "KL (nats)": _cell(quality.kl),
+            "as good as": ", ".join(str(numbers[n]) for n in comparison.within_noise_of(row.name)),
+            "top-1 agreed": _percent(quality.top1_agreement),
+            "flips": _percent(quality.flips),
+        }
+    for ours, theirs in zip(row.tasks, source.tasks, strict=False):
+        cells[ours.task] = _percent(ours.accuracy)
+        if row.name != source.name:
+            paired = compare_scores(ours, theirs)
+            cells[f"{ours.task}, more"] = _percent(paired.difference)
+            cells[f"{ours.task}, flips"] = _percent(paired.flips)
+    return cells
+
+
 def blocks_table(blocks: list[dict[str, Any]]) -> Table:
     """How each calibrated block came out, from the ledger's own words."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -133,3 +187,31 @@ def outliers_table(inspection: Inspection) -> Table:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.3g} %"
+
+
+def comparison_facts(comparison: Comparison) -> list[str]:
+    """What the table was measured on and with, a line each."""
+    source, facts = comparison.rows[0], []
+    quality, speed = source.evaluation, source.speed
+    if quality is not None:
+        facts.append(
+            f"{quality.tokens} tokens in {quality.windows} windows of at most {quality.length}, from "
+            f"{quality.text} (sha256 {quality.text_sha256[:16]}); "
+            "errors are standard errors; as good as: "
+            "rows whose KL differs by less than two of them, paired by window"
+        )
+    data = comparison.calibration
+    if data is not None:
+        facts.append(
+            f"calibration: {data['source']}, {data['samples']} x {data['length']} tokens (sha256 "
+            f"{data['sha256'][:16]})"
+        )
+    if speed is not None:
+        machine = comparison.machine
+        facts.append(
+            f"prefill of {speed.prompt} tokens, decoding of {speed.new_tokens}; x: over the source in "
+            f"bfloat16, timed in turn; {machine['processor']}, {speed.threads} threads"
+        )
+    if comparison.model["parameters"] < _SMALL:
+        facts.append("a model this small is slowed by overhead, not by its weights")
+    return facts
