@@ -163,7 +163,9 @@ def _summary(comparison: Comparison) -> Iterator[str]:
         nearest = min(judged, key=_kl)
         smallest = min(judged, key=lambda row: (row.weight_bytes, _kl(row)))
         yield _about_close(close, comparison)
-        if nearest is not close:
+        if nearest is close:
+            yield "By KL it is also the nearest to the float model."
+        else:
             yield f"Nearest to the float model is {nearest.name}: {_quality(nearest, comparison)}."
         if smallest not in (close, nearest):
             yield f"Smallest of all is {smallest.name}: {_quality(smallest, comparison)}."
@@ -188,7 +190,8 @@ def _about_speed(comparison: Comparison) -> str:
         f"Fastest at decoding is {fast.name}: {fast.decode_ratio} times the speed of the float model in "
         f"bfloat16{doubt}."
     )
-    return sentence + _overhead(comparison) * (comparison.model["parameters"] < _SMALL)
+    small = bool(comparison.model["parameters"] < _SMALL)
+    return sentence + _overhead(comparison) * small
 
 
 def _as_fast(slow: Estimate | None, fast: Estimate | None) -> bool:
@@ -202,8 +205,8 @@ def _as_fast(slow: Estimate | None, fast: Estimate | None) -> bool:
 
 def _overhead(comparison: Comparison) -> str:
     return (
-        f" With {comparison.model['parameters']:,} parameters most of that time is overhead: it says "
-        "little about large models."
+        f" With {comparison.model['parameters']:,} parameters a forward pass is mostly overhead: its "
+        "speed says little about large models."
     )
 
 
@@ -216,7 +219,7 @@ def _smallest_close(rows: Sequence[Row]) -> Row:
 
 
 def _about_close(row: Row, comparison: Comparison) -> str:
-    limit = f"{_CLOSE - 1:.0%}"
+    limit = f"{100 * (_CLOSE - 1):.0f} %"
     if _ratio(row) <= _CLOSE:
         start = (
             f"The smallest model whose perplexity is within {limit} of the float model's is {row.name}"
@@ -326,7 +329,7 @@ def _models(comparison: Comparison) -> Section:
     if not any(row.speed for row in rows):
         missing.append("Speed and memory were not measured.")
     elif comparison.model["parameters"] < _SMALL:
-        missing.append("About speed:" + _overhead(comparison))
+        missing.append(_overhead(comparison).strip())
     if any(row.reused for row in rows):
         reused = [f"{row.name} ({_and(row.reused)})" for row in rows if row.reused]
         missing.append(f"Taken from an earlier run on the same inputs: {'; '.join(reused)}.")
@@ -347,7 +350,8 @@ def _model(
         cells.append(number_cell(count, None if count is None else bytes_text(count)))
     for what, ratio in (("prefill", row.prefill_ratio), ("decode", row.decode_ratio)):
         rate = None if speed is None else getattr(speed, what)
-        small = (f"{TIMES} {ratio}",) * (ratio is not None)
+        value, _, error = str(ratio or "").partition(" ± ")
+        small = (f"{TIMES} {value}",) * bool(value) + (f"± {error}",) * bool(error)
         cells.append(number_cell(rate, None if rate is None else f"{rate:.0f}", small))
     cells.append(estimate_cell(_judged(row, "perplexity")))
     cells.append(estimate_cell(_judged(row, "perplexity_ratio")))
@@ -466,8 +470,10 @@ def _blocks(comparison: Comparison) -> Section:
 def _matrices(comparison: Comparison) -> Section:
     title = "Error of each matrix"
     parts: list[Part] = []
-    for name, how, blocks in _error_maps(comparison):
-        table = _matrix_map(f"Relative squared output error, {name}", blocks)
+    maps = list(_error_maps(comparison))
+    every = [m["error"] for _, _, blocks in maps for b in blocks for m in b["matrices"]]
+    for name, how, blocks in maps:
+        table = _matrix_map(f"Relative squared output error, {name}", blocks, every)
         if table is not None:
             words = (Words(how, muted=True),) * bool(how)
             parts.append(Details(name, (*words, table), open=not parts))
@@ -475,7 +481,7 @@ def _matrices(comparison: Comparison) -> Section:
         return Section("matrices", title, (Words("No row has errors by matrix: none was calibrated."),))
     what = (
         "Squared error of a matrix's output over the squared output, on the calibration tokens. Where "
-        "experts were put together the mean is shown, and the worst below it."
+        "experts were put together the mean is shown, and the worst below it. All maps have one scale."
     )
     return Section("matrices", title, (Words(what), *parts))
 
@@ -513,8 +519,10 @@ def _rounded_to_nearest(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _matrix_map(caption: str, blocks: list[dict[str, Any]]) -> Table | None:
-    """Blocks by matrices; experts together. None where no error is known."""
+def _matrix_map(
+    caption: str, blocks: list[dict[str, Any]], shades: Sequence[float | None] = ()
+) -> Table | None:
+    """Blocks by matrices; experts together. None where no error is known; see `heat_table`."""
     cells = defaultdict[tuple[int, str], list[float]](list)
     experts = defaultdict[str, int](int)
     kinds = dict[str, None]()
@@ -537,7 +545,7 @@ def _matrix_map(caption: str, blocks: list[dict[str, Any]]) -> Table | None:
         values.append((str(block["block"]), [statistics.fmean(f) if f else None for f in found]))
         small.append([(f"worst {max(f):.2g}",) if len(f) > 1 else () for f in found])
     labels = [f"{kind} ({experts[kind]})" if experts[kind] > 1 else kind for kind in names]
-    return heat_table(caption, "block", labels, values, small)
+    return heat_table(caption, "block", labels, values, small, shades)
 
 
 def _kind(name: str, block: int | None) -> str:
@@ -709,8 +717,8 @@ def _ledgers(comparison: Comparison) -> Section:
         Column("quantized", "of it now"), Column("time", "s"), Column("peak", "added memory"),
     )  # fmt: skip
     what = (
-        "What became of every source tensor. Rewritten ones, that scales were folded into, are in float "
-        "still. Bytes are without the headers of files."
+        "What became of every source tensor. Folded ones took in scales of AWQ and stay in float. Bytes "
+        "are without the headers of files."
     )
     body = tuple(
         (
@@ -844,8 +852,8 @@ def _run_summary(result: Quantized) -> Iterator[str]:
     yield (
         f"{bytes_text(result.source_weight_bytes)} became {bytes_text(result.weight_bytes)}, "
         f"{result.source_weight_bytes / result.weight_bytes:.2f} times less: "
-        f"{result.bits_per_weight:.2f} bits per weight over whole files. {totals['quantized']:,} of {totals['source_tensors']:,} "
-        "tensors are quantized."
+        f"{result.bits_per_weight:.2f} bits per weight over whole files. "
+        f"{totals['quantized']:,} of {totals['source_tensors']:,} tensors are quantized."
     )
     if verified.problems:
         yield f"Verification found {_count(len(verified.problems), 'problem')}: {verified.problems[0]}"

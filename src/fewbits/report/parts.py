@@ -204,6 +204,7 @@ def heat_table(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[float | None]]],
     small: Sequence[Sequence[tuple[str, ...]]] = (),
+    shades: Sequence[float | None] = (),
 ) -> Table:
     """A heat map whose cells hold their numbers; shades are spread evenly over the logarithms.
 
@@ -213,8 +214,10 @@ def heat_table(
         columns: their names.
         rows: name and a value for each column; None: nothing is known.
         small: smaller lines for each cell.
+        shades: values that the shades are spread over; by default those of the rows.
     """
-    positive = [v for _, values in rows for v in values if v is not None and 0 < v < math.inf]
+    every = shades or [value for _, values in rows for value in values]
+    positive = [value for value in every if value is not None and 0 < value < math.inf]
     low, high = (math.log(f(positive)) for f in (min, max)) if positive else (0.0, 0.0)
 
     def cell(value: float | None, lines: tuple[str, ...]) -> Cell:
@@ -223,9 +226,9 @@ def heat_table(
         if value <= 0 or high == low:
             shade = 0
         else:
-            place = (math.log(min(value, math.exp(high))) - low) / (high - low)
+            place = (math.log(value) - low) / (high - low) if value < math.inf else 1.0
             shade = max(0, min(_HEATS - 1, int(_HEATS * place)))
-        return Cell(f"{value:.2g}" if value < 100 else f"{value:.0f}", lines, value, shade)
+        return Cell(_digits(value), lines, value, shade)
 
     body = []
     for i, (name, values) in enumerate(rows):
@@ -233,3 +236,12 @@ def heat_table(
         body.append((Cell(name), *(cell(v, s) for v, s in zip(values, lines, strict=True))))
     heads = (Column(corner, text=True), *(Column(name) for name in columns))
     return Table(caption, heads, tuple(body), kind="heat")
+
+
+def _digits(value: float) -> str:
+    """Two digits, or all before the point.
+
+    >>> [_digits(value) for value in (0.01, 9.96, 42.4, 1234.5, 3e-5)]
+    ['0.010', '10', '42', '1234', '3.0e-05']
+    """
+    return f"{value:#.2g}" if abs(value) < 9.95 else f"{value:.0f}"
