@@ -22,12 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.calibration import SELF, Calibration, Progress, read_calibration
-from fewbits.checkpoint import CONFIG, LEDGER, disk_errors, hash_file, hash_json, read_json, resolve
+from fewbits.checkpoint import (
+    CONFIG,
+    LEDGER,
+    carried_files,
+    disk_errors,
+    hash_file,
+    hash_json,
+    open_checkpoint,
+    read_json,
+    resolve,
+)
 from fewbits.comparison import FLOAT, Comparison, Row
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate
-from fewbits.evaluate import DEFAULT_LENGTH, Evaluation, evaluate, load_tokenizer
-from fewbits.ledger import Ledger
+from fewbits.evaluate import DEFAULT_LENGTH, Evaluation, check_windows, evaluate, load_tokenizer
+from fewbits.ledger import Ledger, plain
 from fewbits.load import kernel_notes, load
 from fewbits.outliers import inspect_outliers, weight_outliers
 from fewbits.pipeline import Quantized, quantize
@@ -164,6 +174,9 @@ def compare(
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
     plans = {candidate.name: make_plan(folder, candidate.recipe) for candidate in candidates}
+    check_windows(length, limit)
+    if task_limit is not None and task_limit < 1:
+        raise InputError(f"task limit is {task_limit}; accepted are numbers of questions from 1")
     if tasks:
         check_tasks(tasks, task_data, shots)
     judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
@@ -277,6 +290,7 @@ class _Study:
     shots: int | None
     timed: bool
     progress: Progress | None
+    _source: str | None = None
     _reference: Any = None
     _fast: Any = None
 
@@ -302,6 +316,16 @@ class _Study:
             datetime.now(UTC).strftime("%Y-%m-%d"),
             tuple(notes),
         )
+
+    @property
+    def source(self) -> str:
+        """A hash of the source, its weights included: one trained further has the same config."""
+        if self._source is None:
+            checkpoint = open_checkpoint(self.folder)
+            names = sorted({*checkpoint.file_bytes, *carried_files(self.folder)})
+            files = {name: hash_file(self.folder / name) for name in names}
+            self._source = hash_json({"config": checkpoint.config, "files": files})
+        return self._source
 
     @property
     def reference(self) -> Any:
@@ -367,7 +391,7 @@ class _Study:
         calibrated = candidate.recipe.needs_calibration
         what: list[Any] = [candidate.recipe.describe(), version("fewbits")]
         what += [None if not calibrated or self.data is None else self.data.sha256]
-        what += [hash_json(read_json(self.folder / CONFIG))]
+        what += [self.source]
         digest = hashlib.sha256(json.dumps(what, default=list).encode()).hexdigest()
         return quantize(
             self.folder,
@@ -380,8 +404,8 @@ class _Study:
 
     def _judge(self, row: Row, folder: Path, network: Any) -> Row:
         """Quality, where it was asked for and no earlier run has measured it."""
-        ledger, config = folder / LEDGER, read_json(folder / CONFIG)
-        which = hash_file(ledger) if ledger.is_file() else hash_json(config)
+        ledger = folder / LEDGER
+        which = hash_file(ledger) if ledger.is_file() else self.source
         progress, reused = _named(self.progress, row.name), []
         if self.judged is not None:
             asked: list[Any] = [which, self.judged.text.sha256, self.judged.length, self.judged.limit]
@@ -457,8 +481,7 @@ def block_errors(model: Any, reference: Any, ids: Tensor) -> list[float]:
             for network in {id(model): model, id(reference): reference}.values():
                 network(window[None].to(network.device), use_cache=False)
         for number, wanted in theirs.items():
-            got = ours.get(number, wanted)
-            errors[number] += float((got - wanted).double().square().sum())
+            errors[number] += float((ours[number] - wanted).double().square().sum())
             sizes[number] += float(wanted.double().square().sum())
     return [errors[number] / sizes[number] if sizes[number] else 0.0 for number in sorted(sizes)]
 
@@ -489,14 +512,14 @@ def _inspect(
 ) -> dict[str, Any]:
     """Outliers among weights and inputs; where inputs cannot be looked at, why."""
     plan = make_plan(folder, Recipe(scheme=QuantScheme(8)))
-    weights = tuple(asdict(report) for report in weight_outliers(plan))
+    weights = tuple(plain(asdict(report)) for report in weight_outliers(plan))
     try:
         tokens: Any = SELF if data is None else data.ids[:16, :512]
         inputs = inspect_outliers(folder, calibration=tokens, progress=_named(progress, "inspect"))
     except InputError as error:
         notes = (*notes, f"skip: outliers of inputs were not looked at: {error}")
         return {"outliers": None, "weight_outliers": weights, "notes": notes}
-    return {"outliers": inputs.to_json(), "weight_outliers": weights}
+    return {"outliers": plain(inputs.to_json()), "weight_outliers": weights}
 
 
 # -- what and where ----------------------------------------------------------------------------------
@@ -514,13 +537,13 @@ def _describe_model(model: str, plan: Plan) -> dict[str, Any]:
 
 
 def _describe_ledger(ledger: Ledger, out: Path) -> dict[str, Any]:
-    return {
-        "sha256": hash_file(out / LEDGER),
+    said = {
         "request": ledger.request,
         "totals": ledger.totals,
         "calibration": ledger.calibration,
         "blocks": ledger.blocks,
     }
+    return {"sha256": hash_file(out / LEDGER)} | plain(said)
 
 
 def _describe_machine() -> dict[str, Any]:

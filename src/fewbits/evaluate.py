@@ -167,11 +167,8 @@ def evaluate(
     network = _loaded(model)
     other = None if reference is None else _loaded(reference)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    check_windows(length, limit)
     length = min(n for n in (length or DEFAULT_LENGTH, context) if n)
-    if length < 3:
-        raise InputError(f"length is {length}; windows need at least 3 tokens")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; accepted are numbers of windows from 1")
     if isinstance(text, Calibration):
         pieces = [ids[:length] for ids in text.ids]
     else:
@@ -193,6 +190,18 @@ def evaluate(
         if progress is not None:
             progress("evaluate", done, len(pieces))
     return _summarize(counts, name, text.sha256, length)
+
+
+def check_windows(length: int | None, limit: int | None) -> None:
+    """Whether windows can be so long and so many.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if length is not None and length < 3:
+        raise InputError(f"length is {length}; windows need at least 3 tokens")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; accepted are numbers of windows from 1")
 
 
 def load_tokenizer(model: str | Path | Any) -> Any:
