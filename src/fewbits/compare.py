@@ -537,13 +537,14 @@ def _describe_model(model: str, plan: Plan) -> dict[str, Any]:
 
 
 def _describe_ledger(ledger: Ledger, out: Path) -> dict[str, Any]:
-    said = {
+    said: dict[str, Any] = {
+        "sha256": hash_file(out / LEDGER),
         "request": ledger.request,
         "totals": ledger.totals,
         "calibration": ledger.calibration,
         "blocks": ledger.blocks,
     }
-    return {"sha256": hash_file(out / LEDGER)} | plain(said)
+    return {key: plain(value) for key, value in said.items()}
 
 
 def _describe_machine() -> dict[str, Any]:
