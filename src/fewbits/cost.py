@@ -35,7 +35,8 @@ from fewbits.text import is_hub, tokenize
 clock = time.perf_counter  # the benchmark takes time.process_time on a busy machine
 
 _BUDGET_S = 0.02  # for one rate, after one call that does not count; not tuned
-_WIDTH = 1024  # of probed matrices, at most; wider ones run at the same rate. Not tuned.
+_ROWS = 512  # of probed inputs; a run's are longer, which changes little. Not tuned.
+_WIDTH = 512  # of probed matrices, at most; wider ones run at the same rate. Not tuned.
 _HELD_OUT, _JUDGED, _LENS = 32, 4096, 256  # as in blockwise
 _SWEEPS, _POINTS = GPTQ().sweeps, 11  # as GPTQ and AWQ have them by default
 _COMPARED_ROWS = 128  # as in blockwise
@@ -161,16 +162,17 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
     torch.manual_seed(0)
     columns = [m.rows_columns[1] for n, m in plan.matrices.items() if n in plan.placements]
     width = min(_WIDTH, max(32, sorted(columns)[len(columns) // 2] // 32 * 32))
-    x, w = torch.randn(TOKENS, width), torch.randn(width, width)
+    x, w = torch.randn(_ROWS, width), torch.randn(width, width)
     fast = fast_dtype(plan.checkpoint.dtype) or torch.float32
     own = plan.checkpoint.dtype
     xf, wf, few, wo = x.to(fast), w.to(fast), x[:32].to(own), w.to(own)
-    products = TOKENS * width * width
-    hessian, gram = torch.zeros(width, width), torch.eye(width) + 0.1
+    products = _ROWS * width * width
+    hessian = torch.zeros(width, width)
+    gram = torch.full((width, width), 0.1).fill_diagonal_(1.1)
     length = min(length, 512)
     state = torch.randn(1, 4, length, 32)
     pairs = length * length * 4 * 32
-    flat, other = torch.randn(2**20), torch.empty(2**20)
+    flat, other = torch.randn(2**19), torch.empty(2**19)
     scheme = QuantScheme(4, "group", 32)
     part, importance = w[: max(64, 2**17 // width)], torch.rand(width) + 0.1
     codes = torch.randint(16, (256, width), dtype=torch.uint8)
@@ -183,7 +185,7 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
         multiply_few=_time(lambda: F.linear(few, wo)) / (32 * width * width),
         attend=_time(lambda: _attend(state)) / pairs,
         attend_fast=_time(lambda: _attend(state.to(fast))) / pairs,
-        hessian=_time(lambda: _gram(hessian, x)) / (TOKENS * width * (width + _panel(width)) / 2),
+        hessian=_time(lambda: _gram(hessian, x)) / (_ROWS * width * (width + _panel(width)) / 2),
         cholesky=_time(lambda: torch.linalg.cholesky_ex(gram)) / (width**3 / 3),
         stream=_time(lambda: torch.mul(flat, 1.5, out=other)) / len(flat),
         search=_time(lambda: search_qparams(part, scheme, importance)) / part.numel(),
@@ -362,16 +364,16 @@ def _scalable(inside: list[Matrix], readers: dict[str, int]) -> dict[Any, tuple[
     for matrix in inside:
         shared = "experts" if matrix.kind == "expert" else readers.get(matrix.module, matrix.module)
         places.setdefault((matrix.block, shared, matrix.rows_columns[1]), []).append(matrix)
-    lowest: dict[str, int] = {}
+    heights: dict[str, list[tuple[str, int]]] = {}
     for matrix in inside:
         parent = matrix.module.rpartition(".")[0]
-        lowest[parent] = min(lowest.get(parent, 1 << 60), matrix.rows_columns[0])
+        heights.setdefault(parent, []).append((matrix.module, matrix.rows_columns[0]))
     found = {}
     for key, members in places.items():
         first = members[0]
-        parent = first.module.rpartition(".")[0]
-        alone = len(members) == 1 and first.kind != "expert"
-        if alone and lowest[parent] < min(first.rows_columns):
+        beside = heights[first.module.rpartition(".")[0]]
+        lower = any(n < first.rows_columns[1] for module, n in beside if module != first.module)
+        if len(members) == 1 and first.kind != "expert" and lower:
             continue
         weights = sum(
             m.rows_columns[0] * m.rows_columns[1] * (m.shape[0] if m.stacked else 1) for m in members

@@ -331,7 +331,7 @@ def observe(model: nn.Module, context: int) -> Observed:
     found = Observed()
     for attention in (None, "eager"):
         try:
-            with _without_experts(model), _watched(model, found), quiet_transformers(), torch.no_grad():
+            with _without_values(model), _watched(model, found), quiet_transformers(), torch.no_grad():
                 if attention is not None:
                     model.set_attn_implementation(attention)  # type: ignore[operator]
                 ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
@@ -389,13 +389,17 @@ def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _without_experts(model: nn.Module) -> Iterator[None]:
+def _without_values(model: nn.Module) -> Iterator[None]:
     experts = [module for module in model.modules() if is_experts(module)]
+    config: Any = model.config
+    padding = config.pad_token_id
     for module in experts:
         module.forward = _same
+    config.pad_token_id = None  # some models look for it among the tokens, which have no values here
     try:
         yield
     finally:
+        config.pad_token_id = padding
         for module in experts:
             del module.forward
 

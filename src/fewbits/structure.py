@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,7 +219,9 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
         if parameter in known:
             renamed, _ = rename_source_key(name, renamings, [])
             converter = by_pattern[pattern] if pattern is not None else None
-            targets[name] = _Target(str(parameter), converter, pattern, renamed)
+            # Interned: thousands of experts of one block end in one parameter.
+            parameter, renamed = sys.intern(str(parameter)), name if renamed == name else renamed
+            targets[name] = _Target(parameter, converter, pattern, renamed)
     return targets
 
 
@@ -243,7 +246,7 @@ def find_matrices(
     targets = locate(model, list(shapes)) if targets is None else targets
     pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
     for name, target in targets.items():
-        path, _, parameter = target.parameter.rpartition(".")
+        path, _, parameter = map(sys.intern, target.parameter.rpartition("."))
         owner = modules[path]
         matrix = _matrix(name, path, parameter, owner, target, shapes[name])
         if isinstance(matrix, str):
