@@ -551,7 +551,8 @@ def _memory(choice: Choice, work: Work, calibrated: bool) -> int:
     hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
     collecting = 6 * work.largest_block + running + hessians
     tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
-    rounding = 5 * work.largest_block + hessians + 12 * work.widest * tallest
-    rounding += 12 * work.widest**2 if choice.method.endswith("gptq") else 0
+    rounding = 5 * work.largest_block + hessians
+    if choice.method.endswith("gptq"):  # a Hessian's factor beside what it is made from, then columns
+        rounding += 4 * work.widest * max(2 * work.widest, work.widest + 3 * tallest)
     text = 6 * work.context_text_bytes  # documents and their tokens
     return _STARTED_BYTES + _CALIBRATED_BYTES + states + max(collecting, rounding, text)
