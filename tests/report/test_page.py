@@ -8,6 +8,7 @@ import pytest
 from pages import KINDS, comparison, run, without
 
 from fewbits.errors import InputError, ResourceError
+from fewbits.estimate import Estimate
 from fewbits.report.page import check_page, comparison_page, run_page, write_page
 from fewbits.report.plots import pareto_front
 
@@ -289,6 +290,26 @@ def test_what_was_not_measured_is_said(given):
     assert "nan" not in nothing.words
     alone = replace(given, rows=given.rows[:1])
     assert "No quantized model was measured" in Page(comparison_page(alone, COMMAND)).words
+
+
+def test_a_model_that_gives_no_numbers_is_in_the_table_but_in_no_plot(given):
+    nan = Estimate(float("nan"), float("nan"))
+    broken = replace(
+        given.rows[1].evaluation,
+        perplexity=nan,
+        kl=nan,
+        kl_99=nan,
+        perplexity_ratio=nan,
+        kl_by_position=tuple(replace(p, kl=nan) for p in given.rows[1].evaluation.kl_by_position),
+    )
+    row = replace(given.rows[1], evaluation=broken, block_errors=(float("inf"),) * 3)
+    html = comparison_page(replace(given, rows=(given.rows[0], row, *given.rows[2:])), COMMAND)
+    cells = Page(html).table("All models").rows[2]
+    assert cells[0][0].split()[0] == row.name
+    assert (cells[9][0].split()[0], cells[9][1]) == ("nan", None)
+    words = Page(html).words
+    assert f"Nearest to the float model is {row.name}" not in words
+    assert row.name not in words.partition("Filled and joined: ")[2].partition(". No other")[0]
 
 
 def test_the_same_comparison_gives_the_same_bytes(given, result):

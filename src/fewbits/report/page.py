@@ -34,7 +34,6 @@ from fewbits.report.parts import (
     Table,
     Words,
     estimate_cell,
-    estimate_text,
     heat_table,
     number_cell,
     render,
@@ -48,6 +47,7 @@ _CLOSE = 1.01  # ratio of perplexities that the summary calls close; not tuned
 _SMALL = 1e9  # parameters; below, a forward pass is mostly overhead. Not tuned.
 _MOST_PLACES = 3  # of one note that are named
 _MOST_TENSORS = 3000  # rows of the table of tensors
+_Alike = dict[str, list[str]]  # by row, those that it cannot be told from by KL
 _EXPERT = re.compile(r"(?:(?<=\.)|(?<=\[)|^)\d+(?=\.|\]|$)")
 
 
@@ -58,10 +58,11 @@ def comparison_page(comparison: Comparison, command: str) -> str:
         comparison: with its float row, at least.
         command: makes it again, in a shell.
     """
-    model = comparison.model
+    model, differences = comparison.model, comparison.differences()
+    alike = _alike(differences)
     sections = [
-        _models(comparison),
-        _trade_off(comparison),
+        _models(comparison, alike),
+        _trade_off(comparison, alike),
         _positions(comparison),
         _blocks(comparison),
         _matrices(comparison),
@@ -69,14 +70,14 @@ def comparison_page(comparison: Comparison, command: str) -> str:
         _notes(comparison),
         _ledgers(comparison),
         _data(comparison),
-        _differences(comparison),
+        _differences(differences),
         _origin(comparison, command),
     ]
     page = Page(
         f"{model['name']}, quantized {_count(len(comparison.rows) - 1, 'way')}",
         f"{model['parameters']:,} parameters in {model['dtype']}, {bytes_text(model['weight_bytes'])}. "
         f"Measured on {comparison.created}.",
-        tuple(_summary(comparison)),
+        tuple(_summary(comparison, alike)),
         tuple(sections),
         f"Made by fewbits {comparison.versions.get('fewbits', '')} on {comparison.created}. "
         "This page loads nothing and can be kept as one file.",
@@ -152,7 +153,7 @@ def write_page(html: str, path: Path) -> None:
 # -- the summary -------------------------------------------------------------------------------------
 
 
-def _summary(comparison: Comparison) -> Iterator[str]:
+def _summary(comparison: Comparison, alike: _Alike) -> Iterator[str]:
     rows = comparison.rows[1:]
     if not rows:
         yield "No quantized model was measured."
@@ -162,13 +163,13 @@ def _summary(comparison: Comparison) -> Iterator[str]:
         close = _smallest_close(judged)
         nearest = min(judged, key=_kl)
         smallest = min(judged, key=lambda row: (row.weight_bytes, _kl(row)))
-        yield _about_close(close, comparison)
-        if nearest is close:
-            yield "By KL it is also the nearest to the float model."
-        else:
-            yield f"Nearest to the float model is {nearest.name}: {_quality(nearest, comparison)}."
+        also = " By KL it is also the nearest to the float model." * (nearest is close)
+        yield _about_close(close, comparison, alike) + also
+        if nearest is not close:
+            what = _quality(nearest, comparison, alike)
+            yield f"Nearest to the float model is {nearest.name}: {what}."
         if smallest not in (close, nearest):
-            yield f"Smallest of all is {smallest.name}: {_quality(smallest, comparison)}."
+            yield f"Smallest of all is {smallest.name}: {_quality(smallest, comparison, alike)}."
     else:
         least = min(rows, key=lambda row: row.weight_bytes)
         yield (
@@ -218,7 +219,7 @@ def _smallest_close(rows: Sequence[Row]) -> Row:
     return min(close, key=lambda row: (row.weight_bytes, _kl(row)))
 
 
-def _about_close(row: Row, comparison: Comparison) -> str:
+def _about_close(row: Row, comparison: Comparison, alike: _Alike) -> str:
     limit = f"{100 * (_CLOSE - 1):.0f} %"
     if _ratio(row) <= _CLOSE:
         start = (
@@ -226,27 +227,20 @@ def _about_close(row: Row, comparison: Comparison) -> str:
         )
     else:
         start = f"No model has a perplexity within {limit} of the float model's; nearest is {row.name}"
-    return f"{start}: {_quality(row, comparison)}."
+    return f"{start}: {_quality(row, comparison, alike)}."
 
 
-def _quality(row: Row, comparison: Comparison) -> str:
+def _quality(row: Row, comparison: Comparison, alike: _Alike) -> str:
     """Size and quality in words."""
-    whole, kl, agreed = (
-        comparison.rows[0].weight_bytes,
-        _judged(row, "kl"),
-        _judged(row, "top1_agreement"),
-    )
+    whole, kl = comparison.rows[0].weight_bytes, _judged(row, "kl")
     words = (
         f"{bytes_text(row.weight_bytes)}, {whole / row.weight_bytes:.2f} times smaller; "
         f"{_judged(row, 'perplexity_ratio')} times the perplexity"
     )
     if kl is not None:
         words += f"; KL {kl} nats"
-    if agreed is not None:
-        share = estimate_text(agreed, percent=True)
-        words += f"; the same most likely token {share} of the time"
-    alike = _alike(comparison.differences()).get(row.name, [])
-    return words + f"; not told apart by KL from {_and(alike)}" * bool(alike)
+    others = alike.get(row.name, [])
+    return words + f"; not told apart by KL from {_and(others)}" * bool(others)
 
 
 def _judged(row: Row, what: str) -> Estimate | None:
@@ -264,14 +258,15 @@ def _kl(row: Row) -> float:
 
 
 def _of(estimate: Estimate | None) -> float:
-    return float("inf") if estimate is None else estimate.value
+    """Its value; infinity where none is known, or a model gave no numbers."""
+    return math.inf if estimate is None or math.isnan(estimate.value) else estimate.value
 
 
-def _alike(differences: Iterable[Difference], measure: str = "kl") -> dict[str, list[str]]:
+def _alike(differences: Iterable[Difference]) -> _Alike:
     """By row, those that it cannot be told from; see `Comparison.within_noise_of`."""
     found = defaultdict[str, list[str]](list)
     for difference in differences:
-        if difference.measure == measure and difference.noise:
+        if difference.measure == "kl" and difference.noise:
             found[difference.first].append(difference.second)
             found[difference.second].append(difference.first)
     return dict(found)
@@ -298,9 +293,8 @@ _WORDS = (
 )  # fmt: skip
 
 
-def _models(comparison: Comparison) -> Section:
+def _models(comparison: Comparison, alike: _Alike) -> Section:
     rows = comparison.rows
-    alike = _alike(comparison.differences())
     numbers = {row.name: i for i, row in enumerate(rows)}
     tasks = rows[0].tasks
     columns = (
@@ -339,9 +333,7 @@ def _models(comparison: Comparison) -> Section:
     return Section("models", "All models side by side", tuple(parts))
 
 
-def _model(
-    row: Row, reference: Row, numbers: dict[str, int], alike: dict[str, list[str]]
-) -> tuple[Cell, ...]:
+def _model(row: Row, reference: Row, numbers: dict[str, int], alike: _Alike) -> tuple[Cell, ...]:
     speed = row.speed
     name = Cell(row.name, (f"row {numbers[row.name]}",) * (row.name != FLOAT))
     cells = [name, Cell(row.method or row.scheme, (row.scheme,) * bool(row.method))]
@@ -377,14 +369,14 @@ def _model(
 # -- plots -------------------------------------------------------------------------------------------
 
 
-def _trade_off(comparison: Comparison) -> Section:
+def _trade_off(comparison: Comparison, alike: _Alike) -> Section:
     points = [
         Point(
-            row.name, row.bits_per_weight, row.evaluation.kl.value, row.evaluation.kl.error,
+            row.name, row.bits_per_weight, kl.value, kl.error,
             None if row.decode_ratio is None else row.decode_ratio.value,
         )
         for row in comparison.rows[1:]
-        if row.evaluation is not None and row.evaluation.kl is not None and row.evaluation.kl.value > 0
+        if (kl := _judged(row, "kl")) is not None and 0 < kl.value < math.inf
     ]  # fmt: skip
     title = "Size, quality and speed"
     if not points:
@@ -396,7 +388,9 @@ def _trade_off(comparison: Comparison) -> Section:
         "the float model. Bars are standard errors."
     )
     what += " The larger a circle, the faster it decodes." * timed
-    what += " Names that found no room are in the table."
+    near = [p.name for p in points if p.name not in front and set(front) & set(alike.get(p.name, []))]
+    what += f" Not told apart from one of them by KL: {_and(near)}." * bool(near)
+    what += " A name that finds no room is left out; the table has all."
     text = "; ".join(f"{p.name}: {p.size:.2f} bits per weight, KL {p.kl:.3g}" for p in points)
     wide, narrow = trade_off(points, "KL over bits per weight", f"{text}. {what}", "trade-off-")
     return Section("trade-off", title, (PageFigure(what, wide, narrow),))
@@ -405,7 +399,7 @@ def _trade_off(comparison: Comparison) -> Section:
 def _positions(comparison: Comparison) -> Section:
     title = "KL over the position in the text"
     rows = [row for row in comparison.rows[1:] if row.evaluation and row.evaluation.kl_by_position]
-    rows = [row for row in rows if any(p.kl.value > 0 for p in _bins(row))]
+    rows = [row for row in rows if any(0 < p.kl.value < math.inf for p in _bins(row))]
     if not rows:
         return Section("positions", title, (Words("KL was not measured by position."),))
     bins = _bins(rows[0])
@@ -784,8 +778,7 @@ def _calibration_facts(data: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _differences(comparison: Comparison) -> Section:
-    found = comparison.differences()
+def _differences(found: list[Difference]) -> Section:
     title = "Which rows differ"
     if not found:
         return Section("differences", title, (Words("No two quantized rows were measured alike."),))
@@ -932,7 +925,7 @@ def _run_blocks(ledger: Ledger) -> Section:
     series = [
         Line(name, tuple(float(block[key]) for block in blocks), color=i)
         for i, (name, key) in enumerate(drawn.items())
-        if any(block[key] > 0 for block in blocks)
+        if any(0 < block[key] < math.inf for block in blocks)
     ]
     what = (
         "KL so far: nats, of the model's own head on the states behind each block, all earlier blocks "

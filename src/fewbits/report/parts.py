@@ -176,7 +176,8 @@ def estimate_cell(
         return Cell(MISSING, tuple(small), hidden=hidden)
     value, _, error = estimate_text(estimate, percent).partition(" ± ")
     lines = (f"± {error}",) if error else ()
-    return Cell(value, (*lines, *small), estimate.value, hidden=hidden)
+    known = estimate.value if math.isfinite(estimate.value) else None
+    return Cell(value, (*lines, *small), known, hidden=hidden)
 
 
 def estimate_text(estimate: Estimate, percent: bool = False) -> str:

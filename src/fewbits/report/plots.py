@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 WIDE, NARROW = 860, 356  # CSS pixels, which are the units of an SVG
 _FONT = 12.0, 10.0  # likewise
 _COLORS = 8  # of series, in page.css
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))
-_LETTERS = 26  # of a name in a plot
+_LETTERS = 26, 22  # of a name in a plot
 # Stand for what a style sheet decides.
 _INK, _MUTED, _LINE, _PAPER = "#010200", "#010201", "#010202", "#010203"
 _MEANT = {_INK: "currentColor", _MUTED: "var(--muted)", _LINE: "var(--line)", _PAPER: "var(--paper)"}
@@ -167,10 +167,11 @@ def _style(style: str) -> str:
     return re.sub(r"#010[23][0-9a-f]{2}", lambda found: _MEANT.get(found.group(), "inherit"), style)
 
 
-def _short(name: str) -> str:
+def _short(name: str, wide: bool) -> str:
     """On one line, of the length that plots have room for."""
     name = "".join(letter if letter.isprintable() else " " for letter in name)
-    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
+    most = _LETTERS[0] if wide else _LETTERS[1]
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 # -- size, quality, speed ----------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def _draw_trade_off(axes: Any, points: Sequence[Point], wide: bool) -> None:
             zorder=4 if i in front else 3,
         )
     order = front + [i for i in range(len(points)) if i not in front]
-    _place_names(axes, points, areas, order, front)
+    _place_names(axes, points, areas, order, front, wide)
     axes.set_xlabel("bits per weight, whole files")
     axes.set_ylabel("KL from the float model (nats)")
 
@@ -238,13 +239,18 @@ def _log_ticks(axes: Any) -> None:
 
 
 def _place_names(
-    axes: Any, points: Sequence[Point], areas: Sequence[float], order: Sequence[int], front: list[int]
+    axes: Any,
+    points: Sequence[Point],
+    areas: Sequence[float],
+    order: Sequence[int],
+    front: list[int],
+    wide: bool,
 ) -> None:
     """Each name where it covers no point and no other name, if there is such a place."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    limits = (frame.x0 + 2, frame.y0 + 2, frame.x1 + 10, frame.y1 + 8)
+    limits = (frame.x0 + 2, frame.y0 + 2, frame.x1 + 5, frame.y1 + 6)
     places = [tuple(axes.transData.transform((p.size, p.kl))) for p in points]
     taken: list[_Box] = []
     for (x, y), area in zip(places, areas, strict=True):
@@ -252,7 +258,7 @@ def _place_names(
         taken.append((x - r, y - r, x + r, y + r))
     for i in order:
         label = axes.text(
-            0, 0, _short(points[i].name), zorder=5, fontweight="bold" if i in front else "normal"
+            0, 0, _short(points[i].name, wide), zorder=5, fontweight="bold" if i in front else "normal"
         )
         size = label.get_window_extent(renderer)
         (x, y), radius = places[i], math.sqrt(areas[i] / math.pi)
@@ -297,12 +303,12 @@ def _draw_lines(
     axes: Any, series: Sequence[Line], ticks: Sequence[str], labels: tuple[str, str], wide: bool
 ) -> None:
     axes.set_yscale("log")
-    values = [v for line in series for v in line.values if v is not None and v > 0]
+    values = [v for line in series for v in line.values if _drawn(v)]
     down = max(math.log(max(values) / min(values)), 0.5)
     axes.set_ylim(min(values) * math.exp(-0.08 * down), max(values) * math.exp(0.08 * down))
     for line in series:
         color, dash = _SERIES[line.color % _COLORS], _DASHES[line.dash % len(_DASHES)]
-        known = [(x, v) for x, v in enumerate(line.values) if v is not None and v > 0]
+        known = [(x, v) for x, v in enumerate(line.values) if _drawn(v)]
         axes.plot(*zip(*known, strict=True), color=color, linestyle=dash, linewidth=1.6, zorder=3)
         if any(line.errors):
             bands = [(x, v, line.errors[x] or 0.0) for x, v in known]
@@ -315,16 +321,21 @@ def _draw_lines(
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    _name_ends(axes, series, len(ticks))
+    _name_ends(axes, series, len(ticks), wide)
     every = max(1, math.ceil(len(ticks) / (20 if wide else 8)))
     axes.set_xticks(range(0, len(ticks), every), ticks[::every])
 
 
-def _name_ends(axes: Any, series: Sequence[Line], count: int) -> None:
+def _drawn(value: float | None) -> TypeGuard[float]:
+    """Whether a logarithmic scale has a place for it."""
+    return value is not None and 0 < value < math.inf
+
+
+def _name_ends(axes: Any, series: Sequence[Line], count: int, wide: bool) -> None:
     """The name of each line right of its end, moved up or down where they would overlap."""
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    found = [axes.text(0, 0, _short(line.name), va="center", zorder=4) for line in series]
+    found = [axes.text(0, 0, _short(line.name, wide), va="center", zorder=4) for line in series]
     width = max(label.get_window_extent(renderer).width for label in found)
     height = found[0].get_window_extent(renderer).height + 3
     lead = 18.0  # pixels between a line and its name
@@ -333,7 +344,7 @@ def _name_ends(axes: Any, series: Sequence[Line], count: int) -> None:
     axes.set_xlim(-0.02 * last, last / (1 - room))
     ends = []
     for line in series:
-        x = max(i for i, v in enumerate(line.values) if v is not None and v > 0)
+        x = max(i for i, v in enumerate(line.values) if _drawn(v))
         ends.append(axes.transData.transform((x, line.values[x])))
     start = axes.transData.transform((last, 1.0))[0] + lead
     heights = _spread([float(y) for _, y in ends], height, frame.y0, frame.y1)
