@@ -313,13 +313,15 @@ def read_header(path: Path, headers_only: bool = False) -> tuple[list[TensorInfo
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise InputError(f"{path} is truncated or corrupt: its header does not fit in {size} bytes")
         raw = file.read(length)
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # experts have few: one object for each
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = [
-            (name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"])
-            for name, entry in header.items()
-        ]
+        entries = []
+        for name, entry in header.items():
+            shape = tuple(entry["shape"])
+            shape = shapes.setdefault(shape, shape)
+            entries.append((name, _DTYPES[entry["dtype"]], shape, entry["data_offsets"]))
         spans = sorted((int(begin), int(end)) for *_, (begin, end) in entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} has a corrupt header: {type(error).__name__} {error}") from None

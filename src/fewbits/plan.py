@@ -153,11 +153,7 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
     _check_experts(folder, model, matrices, schemes)
-    placements = {
-        name: Placement(m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward)
-        for name, m in matrices.items()
-        if (scheme := schemes[name]) is not None
-    }
+    placements = _place(matrices, schemes)
     if not placements:
         raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
     _check_fit(checkpoint, matrices, placements, origins)
@@ -170,6 +166,19 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
     )  # fmt: skip
     plan.format.config(placements, floats)  # refuses now rather than after the work
     return plan
+
+
+def _place(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> dict[str, Placement]:
+    """Where each quantized weight stands; all experts of a block at one place, which is one object."""
+    places: dict[Placement, Placement] = {}
+    found = {}
+    for name, m in matrices.items():
+        scheme = schemes[name]
+        if scheme is not None:
+            expert = m.kind == "expert"
+            place = Placement(m.module, scheme, expert, m.stacked, m.transposed, m.own_forward)
+            found[name] = places.setdefault(place, place)
+    return found
 
 
 def _check_parameters(
