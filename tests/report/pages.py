@@ -17,6 +17,7 @@ from fewbits.tensor import Note
 from models import tiny_checkpoint
 
 WINDOWS = 12
+TASKS = ("mmlu", "arc_challenge", "hellaswag")
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
 
 
@@ -96,7 +97,7 @@ def row(number: int, name: str, method: str, scheme: str, kl: float, blocks: int
     notes = ("fallback: lm_head: never called", "fact: calibration: 4096 tokens") if calibrated else ()
     return Row(
         name, method, scheme, int(size * 721_312), size, 160_000_000 + number, 12.3, 4_000_000,
-        evaluation(kl, number), tuple(scores(task, number) for task in ("mmlu", "arc_challenge")),
+        evaluation(kl, number), tuple(scores(task, number) for task in TASKS),
         Speed(4000.0 - number, 200.0 + number, 256, 32, 5_000_000, {"int4pack": 42}, 2),
         Estimate(1.0 - 0.05 * number, 0.02), Estimate(1.0 + 0.2 * number, 0.03),
         tuple(kl * (b + 1) / 10 for b in range(blocks)),

@@ -298,7 +298,7 @@ def test_paper_shows_whole_tables_and_what_was_folded(chromium, pages, kind):
         )
         assert tables
         for caption, right, _ in tables:
-            assert right <= A4_ACROSS + 0.5, caption
+            assert right <= A4_ACROSS + 0.5, (caption, right)
         assert page.evaluate("document.documentElement.scrollWidth") <= A4_ACROSS
         assert not page.locator("nav").is_visible()
         assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")

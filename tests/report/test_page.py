@@ -7,10 +7,12 @@ from itertools import pairwise, permutations
 import pytest
 from pages import KINDS, comparison, run, without
 
+from fewbits.compare import Candidate, compare
 from fewbits.errors import InputError, ResourceError
 from fewbits.estimate import Estimate
 from fewbits.report.page import check_page, comparison_page, run_page, write_page
 from fewbits.report.plots import pareto_front
+from fewbits.text import Text
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -143,15 +145,17 @@ def test_every_figure_of_a_row_stands_in_the_table_with_its_error(given, page):
             holds(cell, estimate)
         for cell, estimate in zip(rest[4:6], (quality.top1_agreement, quality.flips), strict=True):
             holds(cell, estimate, 100)
-        assert len(rest) == 6 + 3 * len(row.tasks)
-        for i, (ours, theirs) in enumerate(zip(row.tasks, given.rows[0].tasks, strict=True)):
-            accuracy, difference, flips = rest[6 + 3 * i : 9 + 3 * i]
+        assert len(rest) == 6 + len(row.tasks)
+        for (text, value), ours, theirs in zip(rest[6:], row.tasks, given.rows[0].tasks, strict=True):
             pairs = list(zip(ours.correct, theirs.correct, strict=True))
-            shares = [sum(f(a, b) for a, b in pairs) / len(pairs) for f in (
-                lambda a, _: a, lambda a, b: a - b, lambda a, b: a != b)]  # fmt: skip
-            for cell, share in zip((accuracy, difference, flips), shares, strict=True):
-                assert float(cell[1]) == pytest.approx(share, abs=1e-12)
-                assert agrees(cell[0], 100 * share)
+            accuracy = sum(a for a, _ in pairs) / len(pairs)
+            assert float(value) == pytest.approx(accuracy, abs=1e-12)
+            assert agrees(text, 100 * accuracy)
+            if row is not given.rows[0]:
+                changed, flips = text.partition("\N{GREEK CAPITAL LETTER DELTA}")[2].split("flips")
+                assert agrees(changed, 100 * sum(a - b for a, b in pairs) / len(pairs))
+                assert agrees(flips, 100 * sum(a != b for a, b in pairs) / len(pairs))
+                assert changed.count("\N{PLUS-MINUS SIGN}") == flips.count("\N{PLUS-MINUS SIGN}") == 1
 
 
 def test_rows_that_cannot_be_told_apart_name_each_other(given, page):
@@ -290,6 +294,23 @@ def test_what_was_not_measured_is_said(given):
     assert "nan" not in nothing.words
     alone = replace(given, rows=given.rows[:1])
     assert "No quantized model was measured" in Page(comparison_page(alone, COMMAND)).words
+
+
+def test_what_compare_measures_makes_a_page(tmp_path):
+    lines = ["import os\n\n\ndef read(path):\n    return open(path).read()\n"] * 4
+    found = compare(
+        "reference/model", tmp_path, candidates=Candidate.all(["int8", "rtn"]),
+        text=Text("lines", lines), length=32, speed=False, inspect=False,
+    )  # fmt: skip
+    page = Page(comparison_page(found, COMMAND))
+    rows = page.table("All models").rows[1:]
+    assert [cells[0][0].split()[0] for cells in rows] == ["float", "int8", "rtn-w4-g128"]
+    for row, cells in zip(found.rows, rows, strict=True):
+        holds(cells[9], row.evaluation.kl)
+        assert float(cells[3][1]) == row.weight_bytes
+    for row, cells in zip(found.rows[1:], page.table("Squared error").rows[1:], strict=True):
+        assert [float(value) for _, value in cells[1:]] == list(row.block_errors)
+    assert str(tmp_path) not in " ".join(page.text)
 
 
 def test_a_model_that_gives_no_numbers_is_in_the_table_but_in_no_plot(given):

@@ -20,6 +20,7 @@ from fewbits.outliers import InputReport, Inspection, MatrixError
 from fewbits.outliers import Row as InputRow
 from fewbits.pipeline import Quantized
 from fewbits.report.parts import (
+    DELTA,
     MISSING,
     TIMES,
     Cell,
@@ -34,6 +35,7 @@ from fewbits.report.parts import (
     Table,
     Words,
     estimate_cell,
+    estimate_text,
     heat_table,
     number_cell,
     render,
@@ -286,6 +288,7 @@ _WORDS = (
     ("top-1 agreed", "tokens after which both models find the same successor most likely"),
     ("flips", "tokens or questions that exactly one of the two models gets right: equal accuracy can "
      "hide many (Dutta et al. 2024)"),
+    (DELTA, "accuracy less that of the float model, on the same questions"),
     ("±", "one standard error, over windows of text, questions, or rounds of timing. Two rows differ "
      "for certain when their paired difference is well above two of its own errors"),
     ("≈", "cannot be told apart by KL: the paired difference from those rows is less than two of its "
@@ -311,7 +314,7 @@ def _models(comparison: Comparison, alike: _Alike) -> Section:
         Column("KL 99 %", "nats"),
         Column("top-1", "agreed"),
         Column("flips", "of tokens"),
-        *(Column(scores.task, unit) for scores in tasks for unit in ("accuracy", "less float", "flips")),
+        *(Column(scores.task, "accuracy, change, flips") for scores in tasks),
     )
     body = tuple(_model(row, rows[0], numbers, alike) for row in rows)
     caption = "All models. The headings sort; the float model stays on top."
@@ -358,11 +361,14 @@ def _model(row: Row, reference: Row, numbers: dict[str, int], alike: _Alike) -> 
     for scores in reference.tasks:
         mine = ours.get(scores.task)
         if mine is None:
-            cells += [Cell(MISSING)] * 3
+            cells.append(Cell(MISSING))
             continue
         against = compare_scores(mine, scores)
-        estimates = (against.accuracy, against.difference, against.flips)
-        cells += [estimate_cell(estimate, percent=True) for estimate in estimates]
+        changed = (
+            f"{DELTA} {estimate_text(against.difference, percent=True)}",
+            f"flips {estimate_text(against.flips, percent=True)}",
+        )
+        cells.append(estimate_cell(against.accuracy, changed * (row is not reference), percent=True))
     return tuple(cells)
 
 

@@ -13,7 +13,7 @@ from fewbits.estimate import Estimate
 
 _HEATS = 10  # shades of a heat map; page.css has a color for each
 MISSING = "\N{EN DASH}"  # stands where nothing was measured
-TIMES = "\N{MULTIPLICATION SIGN}"
+TIMES, DELTA = "\N{MULTIPLICATION SIGN}", "\N{GREEK CAPITAL LETTER DELTA}"
 
 
 @dataclass(frozen=True, slots=True)
