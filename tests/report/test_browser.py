@@ -15,7 +15,7 @@ import pytest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS, SCHEMES, KINDS = (390, 1400), ("light", "dark"), ("comparison", "run")
-TALLEST, COLORS = 2500, 128  # of a screenshot
+TALLEST, COLORS = 2500, 256  # of a screenshot
 LEAST_TEXT = 9  # pixels, of letters in plots
 A4_ACROSS = 1031  # CSS pixels of a landscape A4 page between margins of 12 mm
 
@@ -323,7 +323,9 @@ def screenshots(source: Path, folder: Path) -> None:
             height = min(TALLEST, page.evaluate("document.documentElement.scrollHeight"))
             clip = {"x": 0, "y": 0, "width": width, "height": height}
             shot = Image.open(BytesIO(page.screenshot(full_page=True, clip=clip)))
-            shot.quantize(COLORS).save(folder / f"report-{width}.png", optimize=True)
+            shot.quantize(COLORS, dither=Image.Dither.NONE).save(
+                folder / f"report-{width}.png", optimize=True
+            )
 
 
 if __name__ == "__main__":
