@@ -11,6 +11,7 @@ from torch import nn
 import fewbits
 from fewbits import QuantScheme, speed
 from fewbits.errors import InputError, ResourceError
+from fewbits.memory import watch_memory
 from fewbits.speed import (
     compare_speed,
     count_kernels,
@@ -18,7 +19,6 @@ from fewbits.speed import (
     measure_size,
     measure_speed,
     tensor_bytes,
-    watch_memory,
 )
 from models import tiny_checkpoint
 

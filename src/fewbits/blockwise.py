@@ -4,8 +4,6 @@ For every block: rewrite it (`transforms`), collect the Hessians of all inputs i
 matrix after matrix (`methods`), and take the samples through the rounded block.
 """
 
-import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from fewbits.affine import choose_qparams, quantize
 from fewbits.errors import InputError
 from fewbits.linear import ExpertLinears, float_weight
+from fewbits.memory import hand_back_memory
 from fewbits.methods import RTN, Method, WeightedRTN
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
@@ -260,7 +259,7 @@ class _Run:
         self._note_unseen(number, wiring, result)
         self._transform(number, block, wiring, pieces, result)
         stats = self._collect(number, block, wiring, pieces)
-        _hand_back_memory()  # of the run; what follows needs the most there is
+        hand_back_memory()  # of the run; what follows needs the most there is
         matrices = self._round(number, block, wiring, pieces, stats, result)
         del stats  # the largest there is
         self._note_changed(number, block, pieces, result)
@@ -519,13 +518,6 @@ class _Run:
                 kl = (p.exp() * (p - q)).sum(-1)
                 total, count = total + float(kl.sum()), count + kl.numel()
         return total / count
-
-
-def _hand_back_memory() -> None:
-    """Give the system what was freed: glibc keeps pieces up to 32 MB, 160 MB in all for a 1B shape."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # other C libraries have none
-        trim(0)
 
 
 def _equal(value: Tensor, source: Tensor) -> bool:

@@ -191,7 +191,7 @@ def compare(
         found = replace(found, **_inspect(folder, data, found.notes, progress))
     rows = [study.float_row()]
     for candidate in candidates:
-        rows.append(study.row(candidate, rows[0]))
+        rows.append(study.row(candidate))
         found = replace(found, rows=tuple(rows))
         _write_json(work / RESULTS, found.to_json())
     return found
@@ -355,7 +355,7 @@ class _Study:
             )  # fmt: skip
         return row
 
-    def row(self, candidate: Candidate, reference: Row) -> Row:
+    def row(self, candidate: Candidate) -> Row:
         """Quantize one candidate, if that was not done before, and measure it."""
         made = self._quantize(candidate)
         ledger, run = made.ledger, made.run

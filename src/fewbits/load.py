@@ -62,6 +62,7 @@ def load(
     weights = quantized_matrices(checkpoint, network)
     own = {name + suffix for name in weights for suffix in _SUFFIXES}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
+    checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
     dtype = dtype or _config_dtype(network) or checkpoint.dtype
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
     loaded = build(network, floats, absent, dtype, folder).to(device)

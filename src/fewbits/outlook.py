@@ -23,10 +23,10 @@ from fewbits.forecast import (
     forecast,
     forecast_quantized,
 )
+from fewbits.memory import memory_bytes as memory_bytes_now
 from fewbits.plan import Plan, Survey, make_plan, survey
 from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method, parse_override
 from fewbits.scheme import QuantScheme
-from fewbits.speed import memory_bytes as memory_bytes_now
 from fewbits.structure import text_config
 from fewbits.tensor import Note
 

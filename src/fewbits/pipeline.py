@@ -37,11 +37,11 @@ from fewbits.evaluate import load_tokenizer
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.load import load
+from fewbits.memory import memory_bytes, watch_memory
 from fewbits.methods import RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.speed import memory_bytes, watch_memory
 from fewbits.stream import fast_dtype
 from fewbits.structure import (
     EXPERT_PARAMETERS,

@@ -1,14 +1,10 @@
 """How large and how fast: bytes on disk and in memory, tokens per second, and which kernel runs."""
 
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from fewbits.errors import InputError, ResourceError
 from fewbits.estimate import Estimate, mean_estimate
 from fewbits.ledger import read_ledger
 from fewbits.linear import QuantizedLinear
+from fewbits.memory import STATUS
 from fewbits.structure import skeleton
 
 
@@ -206,7 +203,7 @@ def measure_resident(folder: Path, dtype: torch.dtype | None = None) -> int | No
     Raises:
         ResourceError: that process failed.
     """
-    if not _STATUS.exists():
+    if not STATUS.exists():
         return None
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
     command = [sys.executable, "-c", _RESIDENT, str(folder), name]
@@ -221,7 +218,7 @@ _RESIDENT = """
 import sys, torch
 from fewbits.checkpoint import open_checkpoint
 from fewbits.load import load
-from fewbits.speed import status_bytes
+from fewbits.memory import status_bytes
 from fewbits.structure import skeleton
 from pathlib import Path
 skeleton(open_checkpoint(Path(sys.argv[1])).config)  # the model's code does not count
@@ -233,66 +230,6 @@ with torch.no_grad():
     model(torch.zeros(1, 1, dtype=torch.int64))
 print(status_bytes("VmRSS") - before)
 """
-
-
-@dataclass(slots=True)
-class Memory:
-    """What this process took while it was watched.
-
-    Args:
-        before: bytes when it began: Python and its libraries.
-        peak: the most that was seen.
-        anonymous: whether pages of mapped files, which the system takes back when it needs them, are
-            left out; only Linux tells.
-    """
-
-    before: int
-    peak: int
-    anonymous: bool
-
-
-_SAMPLED_S = 0.02  # seconds between two looks at memory; not tuned
-
-
-@contextmanager
-def watch_memory() -> Iterator[Memory]:
-    """Follow the memory of this process, by looking many times a second."""
-    began = memory_bytes()
-    memory, stop = Memory(began, began, _STATUS.exists()), threading.Event()
-
-    def look() -> None:
-        while not stop.wait(_SAMPLED_S):
-            memory.peak = max(memory.peak, memory_bytes())
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        stop.set()
-        thread.join()
-        memory.peak = max(memory.peak, memory_bytes())
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def memory_bytes() -> int:
-    """Anonymous memory of this process now; where the system does not tell, its largest size so far."""
-    if _STATUS.exists():
-        return status_bytes("RssAnon")
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else 1024 * largest
-
-
-def status_bytes(key: str) -> int:
-    """What Linux says of this process: VmRSS, RssAnon, VmHWM.
-
-    >>> 0 < status_bytes("VmRSS") <= status_bytes("VmHWM")
-    True
-    """
-    lines = _STATUS.read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def count_kernels(model: nn.Module) -> dict[str, int]:

@@ -60,7 +60,9 @@ class Verification:
             )
 
 
-def verify(out: Path, source: Path | None = None, progress: Progress | None = None) -> Verification:
+def verify(
+    out: str | Path, source: str | Path | None = None, progress: Progress | None = None
+) -> Verification:
     """Compare every file, tensor and integer of a checkpoint with its ledger.
 
     Args:
@@ -71,6 +73,7 @@ def verify(out: Path, source: Path | None = None, progress: Progress | None = No
         InputError: `out` has no ledger.
         VerificationError: anything differs; all differences are named.
     """
+    out, source = Path(out), None if source is None else Path(source)
     try:
         ledger = read_ledger(out)
     except InputError as error:
