@@ -8,7 +8,7 @@ when it is run without weights.
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from fewbits.structure import (
     text_config,
 )
 from fewbits.tensor import Note
+from fewbits.wiring import signature
 
 FLOAT = "float"
 CALIBRATED = ("gptq", "awq", "awq+gptq", "weighted-rtn")
@@ -326,26 +327,75 @@ class Observed:
 def observe(model: nn.Module, context: int) -> Observed:
     """Run the model on the meta device, where nothing is computed, and see what it keeps of a sequence.
 
-    Its experts, whose order of work depends on values, are passed over.
+    Its experts, whose order of work depends on values, are passed over. Of blocks that are alike one is
+    run; where a model does not run with one block, all of them are.
     """
+    with suppress(Exception):  # models fail in as many ways as there are architectures
+        return _observe_kinds(model, context)
     found = Observed()
     for attention in (None, "eager"):
         try:
-            with _without_values(model), _watched(model, found), quiet_transformers(), torch.no_grad():
+            with _watched(model, found):
                 if attention is not None:
                     model.set_attn_implementation(attention)  # type: ignore[operator]
-                ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
-                output = model(ids, use_cache=True)
-        except Exception as error:  # models fail in as many ways as there are architectures
+                kept = _kept_elements(model, context)
+        except Exception as error:
             found.why = first_line(error)
             continue
-        cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
-        kept = {id(t): t.numel() for t in _tensors(cache, 0) if t.is_floating_point() and t.ndim > 1}
         if kept:
-            found.cache_elements = sum(kept.values())
+            found.cache_elements = kept
             return found
         found.why = "it keeps none that is understood"
     return found
+
+
+def _observe_kinds(model: nn.Module, context: int) -> Observed:
+    """One block of each kind stands for all; what is kept without any block is counted once."""
+    path = find_blocks(model)
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    kinds: dict[Any, list[int]] = {}
+    for number, block in enumerate(blocks):
+        kinds.setdefault(_kind(block), []).append(number)
+    parent, _, name = path.rpartition(".")
+    readers: dict[str, int] = {}
+    try:
+        setattr(model.get_submodule(parent), name, nn.ModuleList())
+        total = shared = _kept_elements(model, context)
+        for numbers in kinds.values():
+            setattr(model.get_submodule(parent), name, nn.ModuleList([blocks[numbers[0]]]))
+            one = Observed()
+            with _watched(model, one):
+                total += len(numbers) * (_kept_elements(model, context) - shared)
+            for reader, given in one.readers.items():
+                inside = reader.removeprefix(f"{path}.0.")
+                readers |= {f"{path}.{number}.{inside}": given for number in numbers}
+    finally:
+        setattr(model.get_submodule(parent), name, blocks)
+    if not total:
+        raise ValueError("it keeps nothing that is understood")
+    return Observed(total, readers=readers)
+
+
+def _kind(block: nn.Module) -> Any:
+    """What blocks that keep alike have in common: modules, shapes, settings; not their number."""
+    settings = [
+        (path, name, value)
+        for path, module in block.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str) and name not in ("layer_idx", "training")
+    ]
+    return signature(block), tuple(settings)
+
+
+def _kept_elements(model: nn.Module, context: int) -> int:
+    """Values that stay of a sequence in the model's cache; 0 where there is none that is understood."""
+    ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
+    with _without_values(model), quiet_transformers(), torch.no_grad():
+        output = model(ids, use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    kept = {id(t): t.numel() for t in _tensors(cache, 0) if t.is_floating_point() and t.ndim > 1}
+    return sum(kept.values())
 
 
 @contextmanager
@@ -453,14 +503,15 @@ def forecast(
         source[kind.component] += count * kind.source_bytes
     for made in plan.origins:
         source["head"] -= plan.info(made).size_bytes
-    rows = [Row(FLOAT, None, None, whole, 8 * whole / plan.parameters, source)]
+    parameters = plan.parameters
+    rows = [Row(FLOAT, None, None, whole, 8 * whole / parameters, source)]
     for choice in wanted:
-        rows.append(_row(choice, groups, letters, plan.parameters))
+        rows.append(_row(choice, groups, letters, parameters))
     if any(choice.method == "llm-int8" and choice.scheme.inputs is not None for choice in wanted):
         what = "columns that calibration keeps in 16 bit come on top; how many headers cannot tell"
         notes.append(Note("fact", "llm-int8", what))
     result = Forecast(
-        name, hash_json(checkpoint.config), plan.parameters, None, device, context, batch,
+        name, hash_json(checkpoint.config), parameters, None, device, context, batch,
         _cache_bytes(observed, batch, itemsize), overhead, memory_bytes, rows, notes=notes,
     )  # fmt: skip
     if cost is not None:

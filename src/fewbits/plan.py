@@ -218,7 +218,8 @@ def _check_experts(
     for (module, parameter), parts in joined.items():
         experts = model.get_submodule(module).get_parameter(parameter).shape[0]
         there = {(matrix.expert, matrix.part) for matrix in parts}
-        needed = {(i, part) for i in range(experts) for part in {m.part for m in parts}}
+        kinds = {matrix.part for matrix in parts}
+        needed = {(i, part) for i in range(experts) for part in kinds}
         if there != needed:
             expert = min(there ^ needed)[0]
             raise InputError(

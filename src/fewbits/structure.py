@@ -12,9 +12,10 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,20 +248,24 @@ def find_matrices(
     pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
     for name, target in targets.items():
         path, _, parameter = map(sys.intern, target.parameter.rpartition("."))
-        owner = modules[path]
-        matrix = _matrix(name, path, parameter, owner, target, shapes[name])
+        number = pattern.match(target.parameter)
+        block = int(number[1]) if number else None
+        make = partial(Matrix, name, path, parameter, block=block, head=path == head)
+        matrix = _matrix(make, parameter, modules[path], target, shapes[name])
         if isinstance(matrix, str):
             notes.append(Note("skip", name, matrix))
         elif matrix is not None:
-            number = pattern.match(target.parameter)
-            block = int(number[1]) if number else None
-            matrices[name] = replace(matrix, block=block, head=path == head)
+            matrices[name] = matrix
     _check_coverage(model.get_submodule(blocks), blocks, matrices)
     return matrices, notes
 
 
 def _matrix(
-    name: str, path: str, parameter: str, owner: nn.Module, target: _Target, shape: tuple[int, ...]
+    make: Callable[..., Matrix],
+    parameter: str,
+    owner: nn.Module,
+    target: _Target,
+    shape: tuple[int, ...],
 ) -> Matrix | str | None:
     """The matrix; why a candidate is left in float; None for what is no matrix at all."""
     fused = is_experts(owner) and parameter in EXPERT_PARAMETERS
@@ -274,18 +279,18 @@ def _matrix(
         if index is None:
             return f"its expert's number is not found by {target.pattern!r}: left in float"
         part = target.converter.source_patterns.index(target.pattern)
-        return Matrix(name, path, parameter, "expert", shape, expert=int(index[1]), part=part)
+        return make("expert", shape, expert=int(index[1]), part=part)
     if fused:
         if len(shape) != 3:
             return f"experts of shape {shape} are not understood: left in float"
-        return Matrix(name, path, parameter, "expert", shape, transposed=bool(owner.is_transposed))
+        return make("expert", shape, transposed=bool(owner.is_transposed))
     if parameter != "weight" or len(shape) != 2:
         return None
     if is_conv1d(owner):
-        return Matrix(name, path, parameter, "conv1d", shape, transposed=True)
+        return make("conv1d", shape, transposed=True)
     if is_linear(owner):
         own = type(owner).forward is not nn.Linear.forward
-        return Matrix(name, path, parameter, "linear", shape, own_forward=own)
+        return make("linear", shape, own_forward=own)
     if isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} does more than multiply by its weight: left in float"
     return None
