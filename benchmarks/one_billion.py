@@ -1,8 +1,8 @@
 """Speed and memory columns of the trade-off table for a random model in the shape of 1B models.
 
 The reference model is so small that its speed is overhead; this one is bound by what it computes and
-reads, and its quality means nothing. Asserted are ratios measured in this run: 8 bits take at most 0.55
-and 4 bits at most 0.35 of the source's resident memory, and neither decodes slower than bfloat16.
+reads, and its quality means nothing. Asserted are ratios measured in this run: 8 bits take at most 0.65
+and 4 bits at most 0.45 of the source's resident memory, and neither decodes slower than bfloat16.
 
 Run, with nothing else on the machine:  python benchmarks/one_billion.py [FOLDER]
 """
@@ -16,7 +16,7 @@ import torch
 from memory import VOCABULARY, make_checkpoint
 
 BLOCKS = 16
-RESIDENT = {"int8": 0.55, "rtn-w4-g128": 0.35}  # of the source's; embeddings and head stay in 16 bit
+RESIDENT = {"int8": 0.65, "rtn-w4-g128": 0.45}  # of the source's; embeddings and head stay in 16 bit
 
 
 def main() -> None:
@@ -28,15 +28,16 @@ def main() -> None:
 
     import fewbits
     from fewbits.compare import Candidate
-    from fewbits.report.table import comparison_facts, comparison_table
+    from fewbits.report.table import comparison_facts, comparison_tables
 
     ids = torch.randint(VOCABULARY, (4, 512), generator=torch.Generator().manual_seed(0))
-    candidates = Candidate.all(["int8-tensor", "int8", "llm-int8", "rtn"], [4, 3])
+    candidates = Candidate.all(["int8", "llm-int8", "rtn"], [4])
     found = fewbits.compare(
         model, folder / "compare", candidates=candidates, text=None, calibration=ids, inspect=False
     )
     console = Console(width=200, soft_wrap=True)
-    console.print(comparison_table(found))
+    for table in comparison_tables(found):
+        console.print(table)
     for line in comparison_facts(found):
         console.print(line, highlight=False)
     source = found.rows[0]

@@ -345,3 +345,76 @@ def test_the_reference_model_is_calibrated_on_a_text_file(text, tmp_path):
     assert "KL so far" in result.stdout
     blocks = json.loads((out / "fewbits.json").read_text())["blocks"]
     assert [len(block["matrices"]) for block in blocks] == [7] * 6
+
+
+# -- compare, and pages --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text("abcdefghijklmnopqrstuvwxyz" * 40)
+    return file
+
+
+def compared(model, words, work, *more):
+    given = ["--text", words, "--calibration", words, "--samples", 4, "--seq-len", 32, "--no-speed"]
+    return run("compare", model, *given, "--group-size", 32, "--work", work, *more)
+
+
+def test_compare_prints_tables_writes_a_page_and_keeps_what_it_measured(model, words, tmp_path):
+    page = tmp_path / "report.html"
+    methods = ("--methods", "int8,rtn,gptq", "--bits", "4,3")
+    result = compared(model, words, tmp_path / "work", *methods, "--html", page)
+    assert result.exit_code == 0, result.output
+    names = ["float", "int8", "rtn-w4-g32", "gptq-w4-g32", "rtn-w3-g32", "gptq-w3-g32"]
+    value = json.loads((tmp_path / "work/compare.json").read_text())
+    assert [row["name"] for row in value["rows"]] == names
+    for name in names:
+        assert name in result.stdout
+        assert name in page.read_text()
+    assert "fewbits compare" in page.read_text()
+    assert str(tmp_path) not in page.read_text()
+    again = compared(model, words, tmp_path / "work", *methods, "--json")
+    rows = json.loads(again.stdout)["rows"]
+    assert [row["evaluation"] for row in rows] == [row["evaluation"] for row in value["rows"]]
+    assert all(row["reused"] == ["evaluation"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("more", "words_of_it"),
+    [
+        (("--methods", "gqtp"), ("gqtp", "accepted")),
+        (("--methods", "int8,int8"), ("int8", "twice")),
+        (("--bits", "5"), ("5", "2, 3, 4 and 8")),
+        (("--bits", "four"), ("--bits", "four")),
+        (("--limit", "0"), ("--limit is 0",)),
+        (("--tasks", "hellaswag", "--task-data", "nowhere"), ("nowhere",)),
+        (("--html", "nowhere/report.html"), ("--html", "nowhere")),
+        (("--html", "report.txt"), ("--html", ".html")),
+        (("--group-size", "7"), ("7", "accepted")),
+    ],
+)
+def test_compare_refuses_what_it_cannot_do_before_any_work(model, words, tmp_path, more, words_of_it):
+    refused(compared(model, words, tmp_path / "work", *more), *words_of_it)
+    assert not (tmp_path / "work").exists()
+
+
+def test_quantize_writes_its_page_beside_the_model_and_verify_does_not_mind(model, tmp_path):
+    assert run("quantize", model, tmp_path / "out", "--method", "int8").exit_code == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "w8-channel" in page
+    assert run("verify", tmp_path / "out", "--source", model).exit_code == 0
+    other = tmp_path / "elsewhere.html"
+    done = run("quantize", model, tmp_path / "out2", "--method", "int8", "--html", other)
+    assert done.exit_code == 0
+    assert other.is_file()
+    assert not (tmp_path / "out2/report.html").exists()
+
+
+def test_a_page_that_cannot_be_drawn_is_a_line_and_no_failure(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("quantize", model, tmp_path / "out", "--method", "int8")
+    assert done.exit_code == 0
+    assert "skip: no report.html" in done.stdout
+    assert "fewbits[report]" in done.stdout

@@ -440,3 +440,47 @@ def test_blocks_that_are_no_llamas_are_found(ids):
 def test_the_tokenizer_is_the_models_own(model):
     assert len(load_tokenizer(model)) == VOCABULARY
     assert load(model).config.vocab_size == VOCABULARY
+
+
+# -- tasks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Twelve questions in HellaSwag's text layout."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    parts = (
+        f"do: it {i}\n{i % 4}\n" + "".join(f"{letter * 3} {i}\n" for letter in "abcd") for i in range(12)
+    )
+    (folder / "hellaswag_valid.txt").write_text("".join(parts))
+    return folder
+
+
+def test_tasks_are_scored_once_and_compared_question_by_question(
+    model, tmp_path, questions, monkeypatch
+):
+    options = {"tasks": ("hellaswag",), "task_data": questions, "text": None, "inspect": False}
+    found = study(model, tmp_path / "work", ["rtn=w3-g32"], **options)
+    source, row = found.rows
+    assert [each.task for each in row.tasks] == ["hellaswag"]
+    assert len(row.tasks[0].correct) == 12
+    assert row.tasks[0].sha256 == source.tasks[0].sha256
+    assert any("written" in note for note in row.notes)  # what the layout changes is said
+    (difference,) = found.differences() or (None,)
+    assert difference is None  # one quantized row: no two to tell apart
+
+    monkeypatch.setattr(module, "evaluate_tasks", None)
+    again = study(model, tmp_path / "work", ["rtn=w3-g32"], **options)
+    assert again.rows[1].tasks == row.tasks
+    assert again.rows[1].reused == ("tasks",)
+
+
+def test_other_questions_are_scored_again(model, tmp_path, questions):
+    options = {"tasks": ("hellaswag",), "task_data": questions, "text": None, "inspect": False}
+    first = study(model, tmp_path / "work", ["rtn=w3-g32"], **options)
+    file = questions / "hellaswag_valid.txt"
+    file.write_text(file.read_text().replace("do: it 3", "do: it again"))
+    second = study(model, tmp_path / "work", ["rtn=w3-g32"], **options)
+    assert second.rows[1].reused == ()
+    assert second.rows[1].tasks[0].sha256 != first.rows[1].tasks[0].sha256

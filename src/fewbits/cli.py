@@ -518,7 +518,7 @@ def compare(
     from fewbits.compare import Candidate
     from fewbits.compare import compare as run
     from fewbits.report.page import check_page, comparison_page, write_page
-    from fewbits.report.table import comparison_facts, comparison_table
+    from fewbits.report.table import comparison_facts, comparison_tables
 
     if html is not None:
         check_page(html)
@@ -552,7 +552,8 @@ def compare(
     if json_:
         _print_json(found.to_json())
         return
-    wide.print(comparison_table(found))
+    for table in comparison_tables(found):
+        wide.print(table, "")
     for line in comparison_facts(found):
         out.print(line, highlight=False)
     _print_notes(list(found.notes))

@@ -17,6 +17,7 @@ from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
 from fewbits.errors import InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
+from fewbits.memory import hand_back_memory
 from fewbits.structure import (
     Matrix,
     find_matrices,
@@ -72,6 +73,7 @@ def load(
         check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
         put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
     checkpoint.close()
+    hand_back_memory()  # of unpacking: it was as much as the codes take
     return loaded.eval()
 
 
@@ -179,6 +181,8 @@ def _read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor
         for suffix in _SUFFIXES
         if name + suffix in checkpoint.tensors
     }
+    # What kernels keep as it is must not keep the file mapped, or the pages of codes stay too.
+    tensors = {k: t.clone() if t.is_floating_point() else t for k, t in tensors.items()}
     if not matrix.stacked:
         return [layout.read(name, tensors, scheme)]
     pieces = [{k: t[i] for k, t in tensors.items()} for i in range(matrix.shape[0])]

@@ -85,52 +85,69 @@ def _percent(estimate: Estimate | None) -> str:
     return f"{Estimate(100 * estimate.value, error)} %"
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """A numbered row for each model; columns that nothing was measured for are left out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    rows = comparison.rows
-    numbers = {row.name: i for i, row in enumerate(rows)}
-    cells = [_comparison_cells(row, rows[0], comparison, numbers) for row in rows]
-    headings = [h for h in cells[-1] if any(line.get(h) for line in cells)]
-    for heading in headings:
-        left = heading in ("model", "scheme")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for line in cells:
-        table.add_row(*(line.get(heading, "") for heading in headings))
-    return table
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """What each model takes, how good it is, how it does on tasks; as far as it was measured."""
+    rows, tables = comparison.rows, []
+    for lines in (
+        [_cost_cells(row) for row in rows],
+        [_quality_cells(row, comparison) for row in rows],
+        [_task_cells(row, rows[0]) for row in rows],
+    ):
+        headings = [h for h in lines[-1] if any(line.get(h) for line in lines)]
+        if not headings:
+            continue
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("#", justify="right", no_wrap=True)
+        table.add_column("model", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
+        for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
+            table.add_row(str(number), row.name, *(line.get(heading, "") for heading in headings))
+        tables.append(table)
+    return tables
 
 
-def _comparison_cells(
-    row: ComparisonRow, source: ComparisonRow, comparison: Comparison, numbers: dict[str, int]
-) -> dict[str, str]:
-    speed, quality = row.speed, row.evaluation
-    cells = {
-        "#": str(numbers[row.name]),
-        "model": row.name,
-        "scheme": "" if row.name.endswith(row.scheme) else row.scheme,
+def _cost_cells(row: ComparisonRow) -> dict[str, str]:
+    speed = row.speed
+    return {
+        "scheme": row.scheme,
         "bits/weight": f"{row.bits_per_weight:.2f}",
         "size": bytes_text(row.weight_bytes),
         "resident": "" if row.resident_bytes is None else bytes_text(row.resident_bytes),
-        "prefill": "" if speed is None else f"{speed.prefill:.0f}/s",
-        "x": _cell(row.prefill_ratio),
-        "decode": "" if speed is None else f"{speed.decode:.0f}/s",
-        "x ": _cell(row.decode_ratio),
+        "prefill tok/s": "" if speed is None else f"{speed.prefill:.0f}",
+        "times bf16": _cell(row.prefill_ratio),
+        "decode tok/s": "" if speed is None else f"{speed.decode:.0f}",
+        "times bf16 ": _cell(row.decode_ratio),
+        "made in": "" if row.quantize_s is None else f"{row.quantize_s:.3g} s",
     }
-    if quality is not None:
-        cells |= {
-            "perplexity": str(quality.perplexity),
-            "ratio": _cell(quality.perplexity_ratio),
-            "KL (nats)": _cell(quality.kl),
-            "as good as": ", ".join(str(numbers[n]) for n in comparison.within_noise_of(row.name)),
-            "top-1 agreed": _percent(quality.top1_agreement),
-            "flips": _percent(quality.flips),
-        }
+
+
+def _quality_cells(row: ComparisonRow, comparison: Comparison) -> dict[str, str]:
+    quality = row.evaluation
+    if quality is None:
+        return {}
+    numbers = {other.name: str(i) for i, other in enumerate(comparison.rows)}
+    alike = [numbers[name] for name in comparison.within_noise_of(row.name)]
+    return {
+        "perplexity": str(quality.perplexity),
+        "ratio": _cell(quality.perplexity_ratio),
+        "KL (nats)": _cell(quality.kl),
+        "as good as": ", ".join(alike),
+        "KL 99 %": _cell(quality.kl_99),
+        "top-1 agreed": _percent(quality.top1_agreement),
+        "flips": _percent(quality.flips),
+    }
+
+
+def _task_cells(row: ComparisonRow, source: ComparisonRow) -> dict[str, str]:
+    cells = {}
     for ours, theirs in zip(row.tasks, source.tasks, strict=False):
+        paired = compare_scores(ours, theirs)
         cells[ours.task] = _percent(ours.accuracy)
-        if row.name != source.name:
-            paired = compare_scores(ours, theirs)
-            cells[f"{ours.task}, more"] = _percent(paired.difference)
-            cells[f"{ours.task}, flips"] = _percent(paired.flips)
+        if row is not source:
+            cells[f"{ours.task}: more"] = _percent(paired.difference)
+            cells[f"{ours.task}: flips"] = _percent(paired.flips)
+            cells[f"{ours.task}: changed"] = _percent(paired.changed)
     return cells
 
 
