@@ -226,8 +226,8 @@ def comparison_facts(comparison: Comparison) -> list[str]:
     if speed is not None:
         machine = comparison.machine
         facts.append(
-            f"prefill of {speed.prompt} tokens, decoding of {speed.new_tokens}; x: over the source in "
-            f"bfloat16, timed in turn; {machine['processor']}, {speed.threads} threads"
+            f"prefill of {speed.prompt} tokens, decoding of {speed.new_tokens}; times bf16: over the "
+            f"source in bfloat16, timed in turn; {machine['processor']}, {speed.threads} threads"
         )
     if comparison.model["parameters"] < _SMALL:
         facts.append("a model this small is slowed by overhead, not by its weights")
