@@ -362,8 +362,11 @@ def compared(model, words, work, *more):
     return run("compare", model, *given, "--group-size", 32, "--work", work, *more)
 
 
-def test_compare_prints_tables_writes_a_page_and_keeps_what_it_measured(model, words, tmp_path):
+def test_compare_prints_tables_writes_a_page_and_keeps_what_it_measured(
+    model, words, tmp_path, monkeypatch
+):
     page = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["fewbits", "compare", str(model), "--html", str(page)])
     methods = ("--methods", "int8,rtn,gptq", "--bits", "4,3")
     result = compared(model, words, tmp_path / "work", *methods, "--html", page)
     assert result.exit_code == 0, result.output
@@ -373,7 +376,7 @@ def test_compare_prints_tables_writes_a_page_and_keeps_what_it_measured(model, w
     for name in names:
         assert name in result.stdout
         assert name in page.read_text()
-    assert "fewbits compare" in page.read_text()
+    assert "fewbits compare llama --html report.html" in page.read_text()
     assert str(tmp_path) not in page.read_text()
     again = compared(model, words, tmp_path / "work", *methods, "--json")
     rows = json.loads(again.stdout)["rows"]

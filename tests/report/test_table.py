@@ -82,7 +82,7 @@ def test_a_comparison_shows_every_figure_of_every_row():
 
 
 def test_tables_of_what_was_not_measured_are_left_out():
-    found = without(comparison(), "tasks", "evaluation", "speed")
+    found = without(comparison(), "tasks", "text", "speed")
     assert len(comparison_tables(found)) == 1
     assert not any("KL" in line or "tok/s" in line for line in lines_of(found))
 
