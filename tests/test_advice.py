@@ -125,7 +125,9 @@ def compared(**ratios: tuple[float, int]) -> dict:
     rows = [{"name": FLOAT, "weight_bytes": 16 * GB, "evaluation": None}]
     for name, (value, size) in ratios.items():
         ratio = {"value": value, "error": 0.0004}
-        rows.append({"name": name, "weight_bytes": size, "evaluation": {"perplexity_ratio": ratio}})
+        scheme = "w8-channel" if name == "int8" else "w4-g128"
+        evaluation = {"perplexity_ratio": ratio}
+        rows.append({"name": name, "scheme": scheme, "weight_bytes": size, "evaluation": evaluation})
     return {"model": {"name": "m", "config_sha256": "c0ffee"}, "rows": rows}
 
 
@@ -150,6 +152,13 @@ def test_where_all_that_was_measured_loses_too_much_the_advice_is_not_to_quantiz
     assert advise(forecast_of(8e9), None, measured).verdict == "do not quantize"
     assert advise(forecast_of(8e9, 20 * GB), None, measured).verdict == "do not quantize"
     assert advise(forecast_of(8e9, 9 * GB), None, measured).verdict.startswith("take a smaller")
+
+
+def test_without_8_bits_measured_nobody_is_told_not_to_quantize():
+    advice = advise(forecast_of(8e9, 9 * GB), None, compared(gptq=(1.05, 4 * GB)))
+    assert advice.verdict == advise(forecast_of(8e9, 9 * GB)).verdict
+    assert not advice.measured
+    assert any("no 8 bits were measured" in remark.reason for remark in advice.remarks)
 
 
 def test_what_the_model_is_for_stands_whatever_was_measured():
@@ -181,3 +190,13 @@ def test_a_file_that_is_no_comparison_is_refused(tmp_path, text):
         read_measured(path, "x")
     with pytest.raises(InputError, match="cannot be read"):
         read_measured(tmp_path / "missing.json", "x")
+
+
+@pytest.mark.parametrize("broken", [["x"], {"perplexity_ratio": {"value": None, "error": 0}}, {}])
+def test_broken_measurements_are_refused_in_one_line(tmp_path, broken):
+    value = compared(gptq=(1.0, 4 * GB))
+    value["rows"][1]["evaluation"] = broken
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match="no result of fewbits compare"):
+        read_measured(path, "c0ffee")

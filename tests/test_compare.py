@@ -484,3 +484,38 @@ def test_other_questions_are_scored_again(model, tmp_path, questions):
     second = study(model, tmp_path / "work", ["rtn=w3-g32"], **options)
     assert second.rows[1].reused == ()
     assert second.rows[1].tasks[0].sha256 != first.rows[1].tasks[0].sha256
+
+
+def test_a_result_stays_until_the_next_one_is_whole(model, tmp_path):
+    work = tmp_path / "work"
+    study(model, work, ["int8", "rtn=w4-g32"])
+    before = (work / "compare.json").read_bytes()
+
+    def stop(what, done, total):
+        if what.startswith("rtn-w3"):
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        study(model, work, ["int8", "rtn=w3-g32"], progress=stop)
+    assert (work / "compare.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], [FLOAT], ["../a"]])
+def test_candidates_of_ones_own_need_names_that_rows_and_folders_can_have(model, tmp_path, names):
+    candidates = [Candidate(name, "rtn", QuantScheme(4, "group", 32)) for name in names]
+    with pytest.raises(InputError, match="candidate"):
+        compare(model, tmp_path / "work", candidates=candidates, **OPTIONS)
+    assert not (tmp_path / "work").exists()
+
+
+def test_llm_int8_with_columns_found_in_each_call_needs_no_calibration():
+    (candidate,) = Candidate.all(["llm-int8=w8-channel-a8-token-t6"])
+    assert not candidate.recipe.needs_calibration
+    (candidate,) = Candidate.all(["llm-int8"])
+    assert candidate.recipe.needs_calibration
+
+
+def test_one_window_tells_nobody_apart_and_says_nothing_of_it(model, tmp_path):
+    found = study(model, tmp_path / "work", ["int8", "rtn=w4-g32"], limit=1)
+    assert found.rows[0].evaluation.windows == 1
+    assert found.within_noise_of("int8") == []

@@ -398,3 +398,11 @@ def test_headers_of_a_large_model_take_less_than_500_megabytes(tmp_path, name):
     assert value["source_bytes"] == pytest.approx(source, rel=0.01)
     assert value["forecast"]["kv_cache_bytes"] is not None
     assert any("headers only" in note for note in value["notes"])
+
+
+def test_advice_goes_by_all_methods_whatever_rows_are_shown(checkpoint):
+    folder = checkpoint("llama")
+    asked = {"memory_bytes": 10**9, "measure": False}
+    whole = look_ahead(folder, **asked)
+    for narrower in ({"method": "gptq"}, {"bits": 3}):
+        assert look_ahead(folder, **asked, **narrower).advice.verdict == whole.advice.verdict

@@ -170,16 +170,13 @@ def advise(
     others = [remarks[rule.name] for rule in matching if not rule.stands]
     found = None if measured is None else _from_measured(measured, forecast)
     ordered = [*standing, *([] if found is None else [found]), *others]
-    first = next(remark for remark in ordered if remark.verdict is not None)
+    first = next((remark for remark in ordered if remark.verdict is not None), None)
+    if first is None:
+        return Advice("no rule speaks of this case: compare methods on it", False, tuple(ordered))
     return Advice(str(first.verdict), first is found, tuple(ordered))
 
 
 # -- measured numbers --------------------------------------------------------------------------------
-
-
-def default_measured(name: str) -> Path:
-    """Where `fewbits compare` leaves what it measured of a model."""
-    return Path("fewbits-compare") / name / "compare.json"
 
 
 def read_measured(path: Path, config_sha256: str) -> tuple[dict[str, Any] | None, str | None]:
@@ -191,7 +188,11 @@ def read_measured(path: Path, config_sha256: str) -> tuple[dict[str, Any] | None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         other = value["model"]["config_sha256"]
-        rows = [(row["name"], row["weight_bytes"], row["evaluation"]) for row in value["rows"]]
+        measured = [row for row in value["rows"] if row["evaluation"] is not None]
+        for row in measured:
+            ratio = row["evaluation"]["perplexity_ratio"]
+            float(ratio["value"]), float(ratio["error"] or 0), int(row["weight_bytes"])
+            row["name"].strip(), row["scheme"].strip()
     except OSError as error:
         raise InputError(f"--measured {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -200,7 +201,7 @@ def read_measured(path: Path, config_sha256: str) -> tuple[dict[str, Any] | None
         ) from None
     if other != config_sha256:
         return None, f"{path} measured another model (its config differs): not used"
-    if not any(evaluation is not None for *_, evaluation in rows):
+    if not measured:
         return None, f"{path} holds no evaluation: not used"
     return value, None
 
@@ -221,16 +222,23 @@ def _from_measured(measured: dict[str, Any], forecast: Forecast) -> Remark:
     if good:
         best = min(good, key=lambda name: good[name])
         reason = (
-            f"measured on this model: {best} is the smallest that fits and loses at most "
+            f"measured on a model with this config: {best} is the smallest that fits and loses at most "
             f"{TOLERANCE:.0%} of perplexity (ratios to float: {told})"
         )
         return Remark("measured", best, reason, source)
+    rows = [row for row in measured["rows"] if row["name"] in ratios]
+    if not any(row["scheme"].startswith("w8") for row in rows):
+        reason = (
+            f"measured on a model with this config: none of these rows loses at most {TOLERANCE:.0%} of "
+            f"perplexity and fits, but no 8 bits were measured (ratios to float: {told or 'none'})"
+        )
+        return Remark("measured", None, reason, source)
     fits = "" if forecast.memory_bytes is None else " and fits"
     float_fits = forecast.rows[0].weight_bytes <= room
     verdict = "do not quantize" if float_fits else "take a smaller model, or more memory"
     reason = (
-        f"measured on this model: no row loses at most {TOLERANCE:.0%} of perplexity{fits} (ratios to "
-        f"float: {told or 'none'})"
+        f"measured on a model with this config: no row loses at most {TOLERANCE:.0%} of "
+        f"perplexity{fits} (ratios to float: {told or 'none'})"
     )
     return Remark("measured", verdict, reason, source)
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewbits.errors import FewbitsError, InputError
+from fewbits.errors import FewbitsError, InputError, ResourceError
 from fewbits.scheme import InputScheme, QuantScheme
 
 # Imports make a million objects that stay: looking through them again and again took a tenth of
@@ -127,7 +127,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {error}", highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            err.print("interrupted: nothing was left behind; the same command starts again")
+            kept = function.__name__ == "compare"
+            what = "what was finished is kept" if kept else "nothing was left behind"
+            err.print(f"interrupted: {what}; the same command {'goes on' if kept else 'starts again'}")
             raise typer.Exit(130) from None
 
     return app.command()(run)
@@ -164,7 +166,7 @@ def _bytes(text: str | None, option: str = "--max-memory") -> int | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
     size = 0 if match is None else float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")
-    if size < 1:
+    if not 1 <= size < float("inf"):
         raise InputError(f"{option} is {text!r}; accepted are sizes like 6GB and 500MB")
     return int(size)
 
@@ -320,7 +322,7 @@ def quantize(
     calibrated = calibration is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
-    if html is not None:
+    if html is not None and html.parent != out_folder:
         check_page(html)
     with _progress() as progress:
         result = run(
@@ -342,7 +344,7 @@ def quantize(
     try:
         check_page(page)
         write_page(run_page(result, _own_command()), page)
-    except InputError as error:  # the checkpoint is done and verified: no reason to fail now
+    except (InputError, ResourceError) as error:  # the checkpoint is done and verified: do not fail now
         missing = f"skip: no report.html: {error}"
     if json_:
         _print_json(result.to_json())
@@ -517,6 +519,7 @@ def compare(
     """Quantize MODEL by several methods and show what each costs: memory, speed and quality."""
     from fewbits.compare import Candidate
     from fewbits.compare import compare as run
+    from fewbits.comparison import default_work
     from fewbits.report.page import check_page, comparison_page, write_page
     from fewbits.report.table import comparison_facts, comparison_tables
 
@@ -527,7 +530,7 @@ def compare(
         raise InputError(f"--eval-len is {eval_len}; windows need at least 3 tokens")
     chosen = None if methods is None else _listed(methods)
     candidates = Candidate.all(chosen, [_number("--bits", n) for n in _listed(bits)], group_size)
-    folder = work or Path("fewbits-compare", Path(model).resolve().name)
+    folder = work or default_work(model)
     with _progress() as progress:
         found = run(
             model,
@@ -716,7 +719,10 @@ def _positive(**options: int | None) -> None:
 
 def _own_command() -> str:
     """What was typed, for the page, but for folders on the way to files."""
-    words = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(option + equals + (Path(value).name if os.path.isabs(value) else value))
     return "fewbits " + shlex.join(words)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,13 @@ from fewbits.checkpoint import (
     read_json,
     resolve,
 )
-from fewbits.comparison import FLOAT, Comparison, Row
+from fewbits.comparison import FLOAT, RESULTS, Comparison, Row
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate
 from fewbits.evaluate import DEFAULT_LENGTH, Evaluation, check_windows, evaluate, load_tokenizer
 from fewbits.ledger import Ledger, plain
 from fewbits.load import kernel_notes, load
+from fewbits.methods import LLMInt8
 from fewbits.outliers import inspect_outliers, weight_outliers
 from fewbits.pipeline import Quantized, quantize
 from fewbits.plan import Plan, make_plan
@@ -49,7 +51,7 @@ from fewbits.structure import find_blocks, skeleton, text_config
 from fewbits.tasks import TaskScores, check_tasks, evaluate_tasks
 from fewbits.text import Text, read_text, windows
 
-RESULTS, MEASURED = "compare.json", "measured"  # in the work folder
+MEASURED, PARTIAL = "measured", "compare.partial.json"  # in the work folder
 METHODS = ("int8-tensor", "int8", "llm-int8", "rtn", "gptq", "awq", "awq+gptq")
 BITS = (4,)
 _EIGHT = {
@@ -58,6 +60,7 @@ _EIGHT = {
     "llm-int8": ("llm-int8", replace(LLM_INT8_SCHEME, inputs=InputScheme(static=True))),
 }
 _TRACED = 4096  # tokens on which the states behind each block are compared; not tuned
+_KEYS = {"evaluation": {"evaluation", "block_errors"}, "tasks": {"tasks"}}
 _OTHER_SEED = 1  # added to the seed where text and calibration are both the model's own
 _SELF_SAMPLES = 64  # windows that the model writes to be judged on; not tuned
 
@@ -90,6 +93,7 @@ class Candidate:
             InputError: a name that is none of these, or one of them twice.
         """
         found: list[Self] = []
+        bits = list(BITS) if bits is None else bits
         for text in METHODS if methods is None else methods:
             method, equals, label = text.partition("=")
             if text in _EIGHT:
@@ -97,7 +101,10 @@ class Candidate:
             elif equals:
                 found.append(cls._of(method, QuantScheme.parse(label)))
             else:
-                found += [cls._of(method, _grouped(number, group_size)) for number in bits or BITS]
+                found += [
+                    cls._of(method, _grouped(number, group_size))
+                    for number in (BITS if bits is None else bits)
+                ]
         found.sort(key=lambda candidate: -candidate.scheme.bits)
         names = [candidate.name for candidate in found]
         twice = {name for name in names if names.count(name) > 1}
@@ -117,8 +124,19 @@ class Candidate:
         """As `quantize` makes it."""
         transforms, method = parse_method(self.method)
         if self.method == "llm-int8":
-            method = type(method)(static=True)  # type: ignore[call-arg]
+            inputs = self.scheme.inputs
+            method = LLMInt8(static=inputs is not None and inputs.static)
         return Recipe(method, self.scheme, transforms=transforms)
+
+
+def _check_candidates(candidates: list[Candidate]) -> None:
+    """Names are those of rows and folders."""
+    names = [candidate.name for candidate in candidates]
+    if not names:
+        raise InputError("no candidate is given; accepted are those of Candidate.all, or None for all")
+    for name in names:
+        if names.count(name) > 1 or name == FLOAT or not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(f"candidate {name!r}; accepted are names once, of letters, digits, . + - _")
 
 
 def _grouped(bits: int, group_size: str) -> QuantScheme:
@@ -169,7 +187,8 @@ def compare(
         InputError: anything that can be known before the work.
         ResourceError: the disk failed; the same call goes on with what is there.
     """
-    candidates = candidates or Candidate.all()
+    candidates = Candidate.all() if candidates is None else candidates
+    _check_candidates(candidates)
     folder, work = resolve(model), Path(work)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
@@ -179,6 +198,7 @@ def compare(
         raise InputError(f"task limit is {task_limit}; accepted are numbers of questions from 1")
     if tasks:
         check_tasks(tasks, task_data, shots)
+        load_tokenizer(folder)
     judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
     data = None
     if any(candidate.recipe.needs_calibration for candidate in candidates):
@@ -193,7 +213,10 @@ def compare(
     for candidate in candidates:
         rows.append(study.row(candidate))
         found = replace(found, rows=tuple(rows))
-        _write_json(work / RESULTS, found.to_json())
+        _write_json(work / PARTIAL, found.to_json())
+    os.replace(
+        work / PARTIAL, work / RESULTS
+    )  # a result of an earlier run stays until this one is whole
     return found
 
 
@@ -432,7 +455,10 @@ class _Study:
         digest = hash_json({"asked": asked, "version": version("fewbits")})
         path = self.work / MEASURED / f"{kind}-{digest[:16]}.json"
         if path.is_file():
-            return read_json(path), True
+            value = read_json(path)
+            if value.keys() != _KEYS[kind]:
+                raise InputError(f"{path} is no measurement; without the file it is made again")
+            return value, True
         value = measure()
         _write_json(path, value)
         return value, False

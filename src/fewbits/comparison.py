@@ -13,6 +13,18 @@ from fewbits.speed import Speed
 from fewbits.tasks import TaskScores, compare_scores
 
 FLOAT = "float"  # name of the first row, the source
+RESULTS = "compare.json"  # in the work folder
+
+
+def default_work(model: str | Path) -> Path:
+    """Where the quantized models of a comparison go, and what was measured of them.
+
+    >>> default_work("owner/name").as_posix()
+    'fewbits-compare/owner--name'
+    """
+    folder = Path(model)
+    name = folder.resolve().name if folder.is_dir() else str(model).replace("/", "--")
+    return Path("fewbits-compare", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +115,7 @@ class Comparison:
     Args:
         model: name, parameters, dtype, weight_bytes and config_sha256 of the source.
         rows: the source first.
-        text: name, sha256, windows and tokens that quality was measured on; None if it was not.
+        text: name and sha256 of what quality was measured on; None if it was not.
         calibration: see `Calibration.to_json`; None if no method took it.
         outliers: of inputs, see `Inspection.to_json`; None if not looked at.
         weight_outliers: of weights, by matrix.
@@ -159,7 +171,10 @@ class Comparison:
         return [
             d.second if d.first == name else d.first
             for d in self.differences()
-            if name in (d.first, d.second) and d.measure == measure and d.noise
+            if name in (d.first, d.second)
+            and d.measure == measure
+            and d.noise
+            and d.estimate.error is not None
         ]
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fewbits import cost as machine
-from fewbits.advice import Advice, advise, default_measured, read_measured
+from fewbits.advice import Advice, advise, read_measured
 from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.checkpoint import Checkpoint, open_headers
+from fewbits.comparison import RESULTS, default_work
 from fewbits.cost import Rates, Work, count_work, estimate_cost, probe
 from fewbits.errors import InputError
 from fewbits.forecast import (
@@ -114,7 +115,7 @@ def look_ahead(
     checkpoint = open_headers(model)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     running = {"memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context}
-    made, label, notes = None, None, list(checkpoint.notes)
+    made, label, judged, notes = None, None, None, list(checkpoint.notes)
     if checkpoint.config.get("quantization_config") is not None:
         found = forecast_quantized(checkpoint, name=name, **running)  # type: ignore[arg-type]
     else:
@@ -135,9 +136,13 @@ def look_ahead(
                 notes.append(Note("fact", "time", what))
         found = forecast(made, seen, chosen, wanted, name=name, cost=cost, **running)  # type: ignore[arg-type]
         found.rates = {} if rates is None else rates.to_json()
-    numbers, unused = _measured(measured, name, found)
+        everything = choices(chosen.group_size, symmetric, (4, 3))
+        if wanted != everything:  # advice goes by all there is, whatever rows are shown
+            judged = forecast(made, seen, chosen, everything, name=name, **running)  # type: ignore[arg-type]
+    judged = judged or found
+    numbers, unused = _measured(measured, model, found)
     notes += [] if unused is None else [Note("skip", "measured", unused)]
-    return Outlook(made, label, checkpoint, found, advise(found, task, numbers), tuple(notes))
+    return Outlook(made, label, checkpoint, found, advise(judged, task, numbers), tuple(notes))
 
 
 def _scheme(seen: Survey, asked: QuantScheme | None) -> tuple[QuantScheme, list[Note]]:
@@ -159,15 +164,24 @@ def _wanted(
         return [Choice("rtn" if method == "int8" else method, chosen)]
     if asked is not None and asked.granularity == "tensor":
         return [Choice(name, chosen) for name in ("awq+gptq", "gptq", "awq", "rtn")]
+    if asked is not None and bits == 8 and asked.granularity == "group":
+        return [Choice("rtn", chosen), *choices(chosen.group_size, symmetric, ())]
     widths = (4, 3) if bits is None else (bits,) if bits != 8 else ()
     return choices(chosen.group_size, symmetric, widths)
 
 
-def _measured(path: Path | None, name: str, found: Forecast) -> tuple[dict[str, Any] | None, str | None]:
-    place = path or default_measured(name)
-    if path is None and not place.is_file():
+def _measured(
+    path: Path | None, model: str | Path, found: Forecast
+) -> tuple[dict[str, Any] | None, str | None]:
+    if path is not None:
+        return read_measured(path, found.config_sha256)
+    place = default_work(model) / RESULTS
+    if not place.is_file():
         return None, None
-    return read_measured(place, found.config_sha256)
+    try:
+        return read_measured(place, found.config_sha256)
+    except InputError as error:  # nobody asked for it
+        return None, str(error)
 
 
 def _cost(

@@ -206,7 +206,7 @@ def measure_resident(folder: Path, dtype: torch.dtype | None = None) -> int | No
     if not STATUS.exists():
         return None
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-c", _RESIDENT, str(folder), name]
+    command = [sys.executable, "-P", "-c", _RESIDENT, str(folder), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
