@@ -101,10 +101,7 @@ class Candidate:
             elif equals:
                 found.append(cls._of(method, QuantScheme.parse(label)))
             else:
-                found += [
-                    cls._of(method, _grouped(number, group_size))
-                    for number in (BITS if bits is None else bits)
-                ]
+                found += [cls._of(method, _grouped(number, group_size)) for number in bits]
         found.sort(key=lambda candidate: -candidate.scheme.bits)
         names = [candidate.name for candidate in found]
         twice = {name for name in names if names.count(name) > 1}
@@ -192,7 +189,7 @@ def compare(
     folder, work = resolve(model), Path(work)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
-    plans = {candidate.name: make_plan(folder, candidate.recipe) for candidate in candidates}
+    plans = [make_plan(folder, candidate.recipe) for candidate in candidates]
     check_windows(length, limit)
     if task_limit is not None and task_limit < 1:
         raise InputError(f"task limit is {task_limit}; accepted are numbers of questions from 1")
@@ -206,7 +203,7 @@ def compare(
     study = _Study(folder, work, judged, data, tasks, task_data, task_limit, shots, speed, progress)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    found = study.start(str(model), next(iter(plans.values())))
+    found = study.start(str(model), plans[0])
     if inspect:
         found = replace(found, **_inspect(folder, data, found.notes, progress))
     rows = [study.float_row()]
@@ -214,9 +211,7 @@ def compare(
         rows.append(study.row(candidate))
         found = replace(found, rows=tuple(rows))
         _write_json(work / PARTIAL, found.to_json())
-    os.replace(
-        work / PARTIAL, work / RESULTS
-    )  # a result of an earlier run stays until this one is whole
+    os.replace(work / PARTIAL, work / RESULTS)  # until here that of an earlier run stays
     return found
 
 
