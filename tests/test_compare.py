@@ -262,7 +262,7 @@ def test_own_text_to_judge_on_is_not_the_own_text_to_calibrate_on(model, tmp_pat
     assert found.rows[0].evaluation.windows == 8
     assert found.rows[1].evaluation.kl.value > 0
     judged = module._Judged.of(model, "self", 32, 8, 0, None).text.ids
-    calibrated = module._read_calibration(model, "self", 8, 32, 0, None).ids
+    calibrated = module.read_calibration_of(model, "self", 8, 32, 0, None).ids
     assert judged.shape == calibrated.shape
     rows = {tuple(row) for row in judged.tolist()}
     assert not rows & {tuple(row) for row in calibrated.tolist()}

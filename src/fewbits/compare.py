@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration import SELF, Calibration, Progress, read_calibration
+from fewbits.calibration import SELF, Calibration, Progress
 from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
@@ -37,7 +37,14 @@ from fewbits.checkpoint import (
 from fewbits.comparison import FLOAT, RESULTS, Comparison, Row
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate
-from fewbits.evaluate import DEFAULT_LENGTH, Evaluation, check_windows, evaluate, load_tokenizer
+from fewbits.evaluate import (
+    DEFAULT_LENGTH,
+    Evaluation,
+    check_windows,
+    evaluate,
+    load_tokenizer,
+    read_calibration_of,
+)
 from fewbits.ledger import Ledger, plain
 from fewbits.load import kernel_notes, load
 from fewbits.methods import LLMInt8
@@ -199,7 +206,7 @@ def compare(
     judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
     data = None
     if any(candidate.recipe.needs_calibration for candidate in candidates):
-        data = _read_calibration(folder, calibration, samples, sample_length, seed, progress)
+        data = read_calibration_of(folder, calibration, samples, sample_length, seed, progress)
     study = _Study(folder, work, judged, data, tasks, task_data, task_limit, shots, speed, progress)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -222,30 +229,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
         os.replace(partial, path)
-
-
-def _read_calibration(
-    folder: Path,
-    source: str | Path | Text | Tensor,
-    samples: int,
-    length: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> Calibration:
-    """Read once, for all methods."""
-    config = text_config(skeleton(read_json(folder / CONFIG)))
-    own = isinstance(source, str) and source == SELF
-    return read_calibration(
-        source,
-        None if isinstance(source, Tensor) else load_tokenizer(folder),
-        model=load(folder) if own else None,
-        context=getattr(config, "max_position_embeddings", None),
-        vocabulary=config.vocab_size,
-        samples=samples,
-        length=length,
-        seed=seed,
-        progress=progress,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +254,7 @@ class _Judged:
         tokenizer = load_tokenizer(folder)
         if isinstance(source, str) and source == SELF:
             count = _SELF_SAMPLES if limit is None else limit
-            text: Text | Calibration = _read_calibration(
+            text: Text | Calibration = read_calibration_of(
                 folder, SELF, count, length, seed + _OTHER_SEED, progress
             )
             pieces = list(text.ids) if isinstance(text, Calibration) else []

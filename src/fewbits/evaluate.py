@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits.calibration import Calibration
-from fewbits.checkpoint import resolve
+from fewbits.calibration import SELF, Calibration, read_calibration
+from fewbits.checkpoint import CONFIG, read_json, resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
 from fewbits.load import load
+from fewbits.structure import skeleton, text_config
 from fewbits.text import Text, read_text, windows
 
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
@@ -223,6 +224,37 @@ def load_tokenizer(model: str | Path | Any) -> Any:
     if len(tokenizer) < 2:  # transformers makes an empty one where there are no files
         raise InputError(f"{where} has no tokenizer")
     return tokenizer
+
+
+def read_calibration_of(
+    folder: Path,
+    source: str | Path | Text | Tensor | Calibration,
+    samples: int,
+    length: int | None,
+    seed: int,
+    progress: Progress | None,
+    most: int | None = None,
+) -> Calibration:
+    """`read_calibration` for a checkpoint's own tokenizer and context; it is loaded where it writes.
+
+    Args:
+        most: tokens of a sample where no length is given, if the context holds as many.
+    """
+    config = text_config(skeleton(read_json(folder / CONFIG)))
+    context = getattr(config, "max_position_embeddings", None)
+    if length is None and most is not None:
+        length = min(most, context or most)
+    return read_calibration(
+        source,
+        None if isinstance(source, Tensor | Calibration) else load_tokenizer(folder),
+        model=load(folder) if isinstance(source, str) and source == SELF else None,
+        context=context,
+        vocabulary=config.vocab_size,
+        samples=samples,
+        length=length,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _loaded(model: str | Path | Any) -> Any:

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.affine import choose_qparams, dequantize, quantize
-from fewbits.calibration import SELF, Calibration, Progress, read_calibration
+from fewbits.calibration import SELF, Progress
 from fewbits.checkpoint import resolve
 from fewbits.errors import InputError
-from fewbits.evaluate import load_tokenizer
+from fewbits.evaluate import read_calibration_of
 from fewbits.linear import float_weight
-from fewbits.load import load
 from fewbits.methods import RTN
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.stream import Stream
-from fewbits.structure import Matrix, find_blocks, skeleton, text_config
+from fewbits.structure import Matrix, find_blocks, skeleton
 from fewbits.text import Text
 from fewbits.wiring import Wiring, find_wiring, signature
 
@@ -210,7 +209,9 @@ def inspect_outliers(
     if not 0 < threshold < float("inf"):
         raise InputError(f"threshold is {threshold}; accepted are finite numbers above 0")
     plan = make_plan(resolve(model), Recipe(RTN(), _W8))
-    data = _read_calibration(plan, calibration, samples, length, seed, progress)
+    data = read_calibration_of(
+        plan.checkpoint.folder, calibration, samples, length, seed, progress, most=LENGTH
+    )
     stream = Stream(plan.checkpoint, data.ids)
     inspector, inputs = _Inspector(plan, stream, threshold), list[InputReport]()
     for number in range(stream.count):
@@ -259,29 +260,6 @@ def weight_outliers(plan: Plan) -> list[WeightReport]:
         reports.append(WeightReport(name, matrix.block, inside, rms, largest, beyond))
     plan.checkpoint.close()
     return reports
-
-
-def _read_calibration(
-    plan: Plan,
-    source: str | Path | Text | Tensor,
-    samples: int,
-    length: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> Calibration:
-    config, folder = text_config(skeleton(plan.checkpoint.config)), plan.checkpoint.folder
-    context = getattr(config, "max_position_embeddings", None)
-    return read_calibration(
-        source,
-        None if isinstance(source, Tensor) else load_tokenizer(folder),
-        model=load(folder) if isinstance(source, str) and source == SELF else None,
-        context=context,
-        vocabulary=config.vocab_size,
-        samples=samples,
-        length=min(LENGTH, context or LENGTH) if length is None else length,
-        seed=seed,
-        progress=progress,
-    )
 
 
 # -- block by block ------------------------------------------------------------------------------------

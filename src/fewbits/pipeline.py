@@ -17,7 +17,6 @@ from fewbits.calibration import (
     SELF,
     Calibration,
     check_calibration,
-    read_calibration,
 )
 from fewbits.checkpoint import (
     CONFIG,
@@ -33,7 +32,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
-from fewbits.evaluate import load_tokenizer
+from fewbits.evaluate import load_tokenizer, read_calibration_of
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.load import load
@@ -424,19 +423,7 @@ def _read_calibration(
     given = isinstance(source, Tensor | Calibration)
     if samples < 2 and not given:
         raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
-    config = text_config(skeleton(plan.checkpoint.config))
-    writes = isinstance(source, str) and source == SELF
-    return read_calibration(
-        source,
-        None if given else load_tokenizer(plan.checkpoint.folder),
-        model=load(plan.checkpoint.folder) if writes else None,
-        context=getattr(config, "max_position_embeddings", None),
-        vocabulary=config.vocab_size,
-        samples=samples,
-        length=length,
-        seed=seed,
-        progress=progress,
-    )
+    return read_calibration_of(plan.checkpoint.folder, source, samples, length, seed, progress)
 
 
 def _describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
