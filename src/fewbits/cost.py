@@ -22,6 +22,7 @@ from torch import Tensor
 from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.errors import InputError
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
+from fewbits.memory import hand_back_memory
 from fewbits.methods import GPTQ
 from fewbits.methods.grid import search_qparams
 from fewbits.packing import pack, unpack
@@ -163,8 +164,8 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
     columns = [m.rows_columns[1] for n, m in plan.matrices.items() if n in plan.placements]
     width = min(_WIDTH, max(32, sorted(columns)[len(columns) // 2] // 32 * 32))
     x, w = torch.randn(_ROWS, width), torch.randn(width, width)
-    fast = fast_dtype(plan.checkpoint.dtype) or torch.float32
     own = plan.checkpoint.dtype
+    fast = fast_dtype(own) or torch.float32
     xf, wf, few, wo = x.to(fast), w.to(fast), x[:32].to(own), w.to(own)
     products = _ROWS * width * width
     hessian = torch.zeros(width, width)
@@ -172,13 +173,12 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
     length = min(length, 512)
     state = torch.randn(1, 4, length, 32)
     pairs = length * length * 4 * 32
-    flat, other = torch.randn(2**19), torch.empty(2**19)
     scheme = QuantScheme(4, "group", 32)
     part, importance = w[: max(64, 2**17 // width)], torch.rand(width) + 0.1
     codes = torch.randint(16, (256, width), dtype=torch.uint8)
     packed = pack(codes, 4)
     column, column_row = _columns()
-    raw = x.numpy().tobytes()[: 2**20]
+    raw = x.numpy().data.cast("B")[: 2**20]
     return Rates(
         multiply=_time(lambda: F.linear(x, w)) / products,
         multiply_fast=_time(lambda: F.linear(xf, wf)) / products,
@@ -187,7 +187,7 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
         attend_fast=_time(lambda: _attend(state.to(fast))) / pairs,
         hessian=_time(lambda: _gram(hessian, x)) / (_ROWS * width * (width + _panel(width)) / 2),
         cholesky=_time(lambda: torch.linalg.cholesky_ex(gram)) / (width**3 / 3),
-        stream=_time(lambda: torch.mul(flat, 1.5, out=other)) / len(flat),
+        stream=_stream(),
         search=_time(lambda: search_qparams(part, scheme, importance)) / part.numel(),
         search_blocks=_time(lambda: search_qparams(part, scheme, gram)) / part.numel(),
         round=_time(lambda: quantize_tensor(part, scheme)) / part.numel(),
@@ -213,7 +213,14 @@ def _time(call: Callable[[], Any]) -> float:
         now = clock()
         best = min(best, now - start)
         if now - began >= _BUDGET_S:
+            hand_back_memory()  # of one call before the next takes its own
             return best
+
+
+def _stream() -> float:
+    """Seconds for a float32 that is read and one that is written."""
+    flat, other = torch.randn(2**19), torch.empty(2**19)
+    return _time(lambda: torch.mul(flat, 1.5, out=other)) / len(flat)
 
 
 def _panel(width: int) -> int:
@@ -294,21 +301,24 @@ def count_work(
         raise InputError(f"--samples {samples} --seq-len {length}; accepted are numbers from 2")
     inside = [plan.matrices[n] for n in plan.placements if plan.matrices[n].block is not None]
     linears, expert_linears = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    together: dict[Any, list[int]] = {}
-    for matrix in inside:
-        rows, columns = matrix.rows_columns
-        for expert in _experts(matrix):
-            (linears if expert is None else expert_linears)[rows, columns] += 1
-            key = (matrix.block, _input(matrix, expert, readers))
-            together.setdefault(key, [0, columns])[0] += rows
-    inputs = Counter[tuple[int, int]]((rows, columns) for rows, columns in together.values())
+    together = Counter[Any]()  # rows that read one input; its columns come last
+    sizes = [matrix.rows_columns for matrix in inside]
+    for matrix, (rows, columns) in zip(inside, sizes, strict=True):
+        if matrix.kind != "expert":
+            linears[rows, columns] += 1
+            together[matrix.block, readers.get(matrix.module, matrix.module), None, columns] += rows
+            continue
+        for expert in range(matrix.shape[0]) if matrix.expert is None else (matrix.expert,):
+            expert_linears[rows, columns] += 1
+            together[matrix.block, matrix.module, expert, columns] += rows
+    inputs = Counter[tuple[int, int]]((rows, key[-1]) for key, rows in together.items())
     values: Counter[int] = Counter()
     for name, number in plan.blocks.items():
         values[number] += plan.info(name).count
     squares: Counter[int | None] = Counter()
-    for (block, _), (_, columns) in together.items():
+    for block, _, _, columns in together:
         squares[block] += 4 * columns * columns
-    places = _scalable(inside, readers)
+    places = _scalable(inside, sizes, readers)
     chosen = getattr(config, "num_experts_per_tok", None)
     count = max((m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in inside), default=1)
     return Work(
@@ -330,7 +340,7 @@ def count_work(
         largest_block=max(values.values(), default=0),
         largest_matrix=_largest_matrix(plan),
         hessian_bytes=max(squares.values(), default=0),
-        widest=max((m.rows_columns[1] for m in inside), default=0),
+        widest=max((columns for _, columns in sizes), default=0),
         scalable=len(places),
         dense=not expert_linears,
         has_text=text is not None and text != "self",
@@ -339,47 +349,37 @@ def count_work(
 
 
 def _largest_matrix(plan: Plan) -> int:
-    shapes = [plan.matrices[name].rows_columns for name in plan.placements]
+    shapes = {plan.matrices[name].shape[-2:] for name in plan.placements}
     return max((rows * columns for rows, columns in shapes), default=0)
 
 
-def _experts(matrix: Matrix) -> list[int | None]:
-    if matrix.kind != "expert":
-        return [None]
-    return [matrix.expert] if matrix.expert is not None else list(range(matrix.shape[0]))
-
-
-def _input(matrix: Matrix, expert: int | None, readers: dict[str, int]) -> Any:
-    if expert is not None:
-        return matrix.module, matrix.rows_columns[1], expert
-    return readers.get(matrix.module, matrix.module)
-
-
-def _scalable(inside: list[Matrix], readers: dict[str, int]) -> dict[Any, tuple[int, int]]:
+def _scalable(
+    inside: list[Matrix], sizes: list[tuple[int, int]], readers: dict[str, int]
+) -> dict[Any, tuple[int, int]]:
     """Places of AWQ: inputs that a norm or a linear makes; what reads them, (weights, block).
 
     The input of the last matrix of attention comes from its values only where these are not shared by
     several heads: where another matrix of the same parent is lower than it is wide, it is left out.
     """
-    places: dict[Any, list[Matrix]] = {}
-    for matrix in inside:
-        shared = "experts" if matrix.kind == "expert" else readers.get(matrix.module, matrix.module)
-        places.setdefault((matrix.block, shared, matrix.rows_columns[1]), []).append(matrix)
+    firsts: dict[Any, Matrix] = {}
+    members, weights = Counter[Any](), Counter[Any]()
     heights: dict[str, list[tuple[str, int]]] = {}
-    for matrix in (m for m in inside if m.kind != "expert"):
-        parent = matrix.module.rpartition(".")[0]
-        heights.setdefault(parent, []).append((matrix.module, matrix.rows_columns[0]))
+    for matrix, (rows, columns) in zip(inside, sizes, strict=True):
+        expert = matrix.kind == "expert"
+        shared = "experts" if expert else readers.get(matrix.module, matrix.module)
+        key = (matrix.block, shared, columns)
+        firsts.setdefault(key, matrix)
+        members[key] += 1
+        weights[key] += rows * columns * (matrix.shape[0] if matrix.stacked else 1)
+        if not expert:
+            parent = matrix.module.rpartition(".")[0]
+            heights.setdefault(parent, []).append((matrix.module, rows))
     found = {}
-    for key, members in places.items():
-        first = members[0]
+    for key, first in firsts.items():
         beside = heights.get(first.module.rpartition(".")[0], [])
-        lower = any(n < first.rows_columns[1] for module, n in beside if module != first.module)
-        if len(members) == 1 and first.kind != "expert" and lower:
-            continue
-        weights = sum(
-            m.rows_columns[0] * m.rows_columns[1] * (m.shape[0] if m.stacked else 1) for m in members
-        )
-        found[key] = (weights, first.block or 0)
+        lower = any(n < key[-1] for module, n in beside if module != first.module)
+        if members[key] > 1 or first.kind == "expert" or not lower:
+            found[key] = (weights[key], first.block or 0)
     return found
 
 

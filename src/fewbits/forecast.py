@@ -10,17 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint import Checkpoint, hash_json
+from fewbits.checkpoint import Checkpoint, TensorInfo, hash_json
 from fewbits.errors import InputError, first_line
+from fewbits.formats import Placement
 from fewbits.formats.packed import packed_bytes
 from fewbits.plan import Plan, Survey
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import (
+    Matrix,
     find_blocks,
     is_conv1d,
     is_experts,
@@ -235,14 +238,18 @@ def group_tensors(
     embedding = seen.model.get_input_embeddings()  # type: ignore[operator]
     embeddings = {n for n, m in seen.model.named_modules() if m is embedding}
     groups, letters = Counter[Tensors](), Counter[str]()
-    for name in plan.checkpoint.tensors.keys() | plan.origins.keys():
-        info, matrix, placement = plan.info(name), plan.matrices.get(name), plan.placements.get(name)
-        target = seen.targets.get(name)
+    kinds: dict[Any, Tensors] = {}
+
+    def kind_of(
+        name: str, info: TensorInfo, matrix: Matrix | None, placement: Placement | None
+    ) -> Tensors:
         if matrix is not None and (matrix.head or matrix.block is not None):
             component = "head" if matrix.head else "experts" if matrix.kind == "expert" else "mlp"
             component = "attention" if component == "mlp" and caches(matrix.module) else component
         else:
+            target = seen.targets.get(name)
             module = "" if target is None else target.parameter.rpartition(".")[0]
+            module = module if matrix is None else matrix.module
             component = "embeddings" if module in embeddings else "other"
         scheme = None if placement is None or placement.scheme is chosen else placement.scheme
         rounded = placement is not None
@@ -251,8 +258,22 @@ def group_tensors(
         inside = plan.blocks.get(name) is not None
         if name in plan.origins:  # made beside its origin, which is copied: no bytes of the source
             component = "head"
-        groups[Tensors(component, shape, info.dtype, rounded, scheme, count, inside)] += 1
-        letters["rounded" if rounded else "copied"] += len(name)
+        return Tensors(component, shape, info.dtype, rounded, scheme, count, inside)
+
+    numbers = Counter[Any]()
+    made = (name for name in plan.origins if name not in plan.checkpoint.tensors)
+    for name in chain(plan.checkpoint.tensors, made):
+        info, matrix, placement = plan.info(name), plan.matrices.get(name), plan.placements.get(name)
+        alike: Any = name  # experts of a module, of one shape, are of one kind
+        if matrix is not None and matrix.kind == "expert":
+            inside = (matrix.block, plan.blocks.get(name))
+            alike = (matrix.module, inside, matrix.shape, matrix.transposed, info.dtype, id(placement))
+        if alike not in kinds:
+            kinds[alike] = kind_of(name, info, matrix, placement)
+        numbers[alike] += 1
+        letters["rounded" if placement is not None else "copied"] += len(name)
+    for alike, number in numbers.items():
+        groups[kinds[alike]] += number
     return groups, letters
 
 

@@ -24,6 +24,7 @@ from fewbits.forecast import (
     forecast,
     forecast_quantized,
 )
+from fewbits.memory import hand_back_memory
 from fewbits.memory import memory_bytes as memory_bytes_now
 from fewbits.plan import Plan, Survey, make_plan, survey
 from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method, parse_override
@@ -59,12 +60,13 @@ class Outlook:
             "notes": [str(note) for note in self.notes],
         }
         if self.plan is not None:
+            written = self.plan.written_bytes
             value |= {
                 "format": self.plan.format.name,
                 "scheme": self.scheme,
                 "quantized": len(self.plan.placements),
-                "written_bytes": self.plan.written_bytes,
-                "bits_per_weight": 8 * self.plan.written_bytes / self.plan.parameters,
+                "written_bytes": written,
+                "bits_per_weight": 8 * written / self.plan.parameters,
                 "float_modules": self.plan.floats,
             }
         return value | {"forecast": self.forecast.to_json(), "advice": self.advice.to_json()}
@@ -126,6 +128,7 @@ def look_ahead(
         made = make_plan(seen, Recipe(rounder, chosen, parsed, head, transforms), format)
         label, notes = chosen.label, [*notes, *why, *made.notes]
         wanted = _wanted(method, chosen, scheme, symmetric, bits)
+        hand_back_memory()  # of headers and imports; a run does so too before it is watched
         before = memory_bytes_now()
         took = machine.clock() - began
         cost, rates = None, None

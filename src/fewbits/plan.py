@@ -1,7 +1,7 @@
 """Preflight: everything that can go wrong and be known from config and headers, known in seconds."""
 
 import math
-import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.structure import (
     Matrix,
+    block_number,
     find_blocks,
     find_head,
     find_matrices,
@@ -75,11 +76,16 @@ class Plan:
             for name, info in self.checkpoint.tensors.items()
             if name not in self.placements
         )
+        alike = Counter[Any]()
+        schemes = {id(p.scheme): p.scheme for p in self.placements.values()}
         for name, placement in self.placements.items():
             matrix = self.matrices[name]
-            count = matrix.shape[0] if matrix.stacked else 1
-            itemsize = self.info(name).dtype.itemsize
-            total += count * packed_bytes(*matrix.rows_columns, placement.scheme, itemsize)
+            dtype = self.info(name).dtype
+            alike[matrix.shape, matrix.transposed, id(placement.scheme), dtype] += 1
+        for (shape, transposed, scheme, dtype), count in alike.items():
+            rows, columns = shape[-2:][::-1] if transposed else shape[-2:]
+            size = packed_bytes(rows, columns, schemes[scheme], dtype.itemsize)
+            total += count * math.prod(shape[:-2]) * size
         return total
 
     @property
@@ -95,7 +101,7 @@ class Survey:
     Args:
         checkpoint: its headers.
         model: without weights.
-        targets: where transformers puts each tensor.
+        targets: where transformers puts each tensor that is no matrix.
         matrices: quantizable source tensors by name.
         notes: what looks like one and is none.
         parameter_names: source tensors that are parameters of the model, not buffers or leftovers.
@@ -127,9 +133,11 @@ def survey(checkpoint: Checkpoint) -> Survey:
     parameter_names = _check_parameters(where, model, checkpoint, targets)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     matrices, notes = find_matrices(model, shapes, targets)
-    pattern = re.compile(rf"{re.escape(find_blocks(model))}\.(\d+)\.")
-    found = {name: pattern.match(target.parameter) for name, target in targets.items()}
-    blocks = {name: int(match[1]) for name, match in found.items() if match}
+    path = find_blocks(model)
+    numbers = {p: block_number(p, path) for p in {target.parameter for target in targets.values()}}
+    found = ((name, numbers[target.parameter]) for name, target in targets.items())
+    blocks = {name: number for name, number in found if number is not None}
+    targets = {name: target for name, target in targets.items() if name not in matrices}
     return Survey(checkpoint, model, targets, matrices, notes, parameter_names, blocks)
 
 
@@ -147,8 +155,9 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
     """
     seen = source if isinstance(source, Survey) else survey(open_checkpoint(source))
     checkpoint, model, folder = seen.checkpoint, seen.model, seen.checkpoint.folder
-    matrices, notes, config = dict(seen.matrices), list(seen.notes), dict(checkpoint.config)
-    origins = _untie_head(seen, matrices) if recipe.head else {}
+    notes, config = list(seen.notes), dict(checkpoint.config)
+    made, origins = _untie_head(seen) if recipe.head else ({}, {})
+    matrices = seen.matrices | made if made else seen.matrices  # thousands: not copied for nothing
     schemes = recipe.assign(matrices.values())
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
@@ -164,20 +173,23 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
         checkpoint, config, matrices, placements, origins, layout, floats, notes,
         seen.parameter_names, seen.blocks, text_config(model).hidden_size,
     )  # fmt: skip
-    plan.format.config(placements, floats)  # refuses now rather than after the work
+    distinct = {id(place): name for name, place in placements.items()}
+    plan.format.config({name: placements[name] for name in distinct.values()}, floats)  # may refuse
     return plan
 
 
 def _place(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> dict[str, Placement]:
     """Where each quantized weight stands; all experts of a block at one place, which is one object."""
-    places: dict[Placement, Placement] = {}
+    places: dict[Any, Placement] = {}
     found = {}
     for name, m in matrices.items():
         scheme = schemes[name]
         if scheme is not None:
-            expert = m.kind == "expert"
-            place = Placement(m.module, scheme, expert, m.stacked, m.transposed, m.own_forward)
-            found[name] = places.setdefault(place, place)
+            key = (m.module, id(scheme), m.kind, len(m.shape), m.transposed, m.own_forward)
+            if key not in places:
+                expert = m.kind == "expert"
+                places[key] = Placement(m.module, scheme, expert, m.stacked, m.transposed, m.own_forward)
+            found[name] = places[key]
     return found
 
 
@@ -234,18 +246,20 @@ def _check_experts(
             )
 
 
-def _untie_head(seen: Survey, matrices: dict[str, Matrix]) -> dict[str, str]:
-    """A head that is tied to the embeddings is quantized as a tensor of its own; they stay in float."""
+def _untie_head(seen: Survey) -> tuple[dict[str, Matrix], dict[str, str]]:
+    """A head that is tied to the embeddings is quantized as a tensor of its own; they stay in float.
+
+    Returns its matrix and the tensor it is made from, both by its name; nothing where there is no such.
+    """
     model, head = seen.model, find_head(seen.model)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    if head is None or not tied or any(matrix.head for matrix in matrices.values()):
-        return {}
+    if head is None or not tied or any(matrix.head for matrix in seen.matrices.values()):
+        return {}, {}
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is embeddings)
     origin = next(n for n, target in seen.targets.items() if target.parameter == f"{path}.weight")
     name, shape = f"{head}.weight", seen.checkpoint.tensors[origin].shape
-    matrices[name] = Matrix(name, head, "weight", "linear", shape, head=True)
-    return {name: origin}
+    return {name: Matrix(name, head, "weight", "linear", shape, head=True)}, {name: origin}
 
 
 def _check_fit(
@@ -287,8 +301,11 @@ def _choose_format(
         raise InputError(f"format {format_name!r} is unknown; accepted are {', '.join(FORMATS)}")
     chosen = FORMATS[format_name or "compressed-tensors"]
     refused: dict[str, list[str]] = {}
+    reasons_of: dict[int, str | None] = {}  # of a placement, which many experts share
     for name, placement in placements.items():
-        reason = chosen.refuses(placement, placement.scheme)
+        if id(placement) not in reasons_of:
+            reasons_of[id(placement)] = chosen.refuses(placement, placement.scheme)
+        reason = reasons_of[id(placement)]
         if reason is not None:
             refused.setdefault(reason, []).append(name)
     if some_experts_float is not None and chosen.name != "fewbits":

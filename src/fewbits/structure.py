@@ -7,16 +7,19 @@ parameters in which transformers keeps mixtures of experts.
 """
 
 import copy
+import importlib
 import json
+import linecache
 import logging
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -91,6 +94,7 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _import_losses()
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
     if "model_type" not in settings:
         raise InputError("config.json names no model_type; accepted is one that transformers knows")
@@ -105,7 +109,38 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
         raise InputError(
             f"transformers cannot build a causal language model from config.json: {reason}"
         ) from None
+    linecache.clearcache()  # of transformers' sources, which it reads for its own documentation
     return model
+
+
+def _import_losses() -> None:
+    """Import transformers' losses without scipy, which those that find objects in pictures call.
+
+    Every model imports all of them, and with them scipy where it is installed: 37 MB and a quarter of a
+    second. Their calls import it instead. Measured 2026-11-26.
+    """
+    module = "scipy.optimize"
+    if module in sys.modules:
+        return
+
+    def get(name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return partial(_call, module, name)
+
+    stand_in = ModuleType(module)
+    stand_in.__getattr__ = get  # type: ignore[method-assign]
+    sys.modules[module] = stand_in
+    try:
+        with suppress(ImportError):  # the model itself imports what it needs
+            importlib.import_module("transformers.loss.loss_utils")
+    finally:
+        del sys.modules[module]
+
+
+def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A function of a module that is imported now."""
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
 @contextmanager
@@ -214,11 +249,11 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
     prefix, known = model.base_model_prefix, model.state_dict()
     targets = {}
     for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, prefix, known)  # type: ignore[arg-type]
+        renamed, _ = rename_source_key(name, renamings, [])
+        parameter, pattern = rename_source_key(renamed, [], converters, prefix, known)  # type: ignore[arg-type]
         if parameter not in known:
             parameter, pattern = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
         if parameter in known:
-            renamed, _ = rename_source_key(name, renamings, [])
             converter = by_pattern[pattern] if pattern is not None else None
             # Interned: thousands of experts of one block end in one parameter.
             parameter, renamed = sys.intern(str(parameter)), name if renamed == name else renamed
@@ -245,29 +280,53 @@ def find_matrices(
     matrices: dict[str, Matrix] = {}
     notes: list[Note] = []
     targets = locate(model, list(shapes)) if targets is None else targets
-    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    judged: dict[Any, tuple[Callable[..., Matrix], re.Pattern[str] | None] | str | None] = {}
     for name, target in targets.items():
-        path, _, parameter = map(sys.intern, target.parameter.rpartition("."))
-        number = pattern.match(target.parameter)
-        block = int(number[1]) if number else None
-        make = partial(Matrix, name, path, parameter, block=block, head=path == head)
-        matrix = _matrix(make, parameter, modules[path], target, shapes[name])
-        if isinstance(matrix, str):
-            notes.append(Note("skip", name, matrix))
-        elif matrix is not None:
-            matrices[name] = matrix
+        alike = (target.parameter, target.pattern, shapes[name])  # as the experts of a block are
+        if alike not in judged:
+            judged[alike] = _judge(modules, target, shapes[name], blocks, head)
+        found = judged[alike]
+        if isinstance(found, str):
+            notes.append(Note("skip", name, found))
+        elif found is not None:
+            make, numbered = found
+            index = None if numbered is None else numbered.search(target.renamed)
+            if index is None and numbered is not None:
+                what = f"its expert's number is not found by {target.pattern!r}: left in float"
+                notes.append(Note("skip", name, what))
+            else:
+                matrices[name] = make(name, expert=None if index is None else int(index[1]))
     _check_coverage(model.get_submodule(blocks), blocks, matrices)
     return matrices, notes
 
 
-def _matrix(
-    make: Callable[..., Matrix],
-    parameter: str,
-    owner: nn.Module,
+def block_number(parameter: str, blocks: str) -> int | None:
+    """Of the decoder block that a parameter belongs to, if to one; `blocks` is their path."""
+    if not parameter.startswith(f"{blocks}."):
+        return None
+    number, dot, _ = parameter[len(blocks) + 1 :].partition(".")
+    return int(number) if dot and number.isdecimal() else None
+
+
+def _judge(
+    modules: dict[str, nn.Module],
     target: _Target,
     shape: tuple[int, ...],
-) -> Matrix | str | None:
-    """The matrix; why a candidate is left in float; None for what is no matrix at all."""
+    blocks: str,
+    head: str | None,
+) -> tuple[Callable[..., Matrix], re.Pattern[str] | None] | str | None:
+    """What makes the matrix of a name, and what finds its expert's number in the name, if it has one.
+
+    A text says why a candidate is left in float; None is no matrix at all.
+    """
+    path, _, parameter = map(sys.intern, target.parameter.rpartition("."))
+    owner = modules[path]
+
+    def make(kind: Kind, **more: Any) -> Callable[..., Matrix]:
+        block = block_number(target.parameter, blocks)
+        fixed = {"kind": kind, "shape": shape, "block": block, "head": path == head, **more}
+        return partial(Matrix, module=path, parameter=parameter, **fixed)
+
     fused = is_experts(owner) and parameter in EXPERT_PARAMETERS
     if target.converter is not None and target.pattern is not None:
         if not (fused or isinstance(owner, nn.Linear) or is_conv1d(owner)) or len(shape) < 2:
@@ -275,22 +334,19 @@ def _matrix(
         operations = {type(operation).__name__ for operation in target.converter.operations}
         if not fused or not operations <= _JOINING or owner.is_transposed or len(shape) != 2:
             return f"transformers rebuilds it by {sorted(operations)}: left in float"
-        index = re.search(target.pattern.replace(".", r"\.").replace("*", r"(\d+)"), target.renamed)
-        if index is None:
-            return f"its expert's number is not found by {target.pattern!r}: left in float"
-        part = target.converter.source_patterns.index(target.pattern)
-        return make("expert", shape, expert=int(index[1]), part=part)
+        numbered = re.compile(target.pattern.replace(".", r"\.").replace("*", r"(\d+)"))
+        return make("expert", part=target.converter.source_patterns.index(target.pattern)), numbered
     if fused:
         if len(shape) != 3:
             return f"experts of shape {shape} are not understood: left in float"
-        return make("expert", shape, transposed=bool(owner.is_transposed))
+        return make("expert", transposed=bool(owner.is_transposed)), None
     if parameter != "weight" or len(shape) != 2:
         return None
     if is_conv1d(owner):
-        return make("conv1d", shape, transposed=True)
+        return make("conv1d", transposed=True), None
     if is_linear(owner):
         own = type(owner).forward is not nn.Linear.forward
-        return make("linear", shape, own_forward=own)
+        return make("linear", own_forward=own), None
     if isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} does more than multiply by its weight: left in float"
     return None
