@@ -4,7 +4,6 @@
 (`fewbits compare`), its own numbers decide instead.
 """
 
-import json
 import operator
 import tomllib
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from fewbits.errors import InputError
 from fewbits.forecast import FLOAT, Forecast, Row
+from fewbits.untrusted import MAX_JSON, check_types, parse_json, read_bytes
 
 TASKS = ("math", "code", "chat", "finetune", "research")
 # Of the perplexity ratio to float, above 1: what a measured row may lose. Not tuned.
@@ -186,16 +186,18 @@ def read_measured(path: Path, config_sha256: str) -> tuple[dict[str, Any] | None
         InputError: no such file, or not such a file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bytes(path, MAX_JSON).decode())
         other = value["model"]["config_sha256"]
         measured = [row for row in value["rows"] if row["evaluation"] is not None]
         for row in measured:
             ratio = row["evaluation"]["perplexity_ratio"]
-            float(ratio["value"]), float(ratio["error"] or 0), int(row["weight_bytes"])
-            row["name"].strip(), row["scheme"].strip()
-    except OSError as error:
-        raise InputError(f"--measured {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+            check_types(ratio["value"], float, "a ratio")
+            check_types(ratio["error"], float | None, "the error of a ratio")
+            check_types(row["weight_bytes"], int, "weight_bytes")
+            check_types([row["name"], row["scheme"]], list[str], "name and scheme")
+    except InputError as error:
+        raise InputError(f"--measured {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--measured {path} is no result of fewbits compare: {type(error).__name__} {error}"
         ) from None

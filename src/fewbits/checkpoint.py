@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError, ResourceError, first_line
 from fewbits.tensor import Note
+from fewbits.untrusted import MAX_JSON, check_file, counts, parse_json, read_bytes, shown
 
 CONFIG, LEDGER, RUN = "config.json", "fewbits.json", "run.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +43,16 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+_MAX_LEDGER = 2**27  # bytes; that of 671 billion parameters has about 8 * 10**7
+_MAX_INDEX = 2**26  # bytes: 600,000 tensors
+_MAX_DIMS = 64  # of a tensor: what torch holds
+_MAX_NAME = 1000  # characters of a tensor's name; not tuned
+# What config.json may count: no more blocks than there are tensors, nothing wider than all values
+# together, and never more than the second number. Below the first it does not matter: some configs
+# name blocks and widths that are not there. Not tuned.
+_BLOCKS = re.compile(r"layers|n_layer$|num_layer$|_blocks$"), 128, 2048
+_WIDTHS = re.compile(r"size|dim|heads|experts|rank"), 2**20, 2**28
 MAX_SHARD_BYTES = 2**32  # of a weight file, as other tools cut them; not tuned
 _COPIED = 2**20  # bytes at a time; not tuned
 _SPARSE = 2**20  # bytes; file systems may keep smaller files without a block of their own; not tuned
@@ -98,7 +110,10 @@ class Checkpoint:
                 _open_torch(path, self.notes) if path.suffix == ".bin" else _open_safetensors(path)
             )
         source = self._open[info.file]
-        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        try:
+            tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        except (SafetensorError, RuntimeError, KeyError, OSError) as error:
+            raise InputError(f"{path}: {name} cannot be read: {first_line(error)}") from None
         if isinstance(source, dict) and tensor.untyped_storage().nbytes() != tensor.nbytes:
             return tensor.clone()  # torch files may hold views of each other; safetensors may not
         return tensor
@@ -223,9 +238,9 @@ def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
     bare: list[str] = []
     for file in files:
         path = folder / file
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise InputError(f"{path} is missing; the index lists it")
-        size = path.stat().st_size
+        size = check_file(path, folder)
         if path.suffix == ".bin":
             infos, header = _torch_infos(path, checkpoint)
         else:
@@ -245,20 +260,51 @@ def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
         what = "headers only: the values of the weights are not here, only what was said of them"
         checkpoint.notes.append(Note("fact", bare[0] + more, what))
     _check_index(folder, checkpoint)
+    values = sum(info.count for info in checkpoint.tensors.values())
+    check_config(folder / CONFIG, config, len(checkpoint.tensors), values)
     return checkpoint
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def check_config(path: Path, value: Any, tensors: int = 2**63, values: int = 2**63) -> None:
+    """Refuse a config that counts more blocks or wider ones than there can be, before they are built.
+
+    Args:
+        path: of the config, for the message.
+        value: the config, or a part of it.
+        tensors, values: how many of each the checkpoint holds; without them the absolute limits stand.
 
     Raises:
-        InputError: missing, unreadable, or not an object.
+        InputError: a number of blocks or a width, told by its name, is beyond the limit.
     """
+    limits = [(name, min(max(there, few), most)) for (name, few, most), there in
+              ((_BLOCKS, tensors), (_WIDTHS, values))]  # fmt: skip
+    pending: list[Any] = [value]
+    while pending:
+        item = pending.pop()
+        pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        for key, number in item.items() if isinstance(item, dict) else ():
+            limit = next((most for name, most in limits if name.search(key)), None)
+            if limit is not None and isinstance(number, int | float) and abs(number) > limit:
+                raise InputError(
+                    f"{path}: {shown(key)} is {shown(number)}; accepted is at most {limit}, "
+                    "by what the weight files hold"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in which no key stands twice.
+
+    Raises:
+        InputError: missing, unreadable, a link out of its folder, not such an object, or too large.
+    """
+    most = {LEDGER: _MAX_LEDGER, SAFETENSORS_INDEX: _MAX_INDEX, TORCH_INDEX: _MAX_INDEX}
+    if not os.path.lexists(path):
+        raise InputError(f"{path.parent} has no {path.name}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(read_bytes(path, most.get(path.name, MAX_JSON), path.parent).decode())
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}; accepted is a JSON object")
@@ -268,18 +314,26 @@ def read_json(path: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[str]:
     # The whole file before the shards, as transformers does where a folder holds both.
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
-        if (folder / single).is_file():
+        if os.path.lexists(folder / single):  # a link to nothing is not passed over
             return [single]
-        if (folder / index).is_file():
-            weights = read_json(folder / index).get("weight_map")
-            if not isinstance(weights, dict) or not weights:
-                raise InputError(f"{folder / index} has no weight_map")
-            files = sorted({str(file) for file in weights.values()})
-            outside = [file for file in files if Path(file).name != file]
-            if outside:
-                raise InputError(f"{folder / index}: {outside[0]!r} is not the name of a file beside it")
-            return files
+        if os.path.lexists(folder / index):
+            return _indexed_files(folder / index)
     return []
+
+
+def _indexed_files(index: Path) -> list[str]:
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{index} has no weight_map")
+    suffix = ".bin" if index.name == TORCH_INDEX else ".safetensors"
+    files = []
+    for file in dict.fromkeys(item if isinstance(item, str) else None for item in weights.values()):
+        if file is None or not file.isprintable() or Path(file).name != file or "\\" in file:
+            raise InputError(f"{index}: {shown(file)} is not the name of a file beside it")
+        if not file.endswith(suffix):
+            raise InputError(f"{index} lists {shown(file)}; accepted are names that end in {suffix}")
+        files.append(file)
+    return sorted(files)
 
 
 def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
@@ -289,6 +343,7 @@ def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
         return
     for name, file in read_json(path)["weight_map"].items():
         if name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
+            name = name if name.isprintable() and len(name) <= _MAX_NAME else shown(name)
             raise InputError(f"{folder / file} does not hold tensor {name}, which the index lists")
 
 
@@ -306,35 +361,96 @@ def read_header(path: Path, headers_only: bool = False) -> tuple[list[TensorInfo
 
     Layout: 8 bytes N, N bytes of JSON, then the values; offsets count from the values' start. With
     `headers_only` the file may end before they do.
+
+    Raises:
+        InputError: no such file, or a header that is not wholly as it should be; names the tensor.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise InputError(f"{path} is truncated or corrupt: its header does not fit in {size} bytes")
-        raw = file.read(length)
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # experts have few: one object for each
+    size = check_file(path, path.parent)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = []
-        for name, entry in header.items():
-            shape = tuple(entry["shape"])
-            shape = shapes.setdefault(shape, shape)
-            entries.append((name, _DTYPES[entry["dtype"]], shape, entry["data_offsets"]))
-        spans = sorted((int(begin), int(end)) for *_, (begin, end) in entries)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} has a corrupt header: {type(error).__name__} {error}") from None
-    infos = [TensorInfo(name, dtype, shape, path.name) for name, dtype, shape, _ in entries]
-    for info, (*_, (begin, end)) in zip(infos, entries, strict=True):
-        if any(not isinstance(n, int) or n < 0 for n in info.shape) or end - begin != info.size_bytes:
-            raise InputError(f"{path} has a corrupt header: {info.name} does not fit its offsets")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise InputError(
+                    f"{path} is truncated or corrupt: its header does not fit in {size} bytes"
+                )
+            if length > MAX_JSON:
+                raise InputError(f"{path} has a header of {length} bytes; accepted are {MAX_JSON}")
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        header = parse_json(raw.decode())
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
+        _check_metadata(header.pop("__metadata__", {}))
+        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # experts have few: one object for each
+        entries = [_header_entry(name, entry, path.name, shapes) for name, entry in header.items()]
+    except ValueError as error:
+        raise InputError(f"{path} has a corrupt header: {error}") from None
+    spans = sorted((begin, end) for _, begin, end in entries)
     starts, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), size - 8 - length]
     if headers_only:
         ends[-1] = max(ends[-1], starts[-1])
     if starts != ends:
-        raise InputError(f"{path} is truncated or corrupt: its tensors do not fill its {size} bytes")
-    return infos, 8 + length
+        raise InputError(f"{path} is truncated or corrupt: {_misplaced(entries, size - 8 - length)}")
+    return [info for info, _, _ in entries], 8 + length
+
+
+def _check_metadata(value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"__metadata__ is {shown(value)}; accepted is an object of strings")
+
+
+def _header_entry(
+    name: str, entry: Any, file: str, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> tuple[TensorInfo, int, int]:
+    """A tensor, and where its values begin and end."""
+    _check_name(name)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {shown(entry)}; accepted is an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {shown(dtype)}; accepted are {', '.join(_DTYPES)}")
+    if not counts(shape) or len(shape) > _MAX_DIMS:
+        raise ValueError(
+            f"{name} has shape {shown(shape)}; accepted are at most {_MAX_DIMS} numbers from 0"
+        )
+    if not counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name} has offsets {shown(offsets)}; accepted are two numbers from 0")
+    shape = shapes.setdefault(tuple(shape), tuple(shape))
+    info = TensorInfo(name, _DTYPES[dtype], shape, file)
+    begin, end = offsets
+    if end - begin != info.size_bytes or _overflows(shape):
+        raise ValueError(f"{name} does not fit its offsets")
+    return info, begin, end
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _MAX_NAME:
+        raise ValueError(
+            f"{shown(name)} is no name of a tensor; accepted are up to {_MAX_NAME} printable characters"
+        )
+
+
+def _overflows(shape: tuple[int, ...]) -> bool:
+    """Whether libraries that count in 64 bits cannot hold it; a zero may hide it from its size."""
+    product = 1
+    for n in shape:
+        product *= max(n, 1)
+        if product >= 2**63:
+            return True
+    return False
+
+
+def _misplaced(entries: list[tuple[TensorInfo, int, int]], size: int) -> str:
+    """Which tensor breaks that values stand one after the other and fill the file."""
+    place = 0
+    for info, begin, end in sorted(entries, key=lambda entry: entry[1:]):
+        if begin != place:
+            what = "overlaps another" if begin < place else "leaves a gap before it"
+            return f"its tensors do not fill it: {info.name} {what}, at {begin} instead of {place}"
+        place = end
+    return f"its tensors do not fill its {size} bytes, but {place}"
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -345,7 +461,9 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _open_torch(path: Path, notes: list[Note]) -> dict[str, Tensor]:
-    """Tensors of a torch file, unpickled with `weights_only`."""
+    """Tensors of a torch file, unpickled with `weights_only`: no code of the file is run."""
+    check_file(path, path.parent)
+    _check_zip(path)
     try:
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -357,7 +475,41 @@ def _open_torch(path: Path, notes: list[Note]) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read as tensors: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise InputError(f"{path} does not hold a plain dictionary of tensors")
+    for name, tensor in state.items():
+        try:
+            _check_name(name)
+            _check_values(name, tensor)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
     return state
+
+
+def _check_zip(path: Path) -> None:
+    """Torch stores its members as they are: together they are no larger than the file."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # torch before 1.6
+        with zipfile.ZipFile(path) as members:
+            infos = members.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise InputError(f"{path} cannot be read as tensors: {first_line(error)}") from None
+    packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
+    total = sum(info.file_size for info in infos)
+    if packed or total > path.stat().st_size:
+        what = f"{shown(packed[0])} is compressed" if packed else f"its members claim {total} bytes"
+        raise InputError(f"{path} is no file of torch: {what}; accepted are members stored as they are")
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    """Plain values in memory, no more of them than are stored."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or str(tensor.dtype).removeprefix("torch.") not in _BY_NAME:
+        raise ValueError(
+            f"{name} is {tensor.layout} {tensor.dtype} on {tensor.device}; accepted are plain"
+        )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.itemsize > stored:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, but only {stored} bytes are stored for it")
 
 
 def _torch_infos(path: Path, checkpoint: Checkpoint) -> tuple[list[TensorInfo], int]:
@@ -367,12 +519,18 @@ def _torch_infos(path: Path, checkpoint: Checkpoint) -> tuple[list[TensorInfo], 
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Names of the files that go along unchanged: tokenizer, generation config, chat templates."""
+    """Names of the files that go along unchanged: tokenizer, generation config, chat templates.
+
+    Raises:
+        InputError: one is a link out of the folder.
+    """
     taken = {CONFIG, LEDGER, RUN, SAFETENSORS_INDEX, TORCH_INDEX}
     files = [path for pattern in _CARRIED for path in folder.glob(pattern)]
     files += [path for name in _CARRIED_FOLDERS for path in (folder / name).glob("*")]
-    names = {path.relative_to(folder).as_posix() for path in files if path.is_file()}
-    return sorted(names - taken)
+    names = {path.relative_to(folder).as_posix() for path in files if path.is_file()} - taken
+    for name in names:
+        check_file(folder / name, folder)
+    return sorted(names)
 
 
 # -- hashes ------------------------------------------------------------------------------------

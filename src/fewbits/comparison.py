@@ -11,6 +11,7 @@ from fewbits.estimate import Estimate, within_noise
 from fewbits.evaluate import Evaluation, Measure
 from fewbits.speed import Speed
 from fewbits.tasks import TaskScores, compare_scores
+from fewbits.untrusted import check_types
 
 FLOAT = "float"  # name of the first row, the source
 RESULTS = "compare.json"  # in the work folder
@@ -185,6 +186,11 @@ def read_comparison(path: Path) -> Comparison:
         InputError: missing, or of another version.
     """
     try:
-        return Comparison.from_json(read_json(path))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = Comparison.from_json(read_json(path))
+        check_types(found, Comparison, "it")
+        found.differences()  # rows that are not of the same windows and questions
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
         raise InputError(f"{path} was not written by this version of compare: {error}") from None

@@ -14,6 +14,10 @@ class FewbitsError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """One line, whatever names from files are in it: control characters are escaped."""
+        return one_line(super().__str__())
+
 
 class InputError(FewbitsError, ValueError):
     """The arguments, the model or a file of the user are wrong."""
@@ -31,6 +35,17 @@ class VerificationError(FewbitsError):
     """A written checkpoint differs from its ledger."""
 
     exit_code = 3
+
+
+def one_line(text: str) -> str:
+    r"""The text with all that is no printable character escaped.
+
+    >>> print(one_line("a\n\x1b[2Jb"), one_line("ä \ud800"))
+    a\n\x1b[2Jb ä \ud800
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

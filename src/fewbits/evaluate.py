@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.calibration import SELF, Calibration, read_calibration
-from fewbits.checkpoint import CONFIG, read_json, resolve
+from fewbits.checkpoint import CONFIG, carried_files, check_config, read_json, resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
 from fewbits.load import load
-from fewbits.structure import skeleton, text_config
+from fewbits.structure import quiet_transformers, skeleton, text_config
 from fewbits.text import Text, read_text, windows
+from fewbits.untrusted import check_file
 
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 
 DEFAULT_LENGTH = 2048
+_MAX_TOKENIZER = 2**28  # bytes of a file; vocabularies of 260,000 tokens take 3 * 10**7
 _LOGITS = 2**26  # logits held at a time for one model: 256 MB in float32; not tuned
 _TOKENS = 2**12  # run at a time, at least one window; not tuned
 _FIRST_BIN = 16  # positions; every further bin doubles the length of text before it. Not tuned.
@@ -206,24 +208,57 @@ def check_windows(length: int | None, limit: int | None) -> None:
 
 
 def load_tokenizer(model: str | Path | Any) -> Any:
-    """The tokenizer beside a model.
+    """The tokenizer beside a model. Code that it brings is never run.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, it needs code of its own, or a file of it is a link out of the folder.
     """
     from transformers import AutoTokenizer
 
     where = model if isinstance(model, str | Path) else model.config.name_or_path
+    folder = resolve(where)
+    _check_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(where))
-    except InputError:
-        raise
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        size = len(tokenizer)
     except Exception as error:  # a missing tokenizer shows itself in many ways
         reason = first_line(error)
         raise InputError(f"{where} has no tokenizer that can be read: {reason}") from None
-    if len(tokenizer) < 2:  # transformers makes an empty one where there are no files
+    if size < 2:  # transformers makes an empty one where there are no files
         raise InputError(f"{where} has no tokenizer")
     return tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """What transformers reads beside a model, and does not check before it reads."""
+    for name in carried_files(folder):
+        if check_file(folder / name, folder) > _MAX_TOKENIZER:
+            raise InputError(
+                f"{folder / name} is larger than {_MAX_TOKENIZER} bytes, which are accepted"
+            )
+    for name in (CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if not (folder / name).is_file():
+            continue
+        value = read_json(folder / name)
+        if name == CONFIG:
+            check_config(folder / name, value)
+        if name == "tokenizer_config.json" and _needs_code(value):
+            raise InputError(
+                f"{folder / name} asks for code of the checkpoint (auto_map), which is never run; "
+                "accepted is a tokenizer that transformers knows"
+            )
+
+
+def _needs_code(value: dict[str, Any]) -> bool:
+    """Whether a tokenizer says that it is code of its own, and not of a class that transformers has."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named = value.get("tokenizer_class")
+    known = isinstance(named, str) and tokenizer_class_from_name(named) is not None
+    return "auto_map" in value and not known
 
 
 def read_calibration_of(

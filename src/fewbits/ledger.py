@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from fewbits.checkpoint import LEDGER, TensorInfo, Written, hash_json, hash_tensors, read_json
 from fewbits.errors import InputError
 from fewbits.tensor import Note, QuantizedTensor
+from fewbits.untrusted import check_types, counts, shown
 
 Outcome = Literal["quantized", "copied", "folded", "dropped"]
 
@@ -147,12 +148,40 @@ def read_ledger(folder: Path) -> Ledger:
     try:
         tensors = {name: _entry(entry) for name, entry in value["tensors"].items()}
         notes = [Note(**note) for note in value["notes"]]
-        return Ledger(
+        ledger = Ledger(
             value["fewbits"], value["request"], value["source"], tensors, notes, value["files"],
             value["calibration"], value["blocks"],
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
+        check_types(ledger, Ledger, "it")
+        _check_values(ledger)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{folder / LEDGER} is not a ledger of this version: {error}") from None
+    return ledger
+
+
+def _check_values(ledger: Ledger) -> None:
+    """Refuse what the types allow and no run writes; above all paths out of the folder."""
+    for key in ("format", "method", "scheme"):
+        check_types(ledger.request.get(key, ""), str, f"request.{key}")
+    check_types(ledger.source.get("files", {}), dict[str, dict[str, int]], "source.files")
+    for stated in ledger.source.get("files", {}).values():
+        _check_counts(stated["size_bytes"], stated["header_bytes"])
+    for name, stated in ledger.files.items():
+        if not name.isprintable() or "\\" in name or {"", ".", ".."} & {*name.split("/")}:
+            raise ValueError(f"{shown(name)} is no file inside of its folder")
+        check_types(stated["sha256"], str, f"sha256 of {name}")
+        _check_counts(stated["size_bytes"])
+    for entry in ledger.tensors.values():
+        _check_counts(*entry.shape, entry.size_bytes)
+        for written in entry.written:
+            _check_counts(*written.shape, written.size_bytes)
+        if entry.quantized is not None:
+            _check_counts(*entry.quantized.shape, entry.quantized.matrices)
+
+
+def _check_counts(*numbers: int) -> None:
+    if not counts(list(numbers)):
+        raise ValueError(f"{shown(numbers)} are not all numbers from 0")
 
 
 def _entry(value: dict[str, Any]) -> Entry:

@@ -7,6 +7,7 @@ before. Then each of those modules is replaced by one that holds the codes; a fl
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
-from fewbits.errors import InputError, VerificationError, first_line
+from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
@@ -28,7 +29,10 @@ from fewbits.structure import (
     skeleton,
 )
 from fewbits.tensor import QuantizedTensor
+from fewbits.untrusted import check_file, shown
 
+_CODES_PER_BYTE = 4  # of two bits, the fewest
+_SMALL = 2**20  # parameters that no file needs to account for; not tuned
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
 # Of a quantized weight's tensors.
 _SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_outlier_columns", "_outliers")
@@ -59,7 +63,29 @@ def load(
     """
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
+    with _one_line(folder):
+        return _load(checkpoint, dtype, device)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """A checkpoint of a stranger can fail in any way, mostly in transformers: each is one line."""
+    try:
+        yield
+    except (FewbitsError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's own kind: the machine's fault, or not
+            raise
+        raise InputError(
+            f"{folder} cannot be loaded: {type(error).__name__} {first_line(error)}"
+        ) from error
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+    folder = checkpoint.folder
     network = skeleton(checkpoint.config)
+    _check_size(checkpoint, network)
     weights = quantized_matrices(checkpoint, network)
     own = {name + suffix for name in weights for suffix in _SUFFIXES}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
@@ -75,6 +101,18 @@ def load(
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
     return loaded.eval()
+
+
+def _check_size(checkpoint: Checkpoint, network: nn.Module) -> None:
+    """Refuse a model that is far larger than its files, before memory is taken for what is missing."""
+    stored = sum(info.size_bytes for info in checkpoint.tensors.values())
+    asked = sum(parameter.numel() for parameter in network.parameters())
+    most = _CODES_PER_BYTE * stored + _SMALL
+    if asked > most:
+        raise InputError(
+            f"{checkpoint.folder}: config.json asks for {asked} parameters, but the files hold {stored} "
+            f"bytes; accepted are at most {most} parameters"
+        )
 
 
 def kernel_notes(model: nn.Module) -> list[str]:
@@ -115,7 +153,12 @@ def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return None
-    layout = FORMATS.get(quantization.get("quant_method"))
+    if not isinstance(quantization, dict):
+        raise InputError(
+            f"{checkpoint.folder}: quantization_config is {shown(quantization)}; accepted is an object"
+        )
+    method = quantization.get("quant_method")
+    layout = FORMATS.get(method) if isinstance(method, str) else None
     if layout is None:
         raise InputError(
             f"{checkpoint.folder} has quant_method {quantization.get('quant_method')!r}, which is "
@@ -270,6 +313,7 @@ def build(
     if missing:
         raise InputError(f"{folder}: the model needs tensor {missing[0]}, which is not there")
     if (folder / "generation_config.json").is_file():
+        check_file(folder / "generation_config.json", folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(folder)  # adapters are saved with the second
     return model

@@ -25,9 +25,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from fewbits.checkpoint import check_config
 from fewbits.errors import InputError
 from fewbits.tensor import Note
+from fewbits.untrusted import shown
 
 Kind = Literal["linear", "conv1d", "expert"]
 
@@ -37,6 +40,11 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 _JOINING = {"MergeModulelist", "Concatenate"}
 # Weights of a block that are neither linears nor experts: routers and the like are far below. Not tuned.
 _UNSEEN_LIMIT = 0.05
+# Of one model; 61 blocks of 256 experts, each a module with three linears, have 65,000. Not tuned.
+_MAX_MODULES = 2**17
+# Ways to compute attention and experts that a config may name: the others may be fetched from the hub.
+_IMPLEMENTATION = ("attn_implementation", "experts_implementation", "_implementation_internal")
+_BUILT_IN = (None, "eager", "sdpa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +106,23 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
     if "model_type" not in settings:
         raise InputError("config.json names no model_type; accepted is one that transformers knows")
+    if "auto_map" in settings and not _is_known(settings["model_type"]):
+        raise InputError(
+            f"config.json: model_type {shown(settings['model_type'])} needs code of the checkpoint "
+            "(auto_map), which is never run; accepted is one that transformers knows"
+        )
+    check_config(Path("config.json"), settings)
     try:
         # Through a file, because transformers has an encoding of its own for what JSON cannot hold.
         with tempfile.TemporaryDirectory() as folder, quiet_transformers(), torch.device("meta"):
-            (Path(folder) / "config.json").write_text(json.dumps(settings))
-            model_config = AutoConfig.from_pretrained(folder)
-            model: nn.Module = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+            (Path(folder) / "config.json").write_text(json.dumps(_without_code(settings)))
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with _few_modules():
+                model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    model_config, trust_remote_code=False
+                )
+    except InputError:
+        raise
     except Exception as error:  # configs fail in as many ways as there are architectures
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
@@ -111,6 +130,43 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
         ) from None
     linecache.clearcache()  # of transformers' sources, which it reads for its own documentation
     return model
+
+
+def _is_known(model_type: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _without_code(value: Any) -> Any:
+    """A config without what makes transformers fetch code: `auto_map`, kernels from the hub."""
+    if isinstance(value, list):
+        return [_without_code(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_code(item)
+        for key, item in value.items()
+        if key != "auto_map" and (not key.endswith(_IMPLEMENTATION) or item in _BUILT_IN)
+    }
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Stop a config that asks for modules without end."""
+    count = 0
+
+    def check(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MAX_MODULES:
+            raise InputError(f"config.json asks for more than {_MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _import_losses() -> None:

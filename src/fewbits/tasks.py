@@ -41,6 +41,7 @@ from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, mean_estimate
 from fewbits.structure import quiet_transformers
 from fewbits.tensor import Note
+from fewbits.untrusted import parse_json, read_bytes, shown
 
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 Metric = Literal["acc", "acc_norm"]
@@ -49,6 +50,7 @@ _Row = dict[str, Any]
 _SEED = 1234  # of the draw of worked examples: lm-eval's own default
 _LOGITS = 2**26  # logits held at a time: 256 MB in float32; not tuned
 _TOKENS = 2**12  # run at a time, at least one prompt; not tuned
+_MAX_FILE = 2**28  # bytes of a file of questions; not tuned
 
 _MMLU = (
     "rows of question, four options and the answer (A to D or 0 to 3), "
@@ -306,7 +308,7 @@ def _mmlu_row(row: list[str]) -> _Row:
         raise ValueError(f"{len(row)} columns")
     question, *options, answer = row
     if len(answer.strip()) != 1 or answer.strip() not in "ABCD0123":
-        raise ValueError(f"answer {answer!r}")
+        raise ValueError(f"answer {shown(answer)}")
     _check_texts(question, *options)
     return {"question": question, "choices": options, "answer": "ABCD0123".index(answer.strip()) % 4}
 
@@ -325,9 +327,9 @@ def _arc_row(row: _Row) -> _Row:
     if not 3 <= len(labels) <= 5:
         raise ValueError(f"{len(labels)} options")
     if labels not in (list("ABCDE")[: len(labels)], list("12345")[: len(labels)]):
-        raise ValueError(f"labels {labels}")
+        raise ValueError(f"labels {shown(labels)}")
     if key not in labels:
-        raise ValueError(f"answerKey {key!r}")
+        raise ValueError(f"answerKey {shown(key)}")
     _check_texts(stem, *texts)
     return {"question": stem, "choices": {"text": texts, "label": labels}, "answerKey": key}
 
@@ -373,9 +375,9 @@ def _hellaswag_row(row: _Row) -> _Row:
     if len(endings) != 4:
         raise ValueError(f"{len(endings)} endings")
     if label not in ("0", "1", "2", "3"):
-        raise ValueError(f"label {label!r}")
+        raise ValueError(f"label {shown(label)}")
     if not isinstance(second, str):
-        raise ValueError(f"{second!r} is no text")
+        raise ValueError(f"{shown(second)} is no text")
     _check_texts(row["activity_label"], first, *endings)
     return {
         "activity_label": row["activity_label"],
@@ -392,10 +394,10 @@ def _read_jsonl(path: Path, parse: Callable[[_Row], _Row], accepted: str) -> lis
         if not line.strip():
             continue
         try:
-            rows.append(parse(json.loads(line)))
+            rows.append(parse(parse_json(line)))
         except KeyError as error:
             raise InputError(f"{path}:{number}: no {error}; accepted are {accepted}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}:{number}: {error}; accepted are {accepted}") from None
     return _some(rows, path, accepted)
 
@@ -403,7 +405,8 @@ def _read_jsonl(path: Path, parse: Callable[[_Row], _Row], accepted: str) -> lis
 def _check_texts(*texts: Any) -> None:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{text!r} is no text")
+            raise ValueError(f"{shown(text)} is no text")
+        text.encode()  # halves of characters are no text
 
 
 def _some(rows: list[_Row], path: Path, accepted: str) -> list[_Row]:
@@ -414,9 +417,10 @@ def _some(rows: list[_Row], path: Path, accepted: str) -> list[_Row]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, _MAX_FILE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {first_line(error)}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _by_split(data: Path, start: str, suffixes: tuple[str, ...]) -> dict[str, Path]:

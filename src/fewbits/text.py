@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits import chat
 from fewbits.errors import InputError, first_line
+from fewbits.untrusted import parse_json
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file, where it has several
 ACCEPTED = "accepted are a text file, a .jsonl file, and hub:owner/name/config:split:column"
+
+_MAX_ROW = 2**25  # characters of one document in a .jsonl file; the Bible has 4 * 10**6. Not tuned.
 
 Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
@@ -66,11 +70,15 @@ def iter_documents(source: str | Path, limit: int | None = None) -> Iterator[Doc
 
 
 def _file(source: str | Path) -> Iterator[Document]:
-    path = Path(source)
+    path, raw = Path(source), b""
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raw = path.read_bytes()
+        content = raw.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no path"
+        if isinstance(error, UnicodeDecodeError):
+            broken = raw.count(b"\n", 0, error.start) + 1
+            reason = f"line {broken} is not UTF-8"
         raise InputError(f"text {source} cannot be read ({reason}); {ACCEPTED}") from None
     if path.suffix != ".jsonl":
         yield from (part.strip("\n") for part in content.split(SEPARATOR))
@@ -82,13 +90,19 @@ def _file(source: str | Path) -> Iterator[Document]:
 
 def _row(line: str, where: str) -> Document:
     try:
-        row = json.loads(line)
+        if len(line) > _MAX_ROW:
+            raise ValueError(f"it has {len(line)} characters, at most {_MAX_ROW} are accepted")
+        row = parse_json(line)
         document: Document = row["text"] if "text" in row else row["messages"]
         if not isinstance(document, str | list):
             raise TypeError
-    except (json.JSONDecodeError, KeyError, TypeError):
+        if isinstance(document, list) and not all(isinstance(message, dict) for message in document):
+            raise TypeError
+        json.dumps(document, ensure_ascii=False).encode()  # halves of characters are no text
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error}; " if isinstance(error, ValueError) else ""
         raise InputError(
-            f'{where}: accepted are rows like {{"text": "..."}} and {{"messages": [...]}}'
+            f'{where}: {reason}accepted are rows like {{"text": "..."}} and {{"messages": [...]}}'
         ) from None
     return document
 
@@ -137,15 +151,31 @@ def tokenize(document: Document, tokenizer: Any) -> list[int]:
     """Token ids of a document, without special tokens but those of the chat template.
 
     Raises:
-        InputError: messages, and no chat template or one that refuses them.
+        InputError: messages, and no chat template or one that refuses them; or a broken tokenizer.
     """
     if not isinstance(document, str):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the text holds chat messages, but the model has no chat template")
         try:
-            document = tokenizer.apply_chat_template(document, tokenize=False)
+            document = _render(document, tokenizer)
         except Exception as error:  # templates are programs that raise what they like
             reason = first_line(error)
             raise InputError(f"the model's chat template refuses some messages: {reason}") from None
-    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library in Rust is no Exception
+        raise InputError(f"the model's tokenizer fails on some text: {first_line(error)}") from None
     return ids
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    """What `apply_chat_template` gives, in bounded time and memory where a template is run."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    if own is not PreTrainedTokenizerBase.apply_chat_template or not messages:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    given = [{key: item for key, item in message.items() if item is not None} for message in messages]
+    return chat.render(tokenizer.get_chat_template(), given, tokenizer.special_tokens_map)
