@@ -7,7 +7,7 @@ DEMO ?= build/demo
 INSTALLED := $(VENV)/installed
 MODEL := reference/model
 
-.PHONY: demo test check fix bench interop reference-model clean
+.PHONY: demo test check fix bench interop torture reference-model clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python reference/corpus.py heldout $(DEMO)/heldout.jsonl
@@ -42,6 +42,10 @@ bench: $(INSTALLED)
 # What other people's clients make of our checkpoints, each in an environment of its own.
 interop: $(INSTALLED)
 	PYTHON=$(PYTHON) PROJECT=$(BIN)/python bash tests/interop/run.sh
+
+# Runs that are killed, and disks that fail, at hundreds of moments. Under 20 minutes on two cores.
+torture: $(INSTALLED)
+	$(BIN)/python tests/torture/run.py
 
 # About an hour on two cores. The settings keep malloc from returning pages to the system all the time.
 reference-model: $(INSTALLED)
