@@ -1,14 +1,17 @@
 """Calibrated quantization: block by block, each on what the quantized blocks before it really give.
 
-For every block: rewrite it (`transforms`), collect the Hessians of all inputs in one run, round
-matrix after matrix (`methods`), and take the samples through the rounded block.
+For every block: rewrite it (`transforms`), collect the Hessians of all inputs in one run, or, where
+memory is short, in several, round matrix after matrix (`methods`), and take the samples through the
+rounded block. A block that came out much worse than one rounded to nearest is rounded to nearest.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any, Self
 
 import torch
@@ -23,7 +26,7 @@ from fewbits.methods import RTN, Method, WeightedRTN
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
-from fewbits.stream import TOKENS, Stream, fast_dtype
+from fewbits.stream import TOKENS, Allocate, Stream
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.wiring import Wiring, find_wiring, signature
@@ -34,6 +37,8 @@ _PROBE = 64  # tokens that the wiring is found with; not tuned
 _COMPARED_ROWS = 128  # of each matrix, on which its error is compared with round to nearest; not tuned
 _PANEL = 256  # columns of a Hessian that are added to by one product; not tuned
 _LENS = 256  # positions at which the logits after each block are compared; not tuned
+KL_COPIES = 4  # of the logits of a sample that are in memory at a time
+_EXPLODED = 4.0  # times the error of rounding to nearest, on held-out samples; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class BlockReport:
 
     Args:
         error: squared error of its output over the output's variance, both given the same states.
+        nearest: the same error with all its matrices rounded to nearest instead.
         kl: divergence in nats, of the logits that the model's norm and head make of the states
             behind this block, from those that they make of the float model's. At the last block
             this is the KL of the quantized model with its head in float, and its inputs not rounded
@@ -81,6 +87,7 @@ class BlockReport:
     error: float
     kl: float
     matrices: tuple[MatrixReport, ...]
+    nearest: float
 
     def to_json(self) -> dict[str, Any]:
         """For the ledger."""
@@ -94,12 +101,42 @@ class Block:
     Args:
         weights: codes by source name; several of a stack.
         changed: source names of tensors that stay in float but were rewritten, and their values.
+        wirings: that were found with this block, by kind of block.
     """
 
     report: BlockReport
     weights: dict[str, list[QuantizedTensor]] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    wirings: dict[str, Wiring] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run goes on that was interrupted.
+
+    Args:
+        blocks: that are done.
+        states: bytes of what the next one is given, as the run had put them into the room it asked for.
+        wirings: found so far, by kind of block.
+    """
+
+    blocks: int = 0
+    states: Tensor | None = None
+    wirings: dict[str, Wiring] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is done at a time.
+
+    Args:
+        tokens: run through a block at a time, at least one sample.
+        statistics_bytes: of Hessians at a time, at least one; None: all of a block.
+    """
+
+    tokens: int = TOKENS
+    statistics_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +206,9 @@ def quantize_blocks(
     recipe: Recipe,
     ids: Tensor,
     progress: Callable[[str, int, int], None] | None = None,
-    states_file: Any = None,
+    limits: Limits = Limits(),
+    allocate: Allocate | None = None,
+    start: Position = Position(),
 ) -> Iterator[Block]:
     """Quantize the blocks of a model one after the other.
 
@@ -178,99 +217,204 @@ def quantize_blocks(
         recipe: method and transforms; schemes are the plan's.
         ids: (samples, length) calibration tokens; the last of them are held out for judging.
         progress: called with (what, blocks done, blocks).
-        states_file: where states are kept instead of in memory.
+        limits: how much is done at a time. The bits of the result depend on the tokens.
+        allocate: gives room for the states behind each block but the last, which the next one is given;
+            what lies there when a block is yielded is what `start` takes.
+        start: where to go on.
 
     Raises:
-        InputError: blocks that cannot be run on their own, or tokens that the model cannot take.
+        InputError: blocks that cannot be run on their own, tokens that the model cannot take, or a block
+            whose output is not finite, or constant.
     """
-    length = ids.shape[1]
-    held_out = max(1, min(len(ids) // _HELD_OUT, _JUDGED // length))
     if len(ids) < 2:
         raise InputError(
             f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
         )
-    every = max(1, held_out * length // _LENS)
-    stream = Stream(plan.checkpoint, ids, every, states_file)
-    run = _Run(plan, recipe, stream, range(len(ids) - held_out))
-    what = "blocks"
-    for number in range(stream.count):
+    run = _Run(plan, recipe, ids, limits, allocate, start)
+    what, count = "blocks", run.stream.count
+    for number in range(start.blocks, count):
         if progress is not None:
-            progress(what, number, stream.count)
+            progress(what, number, count)
         block = run.block(number)
         what = f"blocks, KL so far {block.report.kl:.3g}"
         yield block
         del block  # its codes are written
     if progress is not None:
-        progress(what, stream.count, stream.count)
+        progress(what, count, count)
 
 
-def estimate_memory(plan: Plan, ids: Tensor, needs: frozenset[str]) -> tuple[int, int]:
-    """Bytes that `quantize_blocks` takes beside its states, at most, and of the states.
+def held_out_samples(samples: int, length: int) -> int:
+    """How many of the calibration samples are kept for judging."""
+    return max(1, min(samples // _HELD_OUT, _JUDGED // length))
 
-    One block in float32, its codes, and its copy in the model's own dtype; what the block computes on
-    the way; and if the method `needs` Hessians, those, and three more of the largest while it is
-    factored.
-    """
-    copy = 0 if fast_dtype(plan.checkpoint.dtype) is None else 2
-    samples, length = ids.shape
-    blocks, hessians = defaultdict[int, int](int), defaultdict[int, set[tuple[str, int]]](set)
-    for name, number in plan.blocks.items():
-        blocks[number] += (5 + copy) * plan.info(name).count
-        if name in plan.placements:
-            matrix = plan.matrices[name]
-            columns = matrix.rows_columns[1]
-            for i in range(matrix.shape[0] if matrix.stacked else 1):
-                owner = f"{matrix.module}.{matrix.expert or i}" if matrix.kind == "expert" else ""
-                hessians[number].add((owner, columns))
-    widest = max((columns for found in hessians.values() for _, columns in found), default=0)
-    squares = max((sum(4 * n * n for _, n in found) for found in hessians.values()), default=0)
-    batch = max(TOKENS, length)
-    work = max(blocks.values(), default=0) + 4 * 4 * batch * widest
-    work += squares + 3 * 4 * widest**2 if "hessian" in needs else 0
-    return work, 2 * samples * length * plan.hidden_size
+
+def judged_positions(samples: int, length: int) -> int:
+    """Of one sample, at which logits are compared."""
+    return math.ceil(length / _every(samples, length))
+
+
+def _every(samples: int, length: int) -> int:
+    return max(1, held_out_samples(samples, length) * length // _LENS)
+
+
+def states_bytes(samples: int, length: int, hidden: int) -> int:
+    """Of the room behind a block: bfloat16 states, and those of the float model that are held out."""
+    return length * hidden * (2 * samples + 4 * held_out_samples(samples, length))
 
 
 class _Run:
     """The state between blocks: the stream, the float model's held-out states, wirings found."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, stream: Stream, fitted: range) -> None:
-        self.plan, self.recipe, self.stream, self.fitted = plan, recipe, stream, fitted
-        self.held_out = slice(fitted.stop, len(stream.states))
-        self.float_states = stream.states[self.held_out].float()
-        self.wirings: dict[Any, Wiring] = {}
-        self.search = slice(0, min(max(1, _JUDGED // stream.ids.shape[1]), len(fitted)))
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        ids: Tensor,
+        limits: Limits,
+        allocate: Allocate | None,
+        start: Position,
+    ) -> None:
+        self.plan, self.recipe, self.limits = plan, recipe, limits
+        held_out = held_out_samples(*ids.shape)
+        self.fitted, self.held_out = range(len(ids) - held_out), slice(len(ids) - held_out, len(ids))
+        every = _every(*ids.shape)
+        states = None if start.states is None else self._split(start.states, *ids.shape)
+        first = None if states is None else states[0]
+        self.stream = Stream(plan.checkpoint, ids, every, limits.tokens, allocate, first)
+        kept = self.stream.states[self.held_out].float() if states is None else states[1]
+        self.float_states = kept
+        self.wirings = dict(start.wirings)
+        self.search = slice(0, min(max(1, _JUDGED // ids.shape[1]), len(self.fitted)))
         self.by_block: dict[int, list[Matrix]] = defaultdict(list)
         for name in plan.placements:
             matrix = plan.matrices[name]
             if matrix.block is not None:
                 self.by_block[matrix.block].append(matrix)
 
+    def _split(self, room: Tensor, samples: int, length: int) -> tuple[Tensor, Tensor]:
+        """The states of all samples, and those of the float model, as they lie in their room."""
+        hidden = self.plan.hidden_size
+        size = 4 * held_out_samples(samples, length) * length * hidden  # first: it must be aligned
+        floats, states = room[:size].view(torch.float32), room[size:].view(torch.bfloat16)
+        return states.view(samples, length, hidden), floats.view(-1, length, hidden)
+
     def block(self, number: int) -> Block:
         """Quantize one block and take the samples through it."""
-        stream = self.stream
-        block = stream.load(number)
-        self.float_states = stream.run_all(number, block, self.float_states)
-        inputs = stream.states[self.held_out]
-        wanted = stream.run_all(number, block, inputs)
+        block = self.stream.load(number)
+        self.float_states = self.stream.run_all(number, block, self.float_states)
+        wanted = self.stream.run_all(number, block, self.stream.states[self.held_out])
+        self._check_output(number, wanted)
         pieces = self._pieces(number)
         self._check_finite(block, pieces)
-        result = Block(BlockReport(number, 0.0, 0.0, ()))
-        wiring = self._wiring(number, block)
+        for own, _, rounded in self._nearest(block, pieces):
+            own.copy_(rounded.dequantize(torch.float32))
+        nearest, _ = self._judge(number, block, wanted)
+        del block  # never two of them at a time
+        block = self.stream.load(number)
+        result = self._quantize(number, block, pieces)
+        error, got = self._judge(number, block, wanted)
+        if not error <= _EXPLODED * nearest:  # not a number is no better
+            del block, result
+            block = self.stream.load(number)
+            result = self._give_up(number, block, pieces, error, nearest)
+            error, got = self._judge(number, block, wanted)
+        kl = self._kl(got)
+        if not math.isfinite(error + kl):
+            raise InputError(
+                f"block {number} gives NaN or infinity when it is quantized, also to nearest; accepted "
+                f"is to leave it in float, by an override like '*.{number}.*=float'"
+            )
+        if number + 1 < self.stream.count:
+            self._advance(number, block, got)
+        result.report = BlockReport(number, error, kl, result.report.matrices, nearest)
+        return result
+
+    def _check_output(self, number: int, wanted: Tensor) -> None:
+        """Of the block in float: what it computes must be worth keeping."""
+        where = f"block {number} of {self.plan.checkpoint.folder} gives"
+        if not bool(torch.isfinite(wanted).all() and torch.isfinite(self.float_states).all()):
+            raise InputError(f"{where} NaN or infinity in float; accepted are models that compute")
+        if not float(wanted.var()) > 0:
+            raise InputError(f"{where} the same value everywhere; accepted are models that compute")
+
+    def _judge(self, number: int, block: nn.Module, wanted: Tensor) -> tuple[float, Tensor]:
+        """Squared error of its output over the output's variance, and the output; held-out samples."""
+        got = self.stream.run_all(number, block, self.stream.states[self.held_out])
+        return float((got - wanted).square().mean() / wanted.var()), got
+
+    def _advance(self, number: int, block: nn.Module, got: Tensor) -> None:
+        stream = self.stream
+        room = stream.allocate(states_bytes(*stream.states.shape))
+        states, floats = self._split(room, *stream.ids.shape)
+        stream.advance(number, block, self.fitted, states)
+        states[self.held_out] = got
+        floats.copy_(self.float_states)
+        stream.states = states  # what a later process would go on from
+
+    def _quantize(self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]]) -> Block:
+        result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
+        wiring = self._wiring(number, block, result)
         self._note_unseen(number, wiring, result)
         self._transform(number, block, wiring, pieces, result)
-        stats = self._collect(number, block, wiring, pieces)
-        hand_back_memory()  # of the run; what follows needs the most there is
-        matrices = self._round(number, block, wiring, pieces, stats, result)
-        del stats  # the largest there is
+        codes: dict[str, QuantizedTensor] = {}
+        reports: list[MatrixReport] = []
+        for some in self._passes(block, wiring, pieces):
+            stats = self._collect(number, block, wiring, some)
+            hand_back_memory()  # of the run; what follows needs the most there is
+            reports += self._round(block, some, stats, codes, result)
+            del stats  # the largest there is
+        self._store(block, pieces, codes, result)
         self._note_changed(number, block, pieces, result)
-        got = stream.run_all(number, block, inputs)
-        error = float((got - wanted).square().mean() / wanted.var())
-        kl = self._kl(got)
-        if number + 1 < stream.count:
-            stream.advance(number, block, self.fitted)
-            stream.states[self.held_out] = got
-        result.report = BlockReport(number, error, kl, tuple(matrices))
+        result.report = replace(result.report, matrices=tuple(reports))
         return result
+
+    def _nearest(
+        self, block: nn.Module, pieces: dict[str, list[_Piece]]
+    ) -> Iterator[tuple[Tensor, _Piece, QuantizedTensor]]:
+        """Each weight of the block, its piece, and what rounding to nearest makes of it."""
+        for linear, parts in pieces.items():
+            whole = float_weight(block.get_submodule(linear))
+            for piece in parts:
+                own = whole[piece.start : piece.stop]
+                # Nobody looks at inputs here: outlier columns are those of each call.
+                yield own, piece, RTN()(own, self._scheme(piece).dynamic, {}, self._dtype(piece))[0]
+
+    def _give_up(
+        self,
+        number: int,
+        block: nn.Module,
+        pieces: dict[str, list[_Piece]],
+        error: float,
+        nearest: float,
+    ) -> Block:
+        """Round to nearest what the method made worse."""
+        result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
+        why = f"error {error:.3g} of the block, {nearest:.3g} if rounded to nearest: rounded to nearest"
+        result.notes.append(Note("fallback", self._prefix(number)[:-1], why))
+        codes = {piece.name: rounded for _, piece, rounded in self._nearest(block, pieces)}
+        self._store(block, pieces, codes, result)
+        parts = [piece for some in pieces.values() for piece in some]
+        reports = [
+            MatrixReport(p.name, "RTN", self._scheme(p).dynamic.label, 0, None, steps=(why,))
+            for p in parts
+        ]
+        result.report = replace(result.report, matrices=tuple(reports))
+        return result
+
+    def _store(
+        self,
+        block: nn.Module,
+        pieces: dict[str, list[_Piece]],
+        codes: dict[str, QuantizedTensor],
+        result: Block,
+    ) -> None:
+        """Put into the block what the codes stand for, all at the end: inputs were those in float."""
+        for linear, parts in pieces.items():
+            weight = float_weight(block.get_submodule(linear))
+            for piece in parts:
+                part = codes[piece.name]
+                weight[piece.start : piece.stop].copy_(part.dequantize(torch.float32))
+                result.weights.setdefault(piece.source, []).append(part)
 
     # -- where things are --------------------------------------------------------------------------
 
@@ -313,14 +457,14 @@ class _Run:
     def _dtype(self, piece: _Piece) -> torch.dtype:
         return self.plan.info(piece.source).dtype
 
-    def _wiring(self, number: int, block: nn.Module) -> Wiring:
+    def _wiring(self, number: int, block: nn.Module, result: Block) -> Wiring:
         """Found once for each distinct shape of a block."""
-        shape = signature(block)
+        shape = sha256(repr(signature(block)).encode()).hexdigest()
         if shape not in self.wirings:
             probe = self.stream.states[:1, :_PROBE]
             with_pairs = bool(self.recipe.transforms)
             run = partial(self.stream.run, number, block, probe)
-            self.wirings[shape] = find_wiring(block, run, with_pairs)
+            self.wirings[shape] = result.wirings[shape] = find_wiring(block, run, with_pairs)
         return self.wirings[shape]
 
     def _note_unseen(self, number: int, wiring: Wiring, result: Block) -> None:
@@ -373,6 +517,29 @@ class _Run:
                 pairs.append(pair)
         return replace(wiring, pairs=tuple(pairs))
 
+    def _passes(
+        self, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
+    ) -> list[dict[str, list[_Piece]]]:
+        """Linears whose statistics are in memory at a time, in the order of their calls."""
+        limit = self.limits.statistics_bytes
+        if limit is None or "hessian" not in self.recipe.method.needs:
+            return [pieces]
+        passes: list[list[str]] = [[]]
+        held = 0
+        for group in wiring.groups:
+            shared = [p for p in group.linears if p in pieces and not _is_expert(block, p)]
+            own = [[p] for p in group.linears if p in pieces and _is_expert(block, p)]
+            for paths in [*([shared] if shared else []), *own]:
+                size = 4 * float_weight(block.get_submodule(paths[0])).shape[1] ** 2
+                if passes[-1] and held + size > limit:
+                    passes.append([])
+                    held = 0
+                passes[-1] += paths
+                held += size
+        seen = {path for paths in passes for path in paths}
+        passes[-1] += [path for path in pieces if path not in seen]
+        return [{path: pieces[path] for path in paths} for paths in passes]
+
     def _collect(
         self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
     ) -> dict[str, _Stats]:
@@ -401,11 +568,10 @@ class _Run:
 
     def _round(
         self,
-        number: int,
         block: nn.Module,
-        wiring: Wiring,
         pieces: dict[str, list[_Piece]],
         stats: dict[str, _Stats],
+        codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[MatrixReport]:
         """Round what reads one tensor together: a Hessian is factored once."""
@@ -418,11 +584,16 @@ class _Run:
                 together[key].append(piece)
         reports = []
         for alike in together.values():
-            reports += self._round_alike(number, block, alike, stats.get(alike[0].linear), result)
+            reports += self._round_alike(block, alike, stats.get(alike[0].linear), codes, result)
         return reports
 
     def _round_alike(
-        self, number: int, block: nn.Module, alike: list[_Piece], stat: _Stats | None, result: Block
+        self,
+        block: nn.Module,
+        alike: list[_Piece],
+        stat: _Stats | None,
+        codes: dict[str, QuantizedTensor],
+        result: Block,
     ) -> list[MatrixReport]:
         scheme, dtype = self._scheme(alike[0]), self._dtype(alike[0])
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
@@ -442,8 +613,7 @@ class _Run:
             start += len(own)
             hessian = None if stat is None else stat.hessian
             lost, ratio = (None, None) if hessian is None else _errors(own, part, hessian, dtype)
-            own.copy_(part.dequantize(torch.float32))
-            result.weights.setdefault(piece.source, []).append(part)
+            codes[piece.name] = part
             result.notes += [Note("fallback", piece.name, step) for step in steps]
             tokens = 0 if stat is None else stat.tokens
             name, kept = type(method).__name__, part.outliers

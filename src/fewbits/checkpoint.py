@@ -1,4 +1,4 @@
-"""Checkpoint folders: what is in one, without reading its weights; and a new one, all or nothing.
+"""Checkpoint folders: what is in one, without reading its weights.
 
 Headers of safetensors are parsed here, and strictly, because everything that can be said about a model
 before the hours are spent is in them. Tensors stay memory-mapped: reading one costs page cache, not
@@ -6,26 +6,21 @@ memory of our own.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import struct
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewbits.errors import InputError, ResourceError, first_line
+from fewbits.errors import InputError, first_line
 from fewbits.tensor import Note
 from fewbits.untrusted import MAX_JSON, check_file, counts, parse_json, read_bytes, shown
 
@@ -54,7 +49,6 @@ _MAX_NAME = 1000  # characters of a tensor's name; not tuned
 _BLOCKS = re.compile(r"layers|n_layer$|num_layer$|_blocks$"), 128, 2048
 _WIDTHS = re.compile(r"size|dim|heads|experts|rank"), 2**20, 2**28
 MAX_SHARD_BYTES = 2**32  # of a weight file, as other tools cut them; not tuned
-_COPIED = 2**20  # bytes at a time; not tuned
 _SPARSE = 2**20  # bytes; file systems may keep smaller files without a block of their own; not tuned
 
 
@@ -210,7 +204,7 @@ def _remote_headers(repository: str) -> Checkpoint:
         ]
         checkpoint.tensors |= {info.name: info for info in infos}
         values = sum(info.size_bytes for info in infos)
-        checkpoint.header_bytes[file] = len(_header(infos))  # as we would write it
+        checkpoint.header_bytes[file] = len(encode_header(infos))  # as we would write it
         checkpoint.file_bytes[file] = checkpoint.header_bytes[file] + values
     checkpoint.notes.append(Note("fact", repository, "headers only, from the hub; no weights were read"))
     return checkpoint
@@ -545,12 +539,12 @@ def hash_tensors(tensors: list[Tensor]) -> str:
     """sha256 of the values of several tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_values(tensor.detach().cpu().contiguous()))
+        digest.update(values(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
-def _values(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
+def values(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -565,9 +559,6 @@ def hash_json(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# -- a new checkpoint ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Written:
     """A tensor that was written."""
@@ -579,119 +570,17 @@ class Written:
     sha256: str
 
 
-class CheckpointWriter:
-    """Builds a checkpoint beside its place and moves it there when it is whole.
-
-    Use as a context: leaving it by an exception, Ctrl-C included, removes everything written.
-
-    Args:
-        out: the folder to be; must not exist.
-        max_shard_bytes: tensors go to a shard until it would be larger.
-
-    Raises:
-        InputError: `out` exists, or its parent does not and cannot be made.
-        ResourceError: the disk is full or cannot be written.
-    """
-
-    def __init__(self, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.out = out
-        self.max_shard_bytes = max_shard_bytes
-        self.shard_names: list[str] = []
-        self._pending: list[tuple[TensorInfo, int]] = []  # of this shard; where it stands in the spool
-        self._pending_bytes = 0
-        self._places: dict[str, int] = {}
-        self._sizes: list[int] = []
-
-    def __enter__(self) -> Self:
-        if os.path.lexists(self.out):  # a dangling link too
-            raise InputError(f"{self.out} exists; accepted is a folder that does not exist yet")
-        with disk_errors(self.out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.out.name}.partial-"
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def add(self, name: str, tensor: Tensor) -> Written:
-        """Write one tensor, at once: nothing is kept in memory."""
-        if name in self._places:
-            raise InputError(f"two tensors would be written as {name}")
-        tensor = tensor.detach().cpu().contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._close_shard()
-        with disk_errors(self.out), self._spool.open("ab") as spool:
-            spool.write(_values(tensor))
-        info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), "")
-        self._pending.append((info, self._pending_bytes))
-        self._pending_bytes += tensor.nbytes
-        self._places[name] = len(self._sizes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
-
-    @property
-    def _spool(self) -> Path:
-        """Values of the tensors of a shard, in the order they came; the header must know them all."""
-        return self.folder / "spool"
-
-    def _close_shard(self) -> None:
-        # Wide dtypes first, so that every tensor is aligned.
-        ordered = sorted(self._pending, key=lambda item: (-item[0].dtype.itemsize, item[0].name))
-        path = self.folder / f"shard-{len(self._sizes)}"
-        with disk_errors(self.out), self._spool.open("rb") as spool, path.open("wb") as shard:
-            shard.write(_header([info for info, _ in ordered]))
-            for info, start in ordered:
-                _copy(spool, shard, start, info.size_bytes)
-        self._spool.unlink()
-        self._sizes.append(self._pending_bytes)
-        self._pending, self._pending_bytes = [], 0
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """A JSON file of the checkpoint."""
-        with disk_errors(self.out):
-            text = json.dumps(value, indent=1) + "\n"
-            (self.folder / name).write_text(text, encoding="utf-8")
-
-    def carry_over(self, source: Path) -> list[str]:
-        """Copy what clients need beside weights: tokenizer, generation config, chat template."""
-        names = carried_files(source)
-        with disk_errors(self.out):
-            for name in names:
-                (self.folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, self.folder / name)
-        return names
-
-    def finish_weights(self) -> None:
-        """Write the last shard, give all of them their names, and write the index."""
-        if self._pending:
-            self._close_shard()
-        total = len(self._sizes)
-        names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-        self.shard_names = [SAFETENSORS] if total == 1 else names
-        for i, name in enumerate(self.shard_names):
-            (self.folder / f"shard-{i}").rename(self.folder / name)
-        if total > 1:
-            places = {name: self.shard_names[i] for name, i in self._places.items()}
-            index = {"metadata": {"total_size": sum(self._sizes)}, "weight_map": places}
-            self.write_json(SAFETENSORS_INDEX, index)
-
-    def commit(self) -> None:
-        """Force everything to the disk and move the folder to its place."""
-        with disk_errors(self.out):
-            for path in self.folder.rglob("*"):
-                if path.is_file():
-                    _sync(path)
-            _sync(self.folder)
-            self.folder.chmod(0o777 & ~_umask())  # mkdtemp made it private
-            self.folder.rename(self.out)
-            _sync(self.out.parent)
+def encode_json(value: dict[str, Any]) -> bytes:
+    """As all our JSON files are written."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _header(infos: list[TensorInfo]) -> bytes:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that a ledger names, like "bfloat16"."""
+    return _BY_NAME[name]
+
+
+def encode_header(infos: list[TensorInfo]) -> bytes:
     """Of a safetensors file that holds these tensors one after the other."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -703,38 +592,3 @@ def _header(infos: list[TensorInfo]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
-    source.seek(start)
-    while count:
-        piece = source.read(min(count, _COPIED))
-        target.write(piece)
-        count -= len(piece)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn a failing disk into one clear line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(
-            error
-        )
-        reason = "the disk is full" if full else str(error)
-        raise ResourceError(f"{out} could not be written: {reason}; nothing was left behind") from error

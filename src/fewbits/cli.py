@@ -66,7 +66,7 @@ SeqLen = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(help="Like 6GB: beyond it calibration states go to disk, or the run is refused."),
+    typer.Option(help="Like 6GB: the work is divided so that it takes less, or the run is refused."),
 ]
 Bits = Annotated[int | None, typer.Option(help="8, 4, 3 or 2.  [default: 4; int8, llm-int8: 8]")]
 Threshold = Annotated[
@@ -127,7 +127,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {error}", highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            kept = function.__name__ == "compare"
+            kept = function.__name__ in ("compare", "quantize")
             what = "what was finished is kept" if kept else "nothing was left behind"
             err.print(f"interrupted: {what}; the same command {'goes on' if kept else 'starts again'}")
             raise typer.Exit(130) from None
@@ -311,9 +311,12 @@ def quantize(
             metavar="FILE", help="Write the report, a page, to FILE.  [default: OUT/report.html]"
         ),
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Quantize MODEL, write it to OUT, and verify what was written."""
+    """Quantize MODEL, write it to OUT, and verify what was written. Run again, it goes on."""
     from fewbits.pipeline import quantize as run
     from fewbits.recipe import parse_override
     from fewbits.report import blocks_table, bytes_text
@@ -338,6 +341,7 @@ def quantize(
             seed=seed,
             max_memory=_bytes(max_memory),
             format=format,
+            restart=restart,
             progress=progress,
         )
     page, missing = html or out_folder / "report.html", None

@@ -27,7 +27,6 @@ from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
     carried_files,
-    disk_errors,
     hash_file,
     hash_json,
     open_checkpoint,
@@ -35,6 +34,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.comparison import FLOAT, RESULTS, Comparison, Row
+from fewbits.disk import disk_errors, write_whole
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate
 from fewbits.evaluate import (
@@ -224,11 +224,9 @@ def compare(
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, [json.dumps(value, indent=1).encode()])
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ class Entry:
 class Ledger:
     """Everything that `fewbits.json` says; see the module.
 
-    `calibration` is what the statistics were collected on, `blocks` how each block came out; both
-    are empty where nothing was calibrated.
+    `calibration` is what the statistics were collected on, `blocks` how each block came out, `made_with`
+    what the last bits of sums depend on; all are empty where nothing was calibrated.
     """
 
     version: str
@@ -94,6 +94,7 @@ class Ledger:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    made_with: dict[str, Any] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -118,6 +119,7 @@ class Ledger:
             "fewbits": self.version,
             "request": self.request,
             "source": self.source,
+            "made_with": self.made_with,
             "totals": self.totals,
             "calibration": self.calibration,
             "blocks": self.blocks,
@@ -146,11 +148,11 @@ def read_ledger(folder: Path) -> Ledger:
     if stated != hash_json(value):
         raise InputError(f"{folder / LEDGER} was changed: its own hash does not match")
     try:
-        tensors = {name: _entry(entry) for name, entry in value["tensors"].items()}
+        tensors = {name: read_entry(entry) for name, entry in value["tensors"].items()}
         notes = [Note(**note) for note in value["notes"]]
         ledger = Ledger(
             value["fewbits"], value["request"], value["source"], tensors, notes, value["files"],
-            value["calibration"], value["blocks"],
+            value["calibration"], value["blocks"], value["made_with"],
         )  # fmt: skip
         check_types(ledger, Ledger, "it")
         _check_values(ledger)
@@ -184,7 +186,8 @@ def _check_counts(*numbers: int) -> None:
         raise ValueError(f"{shown(numbers)} are not all numbers from 0")
 
 
-def _entry(value: dict[str, Any]) -> Entry:
+def read_entry(value: dict[str, Any]) -> Entry:
+    """An entry from its JSON."""
     written = [Written(**w | {"shape": tuple(w["shape"])}) for w in value["written"]]
     codes = value["quantized"]
     codes = None if codes is None else Codes(**codes | {"shape": tuple(codes["shape"])})

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import threading
@@ -57,6 +58,16 @@ def memory_bytes() -> int:
         return status_bytes("RssAnon")
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else 1024 * largest
+
+
+def available_bytes() -> int:
+    """What the machine could give this process now, at the cost of cached files."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
+        if found is not None:
+            return 1024 * int(found[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # half of all: a guess
 
 
 def status_bytes(key: str) -> int:

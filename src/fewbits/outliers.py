@@ -303,7 +303,7 @@ class _Inspector:
         # One run does all: nothing of this block changes between looking at it and going on.
         seen = {given: self._watcher(block, given, len(experts)) for given in inputs}
         with _hooks(block, {given.linears[0]: watcher for given, watcher in seen.items()}):
-            stream.advance(number, block, range(len(stream.states)))
+            stream.advance(number, block, range(len(stream.states)), stream.states)
         return [self._report(number, block, given, seen[given], parts) for given in inputs]
 
     def _wiring(self, number: int, block: nn.Module) -> Wiring:

@@ -1,9 +1,11 @@
 """quantize(): the one loop, from a float checkpoint to a verified quantized one; and quantize_()."""
 
 import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.blockwise import Block, estimate_memory, quantize_blocks
+from fewbits.blockwise import Block, Position, quantize_blocks, states_bytes
+from fewbits.budget import plan_memory
 from fewbits.calibration import (
     DEFAULT_SAMPLES,
     SELF,
@@ -23,7 +26,6 @@ from fewbits.checkpoint import (
     LEDGER,
     MAX_SHARD_BYTES,
     RUN,
-    CheckpointWriter,
     carried_files,
     hash_file,
     hash_json,
@@ -31,12 +33,14 @@ from fewbits.checkpoint import (
     read_json,
     resolve,
 )
+from fewbits.disk import disk_errors
 from fewbits.errors import InputError
 from fewbits.evaluate import load_tokenizer, read_calibration_of
-from fewbits.ledger import Codes, Entry, Ledger, plain, read_ledger
+from fewbits.journal import Journal, differences, discard
+from fewbits.ledger import Codes, Entry, Ledger, plain, read_entry, read_ledger
 from fewbits.linear import QuantizedLinear, replace_experts
-from fewbits.load import load
-from fewbits.memory import memory_bytes, watch_memory
+from fewbits.load import check_forward, load
+from fewbits.memory import available_bytes, memory_bytes, watch_memory
 from fewbits.methods import RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Recipe, parse_method
@@ -57,8 +61,10 @@ from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
 from fewbits.text import Text
 from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
+from fewbits.wiring import Wiring
 
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same run"
+_FORWARD = 1.5  # times the bytes that are written, to load them and run them on a few tokens; rough
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +123,13 @@ def quantize(
     max_memory: int | None = None,
     format: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a checkpoint, write it, and prove that what was written is what was chosen.
+
+    Whatever ends the process, the same call goes on after the last block that was finished, and ends in
+    the same bytes; until then the work lies beside `out`, in `.NAME.partial`.
 
     Args:
         model: folder of a float checkpoint, or a hub id.
@@ -134,17 +144,18 @@ def quantize(
         transforms: rewrite each block before it is rounded, like `AWQ()`.
         calibration: what calibrated methods and transforms run the model on; see
             `read_calibration`, also for samples, length and seed.
-        max_memory: bytes; above an estimate of what is needed, calibration states go to a file
-            beside `out`. Refused where even that would not do.
+        max_memory: bytes of anonymous memory that the process may take; the work is divided so that
+            it stays below. Refused where that cannot be done.
         format: "compressed-tensors" or "fewbits"; by default the first, and the second for a model
             that the first cannot hold.
         max_shard_bytes: of a weight file.
+        restart: throw away what `out` and the unfinished work beside it hold.
         progress: called with (what, done, total).
 
     Raises:
-        InputError: nothing was written.
-        ResourceError: the disk failed; nothing was left behind.
-        VerificationError: what was read back differs from what was chosen.
+        InputError: nothing was written; or `out` or the work beside it is another run's.
+        ResourceError: the disk failed, or has too little room; what is finished is kept.
+        VerificationError: what was read back differs from what was chosen or written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -162,41 +173,62 @@ def quantize(
     if out.exists() and not (out / LEDGER).is_file():
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
     plan = make_plan(resolve(model), recipe, format)
+    if restart:
+        _throw_away(out)
     with watch_memory() as memory:
-        if max_memory is not None and not recipe.needs_calibration:
-            raise InputError(f"method {recipe.name} takes no --max-memory: it is not calibrated")
-        data = _read_calibration(plan, recipe, calibration, samples, length, seed, progress)
-        request = recipe.describe() | {"format": plan.format.name}
-        request |= {} if data is None else {"calibration": _describe_calibration(plan, data)}
-        source = _describe_source(model, plan)
+        given = (calibration, samples, length, seed)
         if out.exists():
-            return _reuse(out, plan, request, source, progress)
-        ledger = Ledger(version("fewbits"), request, source, notes=list(plan.notes))
-        with CheckpointWriter(out, max_shard_bytes) as writer:
-            if data is None:
-                _write_weights(plan, recipe, writer, ledger, progress)
-            else:
-                ledger.calibration = _describe_calibration(plan, data)
-                ledger.notes += _check_calibration(plan, data)
-                states_file = _states_file(
-                    plan, data, recipe.method.needs, max_memory, writer.folder, ledger.notes
-                )
-                blocks = quantize_blocks(plan, recipe, data.ids, progress, states_file)
-                _write_blocks(blocks, plan, writer, ledger)
-                ledger.notes += _outlier_notes(ledger)
-                if states_file is not None:
-                    states_file.unlink()
+            data = _read_calibration(plan, recipe, *given, None, progress)
+            return _reuse(out, _ask(plan, recipe, data, model), plan, progress)
+        with Journal(out) as journal:
+            data = _read_calibration(plan, recipe, *given, journal, progress)
+            run = _Run(
+                plan, recipe, data, _ask(plan, recipe, data, model), journal, max_memory, progress
+            )
+            ledger = run.steps()
+            journal.write_shards(max_shard_bytes)
             quantization = plan.format.config(plan.placements, plan.floats)
-            writer.write_json(CONFIG, plan.config | {"quantization_config": quantization})
-            writer.carry_over(plan.checkpoint.folder)
-            ledger.notes += plan.checkpoint.notes
-            ledger.files = _describe_files(writer.folder)
-            writer.write_json(LEDGER, ledger.to_json())
-            verification = verify(writer.folder, progress=progress)
+            journal.write_json(CONFIG, plan.config | {"quantization_config": quantization})
+            journal.carry_over(plan.checkpoint.folder)
+            ledger.notes += plan.checkpoint.notes + run.check_forward(memory.peak)
+            ledger.files = _describe_files(journal.result)
+            journal.write_json(LEDGER, ledger.to_json())
+            verification = verify(journal.result, progress=progress)
             elapsed = round(time.monotonic() - began, 3)
-            writer.write_json(RUN, {"elapsed_s": elapsed, "memory_bytes": asdict(memory)})
-            writer.commit()
+            facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": max_memory}
+            journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
+            journal.commit()
     return _result(out, plan, ledger, verification)
+
+
+def _throw_away(out: Path) -> None:
+    """A finished checkpoint of ours, and unfinished work for one."""
+    discard(out)
+    if out.exists():
+        with disk_errors(out, "what was there may be there still"):
+            shutil.rmtree(out)
+
+
+def _ask(plan: Plan, recipe: Recipe, data: Calibration | None, model: str | Path) -> dict[str, Any]:
+    """All that decides what comes out, as JSON: what was asked for, of what, and what does the work."""
+    request = recipe.describe() | {"format": plan.format.name}
+    request |= {} if data is None else {"calibration": _describe_calibration(plan, data)}
+    return {
+        "fewbits": version("fewbits"),
+        "request": plain(request),
+        "source": plain(_describe_source(model, plan)),
+        "made_with": {} if data is None else _describe_machine(),
+    }
+
+
+def _describe_machine() -> dict[str, Any]:
+    """What the last bits of sums depend on. Without calibration nothing is summed."""
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _default_scheme(method: Method, calibrated: bool) -> QuantScheme:
@@ -250,66 +282,285 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _reuse(
-    out: Path, plan: Plan, request: dict[str, Any], source: dict[str, Any], progress: Progress | None
-) -> Quantized:
+def _reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | None) -> Quantized:
     """Verify the finished result of the same run; refuse anything else."""
     ledger = read_ledger(out)
-    differences = [
-        f"{key} was {ledger.request.get(key)!r} and is {value!r} now"
-        for key, value in plain(request).items()
-        if ledger.request.get(key) != value
-    ]
-    if {k: v for k, v in ledger.source.items() if k != "name"} != {
-        k: v for k, v in plain(source).items() if k != "name"
-    }:
-        differences.append("the source is another")
-    if ledger.version != version("fewbits"):
-        differences.append(f"fewbits was {ledger.version} and is {version('fewbits')} now")
-    if differences:
-        raise InputError(f"{out} holds another run: {', '.join(differences)}; {_ACCEPTED}")
+    held = {
+        "fewbits": ledger.version,
+        "request": ledger.request,
+        "source": ledger.source,
+        "made_with": ledger.made_with,
+    }
+    found = differences(_comparable(held), _comparable(asked))
+    if found:
+        raise InputError(
+            f"{out} holds another run: {', '.join(found)}; {_ACCEPTED}, or --restart to throw it away"
+        )
     verification = verify(out, plan.checkpoint.folder, progress)
+    discard(out)  # of a process that was stopped between the last two steps
     return _result(out, plan, ledger, verification, reused=True)
 
 
-def _write_weights(
-    plan: Plan, recipe: Recipe, writer: CheckpointWriter, ledger: Ledger, progress: Progress | None
-) -> None:
-    """Round and write one source tensor after the other."""
-    names = sorted(plan.checkpoint.tensors.keys() | plan.origins.keys(), key=_natural)
-    for i, name in enumerate(names):
-        weights = _round(name, plan, recipe.method, ledger.notes) if name in plan.placements else None
-        _write_one(name, plan, writer, ledger, weights)
-        if progress is not None:
-            progress("quantize", i + 1, len(names))
-    writer.finish_weights()
-    plan.checkpoint.close()
+def _comparable(asked: dict[str, Any]) -> dict[str, Any]:
+    """Without where the source lay, and on which machine a finished result was made."""
+    source = {k: v for k, v in asked["source"].items() if k != "name"}
+    libraries = {k: v for k, v in asked["made_with"].items() if k in ("torch", "transformers")}
+    return asked | {"source": source, "made_with": libraries}
 
 
-def _write_blocks(blocks: Iterator[Block], plan: Plan, writer: CheckpointWriter, ledger: Ledger) -> None:
-    """Write what stands outside of the blocks, and each block as soon as it is done."""
-    names = plan.checkpoint.tensors.keys() | plan.origins.keys()
-    inside = {name: plan.blocks.get(name) for name in names}
-    for name in sorted((n for n in names if inside[n] is None), key=_natural):
-        weights = None
-        if name in plan.placements:
-            _without_calibration(name, plan)
-            weights = _round(name, plan, RTN(), ledger.notes)
-            what = "outside of the blocks: rounded to nearest, without calibration"
-            ledger.notes.append(Note("fallback", name, what))
-        _write_one(name, plan, writer, ledger, weights)
-    for block in blocks:
-        members = (name for name in names if inside[name] == block.report.block)
-        for name in sorted(members, key=_natural):
-            weights, changed = block.weights.get(name), block.changed.get(name)
-            if weights is not None and weights[0].scheme != plan.placements[name].scheme:
-                _without_calibration(name, plan)
-            _write_one(name, plan, writer, ledger, weights, changed)
-        ledger.notes += block.notes
-        ledger.blocks.append(block.report.to_json())
-        del block, weights, changed  # before the next one is made
-    writer.finish_weights()
-    plan.checkpoint.close()
+class _Run:
+    """The steps of a run, those of earlier processes first: tensors outside of the blocks, then blocks.
+
+    Args:
+        plan, recipe: what is done.
+        data: calibration, if the recipe needs it.
+        asked: see `_ask`.
+        journal: where the steps are kept.
+        max_memory: bytes.
+        progress: called with (what, done, total).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        data: Calibration | None,
+        asked: dict[str, Any],
+        journal: Journal,
+        max_memory: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.recipe, self.data, self.journal = plan, recipe, data, journal
+        self.max_memory, self.progress = max_memory, progress
+        checkpoint, shape = plan.checkpoint, None if data is None else tuple(data.ids.shape)
+        budget = plan_memory(plan, recipe, shape, memory_bytes(), max_memory)  # type: ignore[arg-type]
+        self.limits = budget.limits
+        journal.begin(
+            asked,
+            self._choose,
+            None if data is None else data.ids,
+            2 * plan.written_bytes + self._states_bytes(),
+        )
+        self.limits = replace(self.limits, tokens=journal.choices["tokens"])
+        notes = [Note(**note) for note in journal.choices["notes"]]
+        self.ledger = Ledger(
+            asked["fewbits"],
+            asked["request"],
+            asked["source"],
+            notes=notes,
+            made_with=asked["made_with"],
+        )
+        self.ledger.calibration = asked["request"].get("calibration", {})
+        self.names: dict[int | None, list[str]] = defaultdict(list)
+        for name in sorted(checkpoint.tensors.keys() | plan.origins.keys(), key=_natural):
+            self.names[plan.blocks.get(name)].append(name)
+
+    def _choose(self) -> dict[str, Any]:
+        """What an earlier process would have settled: how much is run at a time, and what was found."""
+        notes = list(self.plan.notes)
+        if self.data is not None:
+            notes += self.data.notes + tuple(_check_calibration(self.plan, self.data))
+        return {
+            "tokens": self.limits.tokens,
+            "notes": [asdict(note) for note in notes],
+            "modified": _modified(self.plan),
+        }
+
+    def _states_bytes(self) -> int:
+        """Of disk: those that were, those that are, those that will be."""
+        if self.data is None:
+            return 0
+        samples, length = self.data.ids.shape
+        return 3 * states_bytes(samples, length, self.plan.hidden_size)
+
+    def steps(self) -> Ledger:
+        """Do what is left, and say in the ledger what became of everything."""
+        for value in self.journal.steps:
+            self._take_over(value)
+        if self.journal.resumed:
+            self._check_source()
+        numbers = [None, *sorted(n for n in self.names if n is not None)]
+        if not self.journal.steps:
+            self._outside()
+        if self.data is None:
+            self._without_data(numbers)
+        else:
+            self._with_data(numbers)
+        self.plan.checkpoint.close()
+        self.ledger.notes += _outlier_notes(self.ledger)
+        return self.ledger
+
+    # -- steps that are done ---------------------------------------------------------------------
+
+    def _take_over(self, value: dict[str, Any]) -> None:
+        """A step of an earlier process; its schemes are those that were really used."""
+        for name, stated in value["tensors"].items():
+            entry = self.ledger.tensors[name] = read_entry(stated)
+            if entry.quantized is not None:
+                scheme, place = QuantScheme.parse(entry.quantized.scheme), self.plan.placements[name]
+                if scheme != place.scheme:
+                    self.plan.placements[name] = replace(place, scheme=scheme)
+        self.ledger.notes += [Note(**note) for note in value["notes"]]
+        self.ledger.blocks += [] if value["block"] is None else [value["block"]]
+
+    def _check_source(self) -> None:
+        """Where its files were touched since, what was read of them must still be the same."""
+        if _modified(self.plan) == self.journal.choices["modified"]:
+            return
+        for name, entry in self.ledger.tensors.items():
+            if hash_tensor(self.plan.checkpoint.read(entry.origin or name)) != entry.sha256:
+                raise InputError(
+                    f"{self.plan.checkpoint.folder} was changed since the run began: {name} has other "
+                    "values; accepted are the same weights, or --restart"
+                )
+
+    def _commit(
+        self, names: list[str], notes: list[Note], block: Block | None = None, states: bool = False
+    ) -> None:
+        """A step that is finished goes to the journal, and from there to the ledger."""
+        value = {
+            "tensors": {name: asdict(self.ledger.tensors[name]) for name in names},
+            "notes": [asdict(note) for note in notes],
+            "block": None if block is None else block.report.to_json(),
+            "wirings": {} if block is None else {k: asdict(w) for k, w in block.wirings.items()},
+        }
+        self.journal.commit_step(value, states)
+        self.ledger.notes += notes
+        self.ledger.blocks += [] if block is None else [plain(block.report.to_json())]
+
+    # -- steps to be done ------------------------------------------------------------------------
+
+    def _outside(self) -> None:
+        """What stands outside of the blocks."""
+        notes: list[Note] = []
+        for name in self.names[None]:
+            weights = None
+            if name in self.plan.placements:
+                method = self.recipe.method
+                if self.data is not None:
+                    _without_calibration(name, self.plan)
+                    method = RTN()
+                    what = "outside of the blocks: rounded to nearest, without calibration"
+                    notes.append(Note("fallback", name, what))
+                weights = _round(name, self.plan, method, notes)
+            self._write_one(name, weights, None, notes)
+        self._commit(self.names[None], notes)
+
+    def _without_data(self, numbers: list[int | None]) -> None:
+        """Round and write one source tensor after the other."""
+        total = sum(len(names) for names in self.names.values())
+        for number in numbers[len(self.journal.steps) :]:
+            notes: list[Note] = []
+            for name in self.names[number]:
+                placed = name in self.plan.placements
+                weights = _round(name, self.plan, self.recipe.method, notes) if placed else None
+                self._write_one(name, weights, None, notes)
+                if self.progress is not None:
+                    self.progress("quantize", len(self.ledger.tensors), total)
+            self._commit(self.names[number], notes)
+
+    def _with_data(self, numbers: list[int | None]) -> None:
+        """Write each block as soon as it is done."""
+        assert self.data is not None
+        done = len(self.journal.steps) - 1
+        if done == len(numbers) - 1:
+            return
+        wirings = {
+            kind: Wiring.from_json(stated)
+            for value in self.journal.steps
+            for kind, stated in value["wirings"].items()
+        }
+        start = Position(done, self.journal.states(), wirings)
+        blocks = quantize_blocks(
+            self.plan,
+            self.recipe,
+            self.data.ids,
+            self.progress,
+            self.limits,
+            self.journal.new_states,
+            start,
+        )
+        for block in blocks:
+            number = block.report.block
+            notes = list(block.notes)
+            for name in self.names[number]:
+                weights, changed = block.weights.get(name), block.changed.get(name)
+                if weights is not None and weights[0].scheme != self.plan.placements[name].scheme:
+                    _without_calibration(name, self.plan)
+                self._write_one(name, weights, changed, notes)
+            self._commit(self.names[number], notes, block, states=number != numbers[-1])
+            del block, weights, changed  # before the next one is made
+
+    def _write_one(
+        self,
+        name: str,
+        weights: list[QuantizedTensor] | None,
+        changed: Tensor | None,
+        notes: list[Note],
+    ) -> None:
+        """Write one source tensor as codes, rewritten, or as it is, and enter it in the ledger."""
+        plan, journal = self.plan, self.journal
+        tensor = plan.checkpoint.read(plan.origins.get(name, name))
+        codes = None
+        if weights is not None:
+            stacked = plan.matrices[name].stacked
+            stored = [plan.format.write(name, weight) for weight in weights]
+            tensors = {
+                key: torch.stack([s[key] for s in stored]) if stacked else stored[0][key]
+                for key in stored[0]
+            }
+            _check_finite(name, tensors)
+            written = [journal.add(key, value) for key, value in tensors.items()]
+            codes = Codes.of(weights, stacked)
+        else:
+            value = tensor if changed is None else changed
+            if changed is not None:
+                _check_finite(name, {name: changed})
+            elif tensor.is_floating_point() and not _finite(tensor):
+                if name in plan.parameter_names:
+                    raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
+                notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
+            written = [journal.add(name, value)]
+        self.ledger.tensors[name] = Entry.of(
+            plan.info(name),
+            hash_tensor(tensor),
+            written,
+            codes,
+            folded=changed is not None,
+            origin=plan.origins.get(name),
+        )
+
+    def check_forward(self, peak: int) -> list[Note]:
+        """Run what was written, where nothing else has shown that it computes.
+
+        Blocks that were judged have been run, with the very values that their codes stand for. Loading
+        the whole takes memory: where there is too little of it, a note says that it was not done.
+        """
+        if self.data is not None:
+            return []
+        needed = memory_bytes() + int(_FORWARD * self.plan.written_bytes)
+        most = available_bytes() + memory_bytes() if self.max_memory is None else self.max_memory
+        if needed > most:
+            what = "not run: loading it may take {:.2f} GB, more than there is; `fewbits verify` runs it"
+            return [Note("skip", "forward", what.format(needed / 1e9))]
+        check_forward(self.journal.result)
+        return []
+
+
+def _modified(plan: Plan) -> dict[str, int]:
+    """When each weight file was last written."""
+    checkpoint = plan.checkpoint
+    return {f: (checkpoint.folder / f).stat().st_mtime_ns for f in checkpoint.file_bytes}
+
+
+def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    """Of what is to be written: a scale, or a scaled weight, may be more than its dtype holds."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not _finite(tensor):
+            raise InputError(
+                f"{key} would hold NaN or infinity: a value is beyond what {tensor.dtype} holds; "
+                f"accepted is to leave {name} in float"
+            )
 
 
 def _without_calibration(name: str, plan: Plan) -> None:
@@ -344,42 +595,6 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
     return [*notes, Note("fact", "outliers", what)]
 
 
-def _write_one(
-    name: str,
-    plan: Plan,
-    writer: CheckpointWriter,
-    ledger: Ledger,
-    weights: list[QuantizedTensor] | None,
-    changed: Tensor | None = None,
-) -> None:
-    """Write one source tensor as codes, rewritten, or as it is, and enter it in the ledger."""
-    tensor = plan.checkpoint.read(plan.origins.get(name, name))
-    codes = None
-    if weights is not None:
-        stacked = plan.matrices[name].stacked
-        stored = [plan.format.write(name, weight) for weight in weights]
-        tensors = {
-            key: torch.stack([s[key] for s in stored]) if stacked else stored[0][key]
-            for key in stored[0]
-        }
-        written = [writer.add(key, value) for key, value in tensors.items()]
-        codes = Codes.of(weights, stacked)
-    else:
-        written = [writer.add(name, tensor if changed is None else changed)]
-        if tensor.is_floating_point() and not _finite(tensor):
-            if name in plan.parameter_names:
-                raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
-            ledger.notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
-    ledger.tensors[name] = Entry.of(
-        plan.info(name),
-        hash_tensor(tensor),
-        written,
-        codes,
-        folded=changed is not None,
-        origin=plan.origins.get(name),
-    )
-
-
 def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[QuantizedTensor]:
     """Round one source tensor, a matrix or a stack of them, without calibration."""
     tensor = plan.checkpoint.read(plan.origins.get(name, name))
@@ -404,9 +619,13 @@ def _read_calibration(
     samples: int,
     length: int | None,
     seed: int,
+    journal: Journal | None,
     progress: Progress | None,
 ) -> Calibration | None:
-    """The samples that the recipe needs; None if it needs none."""
+    """The samples that the recipe needs; None if it needs none.
+
+    What a model has written itself is taken from the journal of an earlier process: it took long.
+    """
     name = recipe.name
     if not recipe.needs_calibration:
         if source is not None:
@@ -423,7 +642,17 @@ def _read_calibration(
     given = isinstance(source, Tensor | Calibration)
     if samples < 2 and not given:
         raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
-    return read_calibration_of(plan.checkpoint.folder, source, samples, length, seed, progress)
+    read = partial(read_calibration_of, plan.checkpoint.folder, source, samples, length, seed, progress)
+    if source != SELF or journal is None:
+        return read()
+    journal.keep = True
+    ids, stated = journal.calibration(), (journal.earlier or {}).get("request", {})
+    stated = stated.get("request", {}).get("calibration", {})
+    wanted = {"source": SELF, "samples": samples, "seed": seed}
+    same = all(stated.get(key) == value for key, value in wanted.items())
+    if ids is None or not same or length not in (None, ids.shape[1]):
+        return read()
+    return Calibration(ids, SELF, seed)
 
 
 def _describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
@@ -458,31 +687,6 @@ def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
         model=model,
         expert_width=max(experts.values(), default=None),
     )
-
-
-def _states_file(
-    plan: Plan,
-    data: Calibration,
-    needs: frozenset[str],
-    max_memory: int | None,
-    folder: Path,
-    notes: list[Note],
-) -> Path | None:
-    """Where calibration states go if memory is short; None for memory itself."""
-    if max_memory is None:
-        return None
-    work, states = estimate_memory(plan, data.ids, needs)
-    least = memory_bytes() + work
-    if least + states <= max_memory:
-        return None
-    if least > max_memory:
-        raise InputError(
-            f"--max-memory is {max_memory / 1e9:.2f} GB; this model takes about {least / 1e9:.2f} GB, "
-            f"with the calibration states on disk; accepted is that or more"
-        )
-    what = f"calibration states, {states / 1e9:.2f} GB, kept on disk to stay below --max-memory"
-    notes.append(Note("fact", "memory", what))
-    return folder / "states"
 
 
 def _routing(plan: Plan) -> tuple[int, int] | None:

@@ -5,24 +5,23 @@ beside the hidden states: masks, position embeddings, which may differ from bloc
 blocks are loaded one by one, by transformers' own conversion, and run on all samples.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.checkpoint import Checkpoint, disk_errors
+from fewbits.checkpoint import Checkpoint
 from fewbits.errors import InputError
 from fewbits.linear import split_experts
 from fewbits.load import build
 from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton, text_config
 
 TOKENS = 2048  # run through a block at a time, at least one sample; not tuned
+Allocate = Callable[[int], Tensor]  # so many bytes, as a tensor of uint8
 _HEAD_ROWS = 2**24  # weights of the output head in float32 at a time: 64 MB; not tuned
 
 
@@ -96,7 +95,9 @@ class Stream:
         checkpoint: of a float model.
         ids: (samples, length), the tokens.
         every: logits are computed at every so manieth position.
-        states_file: where the states are kept instead of in memory.
+        tokens: that are run through a block at a time, at least one sample.
+        allocate: gives room for states, in memory or in a file.
+        states: to go on with, instead of the embeddings of the tokens.
 
     `states` is (samples, length, hidden) bfloat16: what the next block gets. `count` blocks there are.
 
@@ -105,7 +106,13 @@ class Stream:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, ids: Tensor, every: int = 1, states_file: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        every: int = 1,
+        tokens: int = TOKENS,
+        allocate: Allocate | None = None,
+        states: Tensor | None = None,
     ) -> None:
         self.checkpoint, self.ids = checkpoint, ids
         self.network = skeleton(checkpoint.config)
@@ -117,9 +124,10 @@ class Stream:
         self.shell, self.stubs = self._shell(every)
         self.loaded: dict[int, nn.Module] = {}  # ahead of time
         self.calls: dict[tuple[int, int], list[_Call]] = {}  # by samples and tokens of each
-        self.batch = max(1, min(len(ids), TOKENS // ids.shape[1]))
+        self.batch = max(1, min(len(ids), tokens // ids.shape[1]))
+        self.allocate = _in_memory if allocate is None else allocate
         self._first_calls()
-        self.states = self._embed(states_file)
+        self.states = self._embed() if states is None else states
 
     # -- the model around its blocks ---------------------------------------------------------------
 
@@ -214,12 +222,14 @@ class Stream:
             )
         return [call for call in calls if call is not None]
 
-    def _embed(self, states_file: Path | None) -> Tensor:
+    def _embed(self) -> Tensor:
         states: Tensor | None = None
         for rows in self.batches(range(len(self.ids))):
             hidden = self._reach(self.ids[rows])
             if states is None:
-                states = _buffer((*self.ids.shape, hidden.shape[-1]), states_file)
+                shape = (*self.ids.shape, hidden.shape[-1])
+                room = self.allocate(2 * torch.Size(shape).numel())
+                states = room.view(torch.bfloat16).view(shape)
             states[rows] = hidden.to(states.dtype)
         assert states is not None
         return states
@@ -298,11 +308,21 @@ class Stream:
         parts = [self.run(number, block, states[rows]) for rows in self.batches(range(len(states)))]
         return torch.cat(parts)
 
-    def advance(self, number: int, block: nn.Module, samples: range) -> None:
-        """Replace the states of these samples by what the block makes of them."""
+    def advance(self, number: int, block: nn.Module, samples: range, into: Tensor) -> None:
+        """Write what the block makes of the states of these samples `into` a tensor like them.
+
+        Raises:
+            InputError: it is not finite.
+        """
         with self.in_fast_dtype(number, block):
             for rows in self.batches(samples):
-                self.states[rows] = self.run(number, block, self.states[rows])
+                output = self.run(number, block, self.states[rows])
+                if not bool(torch.isfinite(output.sum())):  # a mask would be as large as the output
+                    raise InputError(
+                        f"block {number} of {self.checkpoint.folder} gives NaN or infinity on samples "
+                        f"{rows.start} to {rows.stop - 1}; accepted are text and models that compute"
+                    )
+                into[rows] = output
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
@@ -320,16 +340,8 @@ def fast_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return torch.bfloat16 if native and dtype == torch.bfloat16 else None
 
 
-def _buffer(shape: tuple[int, ...], path: Path | None) -> Tensor:
-    """One allocation in memory; or a file that is mapped, so that its pages are not ours."""
-    if path is None:
-        return torch.empty(shape, dtype=torch.bfloat16)
-    size = torch.Size(shape).numel()
-    with disk_errors(path), path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk now, not when a page of the map is touched
-            os.posix_fallocate(file.fileno(), 0, 2 * size)
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
-    return mapped.view(shape)
+def _in_memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,16 @@ class Wiring:
     groups: tuple[InputGroup, ...]
     pairs: tuple[ScalePair, ...]
     unseen: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """From what `dataclasses.asdict` and JSON made of one."""
+        groups = [InputGroup(tuple(g["linears"]), tuple(g["readers"])) for g in value["groups"]]
+        pairs = [
+            ScalePair(p["source"], p["form"], Rows(**p["rows"]), tuple(p["readers"]))
+            for p in value["pairs"]
+        ]
+        return cls(tuple(groups), tuple(pairs), tuple(value["unseen"]))
 
 
 @torch.no_grad()

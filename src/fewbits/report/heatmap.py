@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbits.checkpoint import disk_errors
+from fewbits.disk import disk_errors, write_whole
 from fewbits.errors import InputError
 from fewbits.outliers import Inspection, Row
 
@@ -60,11 +60,7 @@ def write_heatmap(inspection: Inspection, model: str, path: Path) -> None:
         figure = _draw(inspection, model)
         figure.savefig(written, format=kind, dpi=150, metadata=metadata, facecolor="white")
     with disk_errors(path):
-        try:
-            path.write_bytes(written.getvalue())
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        write_whole(path, [written.getvalue()])
 
 
 def _draw(inspection: Inspection, model: str) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewbits.checkpoint import disk_errors
 from fewbits.comparison import FLOAT, Comparison, Difference, Row
+from fewbits.disk import disk_errors, write_whole
 from fewbits.errors import InputError
 from fewbits.estimate import Estimate, within_noise
 from fewbits.ledger import Ledger
@@ -145,11 +145,7 @@ def write_page(html: str, path: Path) -> None:
     """
     check_page(path)
     with disk_errors(path):
-        try:
-            path.write_text(html, encoding="utf-8", newline="\n")
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        write_whole(path, [html.encode()])
 
 
 # -- the summary -------------------------------------------------------------------------------------

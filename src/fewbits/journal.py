@@ -1,0 +1,525 @@
+"""The work of one run, kept on the disk as it goes, so that whatever ends the process costs one step.
+
+Beside OUT stands `.OUT.partial` until OUT is whole:
+
+    lock              held by the process that works on it
+    request.json      what was asked for, of which source, with which libraries; other runs are refused
+    calibration       token ids
+    step-00003        values of the tensors of a step, one after the other
+    step-00003.json   their names and hashes, the hash of the record before, and what the ledger says
+    states-00003      hidden states that the next step begins with
+    result/           the checkpoint, made from all steps; renamed to OUT when it is verified
+
+A record is renamed to its name after everything it speaks of is on the disk: what has one is finished.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint import (
+    MAX_SHARD_BYTES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    TensorInfo,
+    Written,
+    carried_files,
+    dtype_of,
+    encode_header,
+    encode_json,
+    hash_file,
+    hash_json,
+    hash_tensor,
+    read_json,
+    values,
+)
+from fewbits.disk import (
+    NOTHING,
+    Lock,
+    append,
+    disk_errors,
+    free_bytes,
+    reserve,
+    sync,
+    uninterrupted,
+    write,
+    write_whole,
+)
+from fewbits.errors import InputError, ResourceError, VerificationError
+
+HEAD, CALIBRATION, RESULT = "request.json", "calibration", "result"
+_COPIED = 2**20  # bytes at a time; not tuned
+_KEPT = "what is finished is kept, and the same command goes on from there"
+_SPARE = 2**20  # bytes that small files may take; rough
+
+
+class Journal:
+    """Makes a checkpoint step by step, and moves it to its place when it is whole.
+
+    Use as a context. Left by an exception it keeps the finished steps for the next run of the same
+    command; without any, or if the input was at fault, it removes everything.
+
+    Args:
+        out: the folder to be; must not exist.
+
+    `steps` are the values given to `commit_step`, in order; of an earlier process too after `begin`.
+
+    Raises:
+        InputError: `out` exists, its parent cannot be made, or another process works on it.
+        ResourceError: the disk is full or cannot be written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = partial_folder(out)
+        self.result = self.folder / RESULT
+        self.steps: list[dict[str, Any]] = []
+        self.resumed = 0  # steps of earlier processes
+        self.stale: str | None = None  # who left them
+        self.choices: dict[str, Any] = {}
+        self.shard_names: list[str] = []
+        self._written: list[list[Written]] = []  # by step
+        self._names: set[str] = set()
+        self._last = ""  # hash of the last record
+        self._states: dict[str, Any] | None = None  # of the last record
+        self._pending: list[Written] = []
+        self._handle = -1  # of the file of the step that is being written
+        self._ours = True  # to be removed if it is of no use
+        self._found = False  # steps of earlier processes, read or not
+        self.keep = False  # whatever the number of steps
+
+    def __enter__(self) -> Self:
+        self._refuse_finished()
+        self._lock = Lock(self.folder / "lock", str(self.out))
+        self._ours = not (self.folder / HEAD).exists()
+        try:
+            with disk_errors(self.out, NOTHING if self._ours else _KEPT):
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(_trash(self.out), ignore_errors=True)
+                self._take()
+            self._ours = not (self.folder / HEAD).exists()
+            self._refuse_finished()  # by the process that had the lock before us
+        except (InputError, ResourceError):
+            self._leave()
+            raise
+        self.stale = self._lock.stale
+        self._found = bool(self._records())
+        return self
+
+    def _refuse_finished(self) -> None:
+        if os.path.lexists(self.out):  # a dangling link too
+            raise InputError(f"{self.out} exists; accepted is a folder that does not exist yet")
+
+    def _take(self) -> None:
+        while not self._lock.held:
+            self.folder.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # who had it was done, and removed the folder
+                self._lock.acquire()
+
+    def _leave(self) -> None:
+        """What was made to no end."""
+        if self._ours and self._lock.held:
+            _remove(self.folder, self.out)
+        elif self._ours:
+            with contextlib.suppress(OSError):  # it is not empty: another process works there
+                os.rmdir(self.folder)
+        self._lock.release()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        # Steps that were found count before they are read: a run may be left while it reads them.
+        useless = isinstance(error, InputError) or not (self._found or self.steps or self.keep)
+        if kind is not None and self._ours and useless:
+            _remove(self.folder, self.out)
+        self._lock.release()
+
+    # -- beginning ---------------------------------------------------------------------------------
+
+    @property
+    def earlier(self) -> dict[str, Any] | None:
+        """What an earlier process began here with; None if there was none."""
+        return self._head() if (self.folder / HEAD).is_file() else None
+
+    def _head(self) -> dict[str, Any]:
+        head = _read_record(self.folder / HEAD)
+        return {key: value for key, value in head.items() if key != "sha256"}
+
+    def calibration(self) -> Tensor | None:
+        """The token ids (samples, length) of an earlier process; None if there are none."""
+        head, path = self.earlier, self.folder / CALIBRATION
+        if head is None or head.get("ids") is None:
+            return None
+        if not path.is_file() or hash_file(path) != head["ids"]["sha256"]:
+            raise _damaged(path)
+        ids = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.int64)
+        return ids.view(head["ids"]["shape"])
+
+    def begin(
+        self,
+        request: dict[str, Any],
+        choose: Callable[[], dict[str, Any]] = dict,
+        ids: Tensor | None = None,
+        needed_bytes: int = 0,
+    ) -> None:
+        """Start, or go on: prove that what is there is what was written.
+
+        Args:
+            request: all that decides what comes out; another than the earlier process had is refused.
+            choose: called where no process has chosen before; `self.choices` has what counts.
+            ids: token ids, to be kept.
+            needed_bytes: of disk, for all there is to do.
+
+        Raises:
+            InputError: the work that is there is another's: the differences are named.
+            VerificationError: a file is not what was written.
+            ResourceError: the disk has too little room.
+        """
+        request = _plain(request)
+        earlier = self.earlier
+        if earlier is not None:
+            found = differences(earlier["request"], request)
+            if found:
+                raise InputError(
+                    f"{self.folder} holds another unfinished run: {', '.join(found)}; accepted are the "
+                    "same run, and --restart to throw away what is there"
+                )
+            self._ours = True
+            self.choices = earlier["choices"]
+            with disk_errors(self.out, _KEPT):
+                self._replay()
+        _check_room(self.out, needed_bytes - _size(self.folder))
+        if earlier is None:
+            with disk_errors(self.out):
+                self._clean()
+            self.choices = _plain(choose())
+            self._write_head(request, ids)
+
+    def _write_head(self, request: dict[str, Any], ids: Tensor | None) -> None:
+        head: dict[str, Any] = {"request": request, "choices": self.choices, "ids": None}
+        with disk_errors(self.out):
+            if ids is not None:
+                path = self.folder / CALIBRATION
+                write_whole(path, [values(ids)])
+                head["ids"] = {"shape": list(ids.shape), "sha256": hash_file(path)}
+            write_whole(self.folder / HEAD, [encode_json(head | {"sha256": hash_json(head)})])
+
+    def _replay(self) -> None:
+        """Read the records of an earlier process, and compare the files with them."""
+        while (path := self._path(len(self.steps), ".json")).is_file():
+            record = _read_record(path)
+            if record["previous"] != self._last:
+                raise _damaged(path)
+            written = [Written(**w | {"shape": tuple(w["shape"])}) for w in record["written"]]
+            self._check_values(self._path(len(self.steps)), written)
+            self._states, self._last = record["states"], record["sha256"]
+            self._accept(record["value"], written)
+        if len(self._records()) > len(self.steps):  # there are some behind one that is missing
+            raise _damaged(path)
+        if self._states is not None:
+            path = self.folder / self._states["file"]
+            if not path.is_file() or hash_file(path) != self._states["sha256"]:
+                raise _damaged(path)
+        self.resumed = len(self.steps)
+        self._clean()
+
+    def _records(self) -> list[Path]:
+        return list(self.folder.glob("step-*.json"))
+
+    def _check_values(self, path: Path, written: list[Written]) -> None:
+        size = path.stat().st_size if path.is_file() else -1
+        if size != sum(w.size_bytes for w in written):
+            raise _damaged(path)
+        with path.open("rb") as file:
+            for tensor in written:
+                digest, left = hashlib.sha256(), tensor.size_bytes
+                while left:
+                    piece = file.read(min(left, _COPIED))
+                    digest.update(piece)
+                    left -= len(piece)
+                if digest.hexdigest() != tensor.sha256:
+                    raise _damaged(path)
+
+    def _clean(self) -> None:
+        """Remove what no record speaks of."""
+        done = range(len(self.steps))
+        known = {HEAD, CALIBRATION, "lock"} | {self._path(i).name for i in done}
+        known |= {self._path(i, ".json").name for i in done}
+        known |= {self._states["file"]} if self._states is not None else set()
+        for path in self.folder.iterdir():
+            if path.name not in known:
+                shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _path(self, step: int, suffix: str = "") -> Path:
+        return self.folder / f"step-{step:05}{suffix}"
+
+    def add(self, name: str, tensor: Tensor) -> Written:
+        """Write one tensor of the step, at once: nothing is kept in memory."""
+        if name in self._names:
+            raise InputError(f"two tensors would be written as {name}")
+        self._names.add(name)
+        tensor = tensor.detach().cpu().contiguous()
+        with disk_errors(self.out, self._then):
+            if self._handle < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                self._handle = os.open(self._path(len(self.steps)), flags, 0o666)
+            write(self._handle, values(tensor))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        written = Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
+        self._pending.append(written)
+        return written
+
+    @property
+    def _then(self) -> str:
+        return _KEPT if self.steps else "nothing was left behind"
+
+    def new_states(self, size: int) -> Tensor:
+        """Bytes in a file of the step, mapped: its pages are not this process's own memory."""
+        path = self.folder / "states.new"
+        with disk_errors(self.out, self._then):
+            if path.exists():  # still mapped, perhaps: of a step that never committed its states
+                os.unlink(path)
+            reserve(path, size)
+            return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+    def states(self) -> Tensor | None:
+        """The bytes that the last step left for the next one; None if it left none. Do not modify."""
+        if self._states is None:
+            return None
+        path = self.folder / self._states["file"]
+        return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+    def commit_step(self, value: dict[str, Any], states: bool = False) -> None:
+        """The step is finished: its tensors, what is to be known of it, and states if it made any."""
+        with uninterrupted(), disk_errors(self.out, self._then):
+            step, before = len(self.steps), self._states
+            if self._handle < 0:  # a step without tensors
+                append(self._path(step), [], fresh=True)
+            else:
+                os.fsync(self._handle)
+            self._close()
+            self._states = self._keep_states(step) if states else None
+            record: dict[str, Any] = {
+                "step": step,
+                "previous": self._last,
+                "written": [_to_json(w) for w in self._pending],
+                "states": self._states,
+                "value": _plain(value),
+            }
+            record["sha256"] = self._last = hash_json(record)
+            write_whole(self._path(step, ".json"), [encode_json(record)])
+            self._accept(record["value"], self._pending)
+            self._pending = []
+            if before is not None:
+                os.unlink(self.folder / before["file"])
+
+    def _accept(self, value: dict[str, Any], written: list[Written]) -> None:
+        self.steps.append(value)
+        self._written.append(written)
+        self._names |= {w.name for w in written}
+
+    def _keep_states(self, step: int) -> dict[str, Any]:
+        new, path = self.folder / "states.new", self.folder / f"states-{step:05}"
+        sync(new)
+        kept = {"file": path.name, "sha256": hash_file(new)}
+        os.replace(new, path)
+        return kept
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    # -- the checkpoint ----------------------------------------------------------------------------
+
+    def write_shards(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Make weight files of all steps, in their order, and an index if there are several.
+
+        Args:
+            max_shard_bytes: tensors go to a shard until it would be larger.
+        """
+        with disk_errors(self.out, _KEPT):
+            if self.result.exists():  # of an earlier process, which stopped in the middle
+                shutil.rmtree(self.result)
+            self.result.mkdir()
+            shards = list(self._cut(max_shard_bytes))
+            names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            self.shard_names = [SAFETENSORS] if len(shards) == 1 else names
+            for name, shard in zip(self.shard_names, shards, strict=True):
+                self._write_shard(self.result / name, shard)
+        if len(shards) > 1:
+            pairs = zip(self.shard_names, shards, strict=True)
+            places = {w.name: name for name, shard in pairs for w, _, _ in shard}
+            total = sum(w.size_bytes for shard in shards for w, _, _ in shard)
+            self.write_json(SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+    def _cut(self, max_shard_bytes: int) -> Iterator[list[tuple[Written, int, int]]]:
+        """Tensors of each shard, with their step and where they begin in its file."""
+        shard: list[tuple[Written, int, int]] = []
+        size = 0
+        for step, tensors in enumerate(self._written):
+            start = 0
+            for tensor in tensors:
+                if shard and size + tensor.size_bytes > max_shard_bytes:
+                    yield shard
+                    shard, size = [], 0
+                shard.append((tensor, step, start))
+                size += tensor.size_bytes
+                start += tensor.size_bytes
+        if shard:
+            yield shard
+
+    def _write_shard(self, path: Path, shard: list[tuple[Written, int, int]]) -> None:
+        # Wide dtypes first, so that every tensor is aligned.
+        ordered = sorted(shard, key=lambda item: (-dtype_of(item[0].dtype).itemsize, item[0].name))
+        infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, "") for w, _, _ in ordered]
+        places = [(self._path(step), start, w.size_bytes) for w, step, start in ordered]
+        append(path, _pieces(encode_header(infos), places), fresh=True)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """A JSON file of the checkpoint."""
+        with disk_errors(self.out, _KEPT):
+            append(self.result / name, [encode_json(value)], fresh=True)
+
+    def carry_over(self, source: Path) -> list[str]:
+        """Copy what clients need beside weights: tokenizer, generation config, chat template."""
+        names = carried_files(source)
+        with disk_errors(self.out, _KEPT):
+            for name in names:
+                (self.result / name).parent.mkdir(exist_ok=True)
+                append(self.result / name, [(source / name).read_bytes()], fresh=True)
+        return names
+
+    def commit(self) -> None:
+        """Move the checkpoint to its place, and forget how it came about."""
+        with uninterrupted(), disk_errors(self.out, _KEPT):
+            for folder in [self.result, *(path for path in self.result.rglob("*") if path.is_dir())]:
+                sync(folder)
+            os.replace(self.result, self.out)
+            sync(self.out.parent)
+            _remove(self.folder, self.out)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the unfinished work for OUT lies."""
+    return out.parent / f".{out.name}.partial"
+
+
+def discard(out: Path) -> None:
+    """Remove unfinished work for OUT, if nobody is working on it.
+
+    Raises:
+        InputError: another process is.
+    """
+    folder = partial_folder(out)
+    with disk_errors(out, "what was there may be there still"):
+        shutil.rmtree(_trash(out), ignore_errors=True)
+        if not folder.is_dir():
+            return
+        lock = Lock(folder / "lock", str(out))
+        lock.acquire()
+        _remove(folder, out)
+        lock.release()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What is not the same in two JSON objects, each named by its keys.
+
+    >>> differences({"a": {"bits": 4}, "b": 1}, {"a": {"bits": 3}, "b": 1})
+    ['a.bits was 4 and is 3 now']
+    """
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} was {_short(old)} and is {_short(new)} now")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _trash(out: Path) -> Path:
+    return out.parent / f".{out.name}.trash"
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """At once for whoever looks: a folder that is half gone would be taken for work to go on with."""
+    trash = _trash(out)
+    shutil.rmtree(trash, ignore_errors=True)
+    try:
+        os.replace(folder, trash)
+    except OSError:  # a disk may have no room for a name
+        trash = folder
+        with contextlib.suppress(OSError):
+            os.unlink(folder / HEAD)  # first: without it there is nothing to go on with
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _check_room(out: Path, needed: int) -> None:
+    free = free_bytes(out.parent)
+    if needed > 0 and needed + _SPARE > free:
+        raise ResourceError(
+            f"{out}: the run takes about {(needed + _SPARE) / 1e9:.3f} GB of disk on the way, and "
+            f"{free / 1e9:.3f} GB are free; accepted is a disk with more room"
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _damaged(path: Path) -> VerificationError:
+    return VerificationError(
+        f"{path} was changed since it was written, or is missing: the run cannot go on from it; "
+        "accepted is --restart, which throws it away"
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = read_json(path)
+    except InputError:
+        raise _damaged(path) from None
+    stated = record.pop("sha256", None)
+    whole = record | {"sha256": stated}
+    if stated != hash_json(record) or path.read_bytes() != encode_json(whole):
+        raise _damaged(path)
+    return whole
+
+
+def _to_json(written: Written) -> dict[str, Any]:
+    return {name: getattr(written, name) for name in Written.__slots__} | {"shape": list(written.shape)}
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, so that what is compared is the same in both processes."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _pieces(header: bytes, places: list[tuple[Path, int, int]]) -> Iterator[bytes]:
+    yield header
+    for path, start, count in places:
+        with path.open("rb") as file:
+            file.seek(start)
+            while count:
+                piece = file.read(min(count, _COPIED))
+                count -= len(piece)
+                yield piece
