@@ -66,7 +66,8 @@ class Journal:
     """Makes a checkpoint step by step, and moves it to its place when it is whole.
 
     Use as a context. Left by an exception it keeps the finished steps for the next run of the same
-    command; without any, or if the input was at fault, it removes everything.
+    command; without any, or if the input was at fault, it removes everything that this process made.
+    Steps of earlier processes stay, whatever happens.
 
     Args:
         out: the folder to be; must not exist.
@@ -128,7 +129,7 @@ class Journal:
     def _leave(self) -> None:
         """What was made to no end."""
         if self._ours and self._lock.held:
-            _remove(self.folder, self.out)
+            remove_at_once(self.folder, self.out)
         elif self._ours:
             with contextlib.suppress(OSError):  # it is not empty: another process works there
                 os.rmdir(self.folder)
@@ -138,10 +139,11 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        # Steps that were found count before they are read: a run may be left while it reads them.
-        useless = isinstance(error, InputError) or not (self._found or self.steps or self.keep)
-        if kind is not None and self._ours and useless:
-            _remove(self.folder, self.out)
+        # Steps that were found stay, read or not: a run may be left while it reads them, and an input
+        # that is at fault now was not when they were made.
+        useless = isinstance(error, InputError) or not (self.steps or self.keep)
+        if kind is not None and self._ours and useless and not self._found:
+            remove_at_once(self.folder, self.out)
         self._lock.release()
 
     # -- beginning ---------------------------------------------------------------------------------
@@ -194,6 +196,7 @@ class Journal:
                     f"{self.folder} holds another unfinished run: {', '.join(found)}; accepted are the "
                     "same run, and --restart to throw away what is there"
                 )
+            self.calibration()
             self._ours = True
             self.choices = earlier["choices"]
             with disk_errors(self.out, _KEPT):
@@ -409,7 +412,7 @@ class Journal:
                 sync(folder)
             os.replace(self.result, self.out)
             sync(self.out.parent)
-            _remove(self.folder, self.out)
+            remove_at_once(self.folder, self.out)
 
 
 def partial_folder(out: Path) -> Path:
@@ -429,8 +432,11 @@ def discard(out: Path) -> None:
         if not folder.is_dir():
             return
         lock = Lock(folder / "lock", str(out))
-        lock.acquire()
-        _remove(folder, out)
+        try:
+            lock.acquire()
+        except FileNotFoundError:
+            return  # who worked on it was done, and removed it
+        remove_at_once(folder, out)
         lock.release()
 
 
@@ -459,8 +465,13 @@ def _trash(out: Path) -> Path:
     return out.parent / f".{out.name}.trash"
 
 
-def _remove(folder: Path, out: Path) -> None:
-    """At once for whoever looks: a folder that is half gone would be taken for work to go on with."""
+def remove_at_once(folder: Path, out: Path) -> None:
+    """Remove a folder, at once for whoever looks: half of one would be taken for work, or a result.
+
+    Args:
+        folder: OUT, or the unfinished work for it.
+        out: beside it lies what is being removed.
+    """
     trash = _trash(out)
     shutil.rmtree(trash, ignore_errors=True)
     try:
