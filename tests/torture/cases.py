@@ -88,7 +88,7 @@ class Bare(Job):
             return {"resumed": 0, "reused": True}
         ids = torch.arange(40).view(4, 10)
         with Journal(out) as journal:
-            journal.begin({"bits": 4}, {"tokens": 7}, ids, 100_000)
+            journal.begin({"bits": 4}, lambda: {"tokens": 7}, ids, 100_000)
             assert journal.choices == {"tokens": 7}
             assert torch.equal(ids, journal.calibration())
             for step in range(len(journal.steps), 5):
@@ -317,6 +317,20 @@ class Bench:
     def _was_killed(self, ended: Ended) -> list[str]:
         self.outcome.kills += ended.killed
         return [] if ended.killed and not ended.hangs else [f"was not killed but {ended.short}"]
+
+    def restarted(self, job: Job, call: int, finished: bool) -> list[str]:
+        """Killed while `restart` throws away a finished result, or unfinished work, or begins again."""
+        with self.folder(self.outcome.case) as folder:
+            if finished:
+                out = folder / "out"
+                self.run(job, out)
+            else:
+                out = self.middle(job, folder)
+            ended = self.run(job, out, Fault(call, "kill"), restart=True)
+            self.outcome.kills += ended.killed
+            if ended.error is not None or ended.hangs:
+                return [ended.short]
+            return self.go_on(job, out)
 
     # -- full disks ------------------------------------------------------------------------------------
 
@@ -639,7 +653,7 @@ class Bench:
 
     def _others(self, job: Job, folder: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
         options = job.options()
-        yield "bits", ["bits"], {"scheme": QuantScheme(3, "group", 32)}
+        yield "bits", ["scheme"], {"scheme": QuantScheme(3, "group", 32)}
         yield (
             "method",
             [job.method, "weighted-rtn" if job.method != "weighted-rtn" else "gptq"],
@@ -651,11 +665,10 @@ class Bench:
         yield "one token", ["calibration"], {"calibration": ids}
         yield "fewer samples", ["calibration"], {"calibration": ids[:-1]}
         yield "format", ["format"], {"format": "fewbits"}
-        yield "shards", ["shard"], {"max_shard_bytes": 2 * SHARD}
         other = self._other_source(job, folder, "config")
         yield "another config", ["source"], {"source": other}
         other = self._other_source(job, folder, "values")
-        yield "other values", ["source"], {"source": other}
+        yield "other values", ["was changed"], {"source": other}
         for name in ("fewbits", "torch", "transformers"):
             yield f"another {name}", [name, "0.0.1"], {"before": lambda name=name: _pretend(name)}
 

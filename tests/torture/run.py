@@ -101,6 +101,7 @@ def _all(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
     yield from _bare(bench)
     yield from _locks(bench, ["journal:llama"], 20)
     yield from _kills(bench, KILLS, seed)
+    yield from _restarts(bench, {"gptq:llama": 14, "rtn:mixtral": 14})
     yield from _powers(bench, {"gptq:llama": 40, "rtn:mixtral": 20}, seed)
     yield from _fulls(bench, FULL)
     for name, count in _ran(bench, {"gptq:llama": 4, "rtn:mixtral": 4}):
@@ -135,6 +136,7 @@ def _few(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
     yield "notices/journal:llama", partial(bench.notices, JOBS["journal:llama"])
     yield from _powers(bench, {"journal:llama": 10}, seed)
     yield from _kills(bench, FEW, seed)
+    yield from _restarts(bench, {"gptq:llama": 1})
     yield from _fulls(bench, {"gptq:llama": 10})
     yield "changed/gptq:llama", partial(bench.changed, JOBS["gptq:llama"], 0)
     yield "finished/gptq:llama", partial(bench.finished, JOBS["gptq:llama"], 0)
@@ -155,6 +157,15 @@ def _kills(bench: Bench, counts: dict[str, tuple[int, int]], seed: int) -> Itera
         for _ in range(at_times):
             seconds = draw.uniform(0, reference.seconds)
             yield f"time/{name}/{seconds:.4f}", partial(bench.killed_after, JOBS[name], seconds)
+
+
+def _restarts(bench: Bench, counts: dict[str, int]) -> Iterator[tuple[str, Case]]:
+    """Among the first calls, where things are thrown away."""
+    for name, count in _ran(bench, counts):
+        for call in _spread(range(30), count):
+            for finished in (True, False):
+                case = partial(bench.restarted, JOBS[name], call, finished)
+                yield f"restart/{name}/{call}/{'finished' if finished else 'unfinished'}", case
 
 
 def _powers(bench: Bench, counts: dict[str, int], seed: int) -> Iterator[tuple[str, Case]]:
