@@ -7,7 +7,7 @@ DEMO ?= build/demo
 INSTALLED := $(VENV)/installed
 MODEL := reference/model
 
-.PHONY: demo test check fix bench interop torture reference-model clean
+.PHONY: demo test fuzz check fix bench interop torture reference-model clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python reference/corpus.py heldout $(DEMO)/heldout.jsonl
@@ -24,6 +24,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# A thousand inputs for every reader of files; a number in FEWBITS_SEED gives others.
+fuzz: $(INSTALLED)
+	FEWBITS_FUZZ=1000 $(BIN)/python -m pytest -q tests/hostile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
