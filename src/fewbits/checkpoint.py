@@ -270,18 +270,22 @@ def check_config(path: Path, value: Any, tensors: int = 2**63, values: int = 2**
     Raises:
         InputError: a number of blocks or a width, told by its name, is beyond the limit.
     """
-    limits = [(name, min(max(there, few), most)) for (name, few, most), there in
-              ((_BLOCKS, tensors), (_WIDTHS, values))]  # fmt: skip
+    limits = [
+        (_BLOCKS[0], 0, min(max(tensors, _BLOCKS[1]), _BLOCKS[2])),
+        (_WIDTHS[0], -_WIDTHS[1], min(max(values, _WIDTHS[1]), _WIDTHS[2])),  # -1 says: all of them
+    ]
     pending: list[Any] = [value]
     while pending:
         item = pending.pop()
         pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         for key, number in item.items() if isinstance(item, dict) else ():
-            limit = next((most for name, most in limits if name.search(key)), None)
-            if limit is not None and isinstance(number, int | float) and abs(number) > limit:
+            limit = next(((low, high) for name, low, high in limits if name.search(key)), None)
+            if limit is None or not isinstance(number, int | float):
+                continue
+            if not limit[0] <= number <= limit[1]:
                 raise InputError(
-                    f"{path}: {shown(key)} is {shown(number)}; accepted is at most {limit}, "
-                    "by what the weight files hold"
+                    f"{path}: {shown(key)} is {shown(number)}; accepted is at most {limit[1]}, by what "
+                    "the weight files hold"
                 )
 
 
@@ -373,6 +377,9 @@ def read_header(path: Path, headers_only: bool = False) -> tuple[list[TensorInfo
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
+        # An entry has three brackets in 50 bytes or more. Empty objects would take 20 times their bytes.
+        if raw.count(b"{") + raw.count(b"[") > len(raw) // 8 + 8:
+            raise ValueError("it holds more objects and lists than any tensors need")
         header = parse_json(raw.decode())
         if not isinstance(header, dict):
             raise ValueError(f"it is a {type(header).__name__}")

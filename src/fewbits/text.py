@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits import chat
 from fewbits.errors import InputError, first_line
-from fewbits.untrusted import parse_json
+from fewbits.untrusted import check_types, parse_json
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file, where it has several
 ACCEPTED = "accepted are a text file, a .jsonl file, and hub:owner/name/config:split:column"
@@ -94,10 +94,7 @@ def _row(line: str, where: str) -> Document:
             raise ValueError(f"it has {len(line)} characters, at most {_MAX_ROW} are accepted")
         row = parse_json(line)
         document: Document = row["text"] if "text" in row else row["messages"]
-        if not isinstance(document, str | list):
-            raise TypeError
-        if isinstance(document, list) and not all(isinstance(message, dict) for message in document):
-            raise TypeError
+        check_types(document, str if "text" in row else list[dict[str, Any]], "it")
         json.dumps(document, ensure_ascii=False).encode()  # halves of characters are no text
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error}; " if isinstance(error, ValueError) else ""

@@ -1,0 +1,3 @@
+"""The fixture that both files share."""
+
+from walls import whole  # noqa: F401
