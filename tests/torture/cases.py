@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fewbits
 from fewbits import QuantScheme, quantize
+from fewbits.blockwise import Limits
 from fewbits.journal import Journal, discard
+from fewbits.stream import TOKENS
 from models import VOCABULARY, tiny_checkpoint
 
 SHARD = 60_000  # bytes of a weight file: several of them, and an index
@@ -154,6 +156,7 @@ class Outcome:
     kills: int = 0
     repeated: int = 0  # blocks that were computed again after one kill, at most
     seconds: float = 0.0
+    differs: bool = False  # whether fewer tokens at a time give other bytes
 
 
 def contents(folder: Path, without: tuple[str, ...] = ("run.json",)) -> dict[str, bytes]:
@@ -584,6 +587,24 @@ class Bench:
                 wrong.append(f"{len(worked)} of {count} did the work")
             return wrong + self.same(job, out)
 
+    # -- another machine ---------------------------------------------------------------------------
+
+    def divided(self, job: Job) -> list[str]:
+        """Goes on where memory is short: samples are run as the first process chose."""
+        length = job.options()["calibration"].shape[1]
+        with self.folder(self.outcome.case) as folder:
+            out, other, third = self.middle(job, folder), folder / "other", folder / "third"
+            ended = self.run(job, out, before=lambda: _limit(Limits(length, 1)))
+            if ended.value is None or not ended.value["resumed"]:
+                return [f"did not go on: {ended.short}"]
+            problems = self.same(job, out)
+            # One Hessian at a time gives the same bytes; fewer tokens at a time may not.
+            ended = self.run(job, other, before=lambda: _limit(Limits(TOKENS, 1)))
+            problems += self.same(job, other) if ended.value else [ended.short]
+            ended = self.run(job, third, before=lambda: _limit(Limits(length)))
+            self.outcome.differs = bool(ended.value and self.same(job, third))
+            return problems
+
     # -- signals ---------------------------------------------------------------------------------------
 
     def signalled(self, job: Job, number: int, seconds: float, fresh: bool = False) -> list[str]:
@@ -725,6 +746,16 @@ def _verify(out: Path, name: str) -> str:
     except fewbits.VerificationError as error:
         return "" if name in str(error) else f"said {error}"
     return "not found"
+
+
+def _limit(limits: Limits) -> None:
+    """As where memory is short."""
+    plan_memory = fewbits.pipeline.plan_memory
+
+    def plan(*args: Any) -> Any:
+        return replace(plan_memory(*args), limits=limits)
+
+    fewbits.pipeline.plan_memory = plan
 
 
 def _pretend(name: str) -> None:

@@ -115,6 +115,7 @@ def _all(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
             yield f"finished/{name}", partial(bench.finished, JOBS[name], 3)
         if name not in ("journal:llama", "rtn:mixtral"):  # the others are about calibration too
             yield f"other/{name}", partial(bench.other, JOBS[name])
+            yield f"divided/{name}", partial(bench.divided, JOBS[name])
     yield from _locks(bench, ["gptq:llama", "rtn:mixtral"], 6)
     yield from _signals(bench, ["gptq:llama", "awq:llama"], seed, 8, 2)
 
@@ -283,6 +284,7 @@ def _summarize(outcomes: list[Outcome], seconds: float, seed: int) -> None:
         f"killed at {len(killed)} moments ({kills} kills with those on the way), "
         f"{good} byte-identical, blocks repeated at most {repeated}, {seconds:.0f} s, "
         f"seed {seed}; {', '.join(parts)}"
+        f"; fewer tokens at a time give other bytes: {sum(o.differs for o in kinds.get('divided', []))}"
     )
 
 
