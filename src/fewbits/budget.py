@@ -1,0 +1,169 @@
+"""How much memory a run takes at most, and how it is divided so that it stays below a budget.
+
+Counted is anonymous memory, which the system cannot take back: not the pages of mapped files, which
+source tensors and hidden states are. Only what is as large as a matrix is counted.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from fewbits.blockwise import KL_COPIES, Limits, held_out_samples, judged_positions
+from fewbits.errors import InputError
+from fewbits.plan import Plan
+from fewbits.recipe import Recipe
+from fewbits.stream import TOKENS, fast_dtype
+
+# Python, torch, transformers, and what they load on the way. A process that has more counts with that.
+# Fixed, so that equal commands divide their work alike. Measured 2026-11-25: 440 to 560 MB.
+LIBRARIES_BYTES = 600 * 10**6
+# Of one matrix that is rounded to nearest, packed and read back: float32, quotients, codes, words.
+_ROUNDED = 12
+_SPARE = 0.05  # of the whole: pieces that malloc keeps; not tuned
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run is expected to take.
+
+    Args:
+        limits: how much is done at a time.
+        peak_bytes: at most, libraries included; an estimate from above.
+    """
+
+    limits: Limits
+    peak_bytes: int
+
+
+def plan_memory(
+    plan: Plan, recipe: Recipe, shape: tuple[int, int] | None, used: int, most: int | None
+) -> Budget:
+    """Divide the work.
+
+    Args:
+        plan, recipe: of the run.
+        shape: samples and length of calibration; None without it.
+        used: bytes that the process takes already.
+        most: bytes that it may take; None: as fast as it can.
+
+    Raises:
+        InputError: that cannot be done; says the least that would do.
+    """
+    base = max(LIBRARIES_BYTES, used)
+    if shape is None:
+        least = _with_spare(base + _uncalibrated(plan))
+        _check(most, least)
+        return Budget(Limits(), least)
+    needs_hessian = "hessian" in recipe.method.needs
+    every, largest = _hessians(plan) if needs_hessian else (0, 0)
+    whole, least = (
+        base + _calibrated(plan, recipe, shape, tokens, needs_hessian) for tokens in (TOKENS, shape[1])
+    )
+    if most is None:
+        return Budget(Limits(), _with_spare(whole + every))
+    _check(most, _with_spare(least + largest))
+    room = int(most / (1 + _SPARE))
+    if whole + every <= room:
+        return Budget(Limits(TOKENS, room - whole), _with_spare(whole + every))
+    tokens, rest = (TOKENS, whole) if whole + largest <= room else (shape[1], least)
+    return Budget(Limits(tokens, room - rest), min(most, _with_spare(rest + every)))
+
+
+def _with_spare(size: float) -> int:
+    return int(size * (1 + _SPARE))
+
+
+def _check(most: int | None, least: int) -> None:
+    if most is not None and least > most:
+        text = math.ceil(least / 1e8) / 10
+        raise InputError(
+            f"--max-memory is {most / 1e9:.2f} GB, and this run takes up to {text:.1f} GB when it is "
+            f"divided as far as it can be; accepted is {text:.1f}GB or more"
+        )
+
+
+def _uncalibrated(plan: Plan) -> int:
+    """One tensor is rounded, packed and written at a time; all experts of a stack together."""
+    sizes = [_elements(plan, name) for name in plan.placements]
+    return max((_ROUNDED * matrix + 2 * whole for matrix, whole in sizes), default=0)
+
+
+def _elements(plan: Plan, name: str) -> tuple[int, int]:
+    """Of one matrix of a source tensor, and of all of it."""
+    matrix = plan.matrices[name]
+    rows, columns = matrix.rows_columns
+    return rows * columns, rows * columns * (matrix.shape[0] if matrix.stacked else 1)
+
+
+def _hessians(plan: Plan) -> tuple[int, int]:
+    """Bytes of all Hessians of the block that has most, and of the largest one.
+
+    Which linears read one tensor is not known yet: of those of one parent with equally many columns, the
+    last is taken to read another than the rest.
+    """
+    found: dict[int, dict[tuple[str, int], int]] = defaultdict(lambda: defaultdict(int))
+    for name in plan.placements:
+        matrix = plan.matrices[name]
+        if matrix.block is None:
+            continue
+        columns = matrix.rows_columns[1]
+        parent = matrix.module.rpartition(".")[0]
+        for i in range(matrix.shape[0] if matrix.stacked else 1):
+            expert = matrix.kind == "expert"
+            owner = f"{matrix.module}.{i if matrix.expert is None else matrix.expert}"
+            found[matrix.block][owner if expert else parent, columns] += 0 if expert else 1
+    totals = (
+        sum(4 * n * n * (2 if linears > 1 else 1) for (_, n), linears in groups.items())
+        for groups in found.values()
+    )
+    widest = max((n for groups in found.values() for _, n in groups), default=0)
+    return max(totals, default=0), 4 * widest**2
+
+
+def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int, hessians: bool) -> int:
+    """All but libraries and the Hessians that are kept: the stage of a block that takes most."""
+    samples, length = shape
+    elements: dict[int, int] = defaultdict(int)
+    for name, number in plan.blocks.items():
+        elements[number] += plan.info(name).count
+    block = max(elements.values(), default=0)
+    shapes = [
+        plan.matrices[n].rows_columns for n in plan.placements if plan.matrices[n].block is not None
+    ]
+    rows, columns = (max((s[i] for s in shapes), default=0) for i in (0, 1))
+    experts = any(plan.matrices[n].kind == "expert" for n in plan.placements)
+    held = held_out_samples(samples, length) * length
+    running = 16 * max(tokens, length) * max(rows, columns, plan.hidden_size)
+    kept = 4 * 4 * held * plan.hidden_size  # states that are compared: float, wanted, got, and a sum
+    fast = 2 if fast_dtype(plan.checkpoint.dtype) is not None else 0
+    stages = [
+        (4 + (2 if experts else 0)) * block,  # load: experts are joined first
+        (4 + fast) * block + running,  # collect, go on
+        5 * block + (_rounding(plan) if hessians else _ROUNDED * max(map(math.prod, shapes))),
+        4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
+    ]
+    if recipe.transforms:  # all that read one tensor are tried together
+        together = max(elements.values(), default=0) if experts else 2 * max(map(math.prod, shapes))
+        stages.append(4 * block + running + 4 * together + _ROUNDED * max(map(math.prod, shapes)))
+    return max(max(stages) + kept, _uncalibrated(plan))
+
+
+def _rounding(plan: Plan) -> int:
+    """Beside block, codes and Hessians: a factor and what it is made from, or a factor and columns.
+
+    Matrices that read one tensor are rounded as one: here those of one parent, with as many columns.
+    """
+    together: dict[tuple[str, int | None, int], int] = defaultdict(int)
+    for name in plan.placements:
+        matrix = plan.matrices[name]
+        if matrix.block is not None:
+            key = matrix.module if matrix.kind == "expert" else matrix.module.rpartition(".")[0]
+            height, columns = matrix.rows_columns
+            together[key, matrix.expert, columns] += height
+    return max((4 * n * max(2 * n, n + 4 * height) for (_, _, n), height in together.items()), default=0)
+
+
+def _vocabulary(plan: Plan) -> int:
+    """Rows of the largest matrix outside of the blocks: embeddings, or the head."""
+    shapes = (info.shape for n, info in plan.checkpoint.tensors.items() if n not in plan.blocks)
+    return max((shape[0] for shape in shapes if len(shape) == 2), default=0)
