@@ -6,12 +6,13 @@ from fewbits.comparison import Comparison
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
 from fewbits.estimate import Estimate
 from fewbits.evaluate import Evaluation, evaluate
+from fewbits.inplace import quantize_
 from fewbits.integration import Config
 from fewbits.integration import register as _register
 from fewbits.linear import QuantizedLinear
 from fewbits.load import load
 from fewbits.methods import GPTQ, RTN, WeightedRTN
-from fewbits.pipeline import Quantized, quantize, quantize_
+from fewbits.pipeline import Quantized, quantize
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor, dequantize, quantize_tensor
