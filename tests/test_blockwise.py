@@ -572,7 +572,7 @@ def test_the_same_input_gives_the_same_bytes(tiny, tmp_path, model_type, method)
 def test_the_finished_result_of_the_same_run_is_reused_without_work(tiny, monkeypatch):
     out = tiny.out("llama", "gptq")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    monkeypatch.setattr("fewbits.pipeline.quantize_blocks", None)
+    monkeypatch.setattr("fewbits.steps.quantize_blocks", None)
     again = quantize(tiny.source("llama"), out, method="gptq", scheme=G32, calibration=IDS)
     assert again.reused
     assert again.verification.source_tensors == 21
@@ -611,7 +611,7 @@ def test_the_result_of_another_run_is_refused_and_the_difference_named(tiny, arg
 @pytest.fixture
 def needed(tiny, monkeypatch):
     """Bytes that a run takes by the estimate, without and with its states, as if it began with 1 GB."""
-    monkeypatch.setattr("fewbits.pipeline.memory_bytes", lambda: 10**9)
+    monkeypatch.setattr("fewbits.steps.memory_bytes", lambda: 10**9)
     plan = make_plan(tiny.source("llama"), Recipe(GPTQ(), G32))
     work, states = estimate_memory(plan, IDS, frozenset({"hessian"}))
     assert states == 2 * IDS.numel() * 64  # bfloat16

@@ -211,7 +211,7 @@ def test_an_interrupted_run_leaves_nothing_and_exits_130(model, tmp_path, monkey
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.pipeline._round", interrupt)
+    monkeypatch.setattr("fewbits.steps._round", interrupt)
     result = run("quantize", model, tmp_path / "out", "--group-size", "32")
     assert result.exit_code == 130
     assert list(tmp_path.iterdir()) == []

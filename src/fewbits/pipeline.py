@@ -152,11 +152,9 @@ def quantize(
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
     plan = make_plan(resolve(model), recipe, format)
     with watch_memory() as memory:
-        given = (calibration, samples, length, seed)
-        if restart:
-            _read_calibration(
-                plan, recipe, *given, None, progress
-            )  # what it refuses throws nothing away
+        given: tuple[Any, ...] = (calibration, samples, length, seed)
+        if restart:  # after all that may be refused
+            given = (_read_calibration(plan, recipe, *given, None, progress), *given[1:])
             _throw_away(out)
         if out.exists():
             data = _read_calibration(plan, recipe, *given, None, progress)

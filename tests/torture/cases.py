@@ -750,12 +750,12 @@ def _verify(out: Path, name: str) -> str:
 
 def _limit(limits: Limits) -> None:
     """As where memory is short."""
-    plan_memory = fewbits.pipeline.plan_memory
+    plan_memory = fewbits.steps.plan_memory
 
     def plan(*args: Any) -> Any:
         return replace(plan_memory(*args), limits=limits)
 
-    fewbits.pipeline.plan_memory = plan
+    fewbits.steps.plan_memory = plan
 
 
 def _pretend(name: str) -> None:
