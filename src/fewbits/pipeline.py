@@ -152,15 +152,15 @@ def quantize(
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
     plan = make_plan(resolve(model), recipe, format)
     with watch_memory() as memory:
-        given: tuple[Any, ...] = (calibration, samples, length, seed)
+        read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
         if restart:  # after all that may be refused
-            given = (_read_calibration(plan, recipe, *given, None, progress), *given[1:])
+            calibration = read(calibration)
             _throw_away(out)
         if out.exists():
-            data = _read_calibration(plan, recipe, *given, None, progress)
+            data = read(calibration)
             return _reuse(out, _ask(plan, recipe, data, model), plan, progress)
         with Journal(out) as journal:
-            data = _read_calibration(plan, recipe, *given, journal, progress)
+            data = read(calibration, journal)
             steps = Steps(
                 plan, recipe, data, _ask(plan, recipe, data, model), journal, max_memory, progress
             )
@@ -290,12 +290,12 @@ def _comparable(asked: dict[str, Any]) -> dict[str, Any]:
 def _read_calibration(
     plan: Plan,
     recipe: Recipe,
-    source: str | Path | Text | Tensor | Calibration | None,
     samples: int,
     length: int | None,
     seed: int,
-    journal: Journal | None,
     progress: Progress | None,
+    source: str | Path | Text | Tensor | Calibration | None,
+    journal: Journal | None = None,
 ) -> Calibration | None:
     """The samples that the recipe needs; None if it needs none.
 
@@ -317,16 +317,23 @@ def _read_calibration(
     given = isinstance(source, Tensor | Calibration)
     if samples < 2 and not given:
         raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
-    read = partial(read_calibration_of, plan.checkpoint.folder, source, samples, length, seed, progress)
-    if source != SELF or journal is None:
-        return read()
-    journal.keep = True
+    found = None
+    if isinstance(source, str) and source == SELF and journal is not None:
+        found = _written_before(journal, samples, length, seed)
+        journal.keep = True
+    if found is not None:
+        return found
+    return read_calibration_of(plan.checkpoint.folder, source, samples, length, seed, progress)
+
+
+def _written_before(journal: Journal, samples: int, length: int | None, seed: int) -> Calibration | None:
+    """What the model wrote for an earlier process that asked for the same."""
     ids, stated = journal.calibration(), (journal.earlier or {}).get("request", {})
     stated = stated.get("request", {}).get("calibration", {})
     wanted = {"source": SELF, "samples": samples, "seed": seed}
     same = all(stated.get(key) == value for key, value in wanted.items())
     if ids is None or not same or length not in (None, ids.shape[1]):
-        return read()
+        return None
     return Calibration(ids, SELF, seed)
 
 
