@@ -39,7 +39,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
-_MAX_LEDGER = 2**27  # bytes; that of 671 billion parameters has about 8 * 10**7
+_MAX_LEDGER = 2**27  # bytes; 671 billion parameters take about 6 * 10**7, 1400 for each tensor
 _MAX_INDEX = 2**26  # bytes: 600,000 tensors
 _MAX_DIMS = 64  # of a tensor: what torch holds
 _MAX_NAME = 1000  # characters of a tensor's name; not tuned
