@@ -406,9 +406,10 @@ def estimate_cost(choice: Choice, groups: Counter[Tensors], work: Work, rates: R
     )
     parts = {"preflight": rates.survey, **_files(groups, scheme, work, rates)}
     if calibrated:
-        parts |= _before(work, rates) | _blocks(choice, work, rates)
+        parts |= _before(work, rates) | _blocks(choice, work, rates) | _states(work, rates)
     else:
         parts["rounding"] = rates.round * _weights(groups)
+        parts["forward pass"] = _build(work) + (rates.pack + rates.unpack) * _weights(groups)
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     peak = rates.baseline_bytes + _memory(choice, work, calibrated)
     return Cost(sum(parts.values()), peak, parts)
@@ -431,9 +432,15 @@ def _files(groups: Counter[Tensors], scheme: QuantScheme, work: Work, rates: Rat
     return {
         "hashing": rates.hash * hashed,
         "packing": (rates.pack + rates.unpack) * codes,
-        "writing": rates.write * 2 * written,  # to the spool and from there
+        "writing": rates.write * 2 * written,  # to the journal and from there
         "bookkeeping": _TENSOR_S * work.tensors + _SKELETON_S + _VERIFY_IMPORT_S,
     }
+
+
+def _states(work: Work, rates: Rates) -> dict[str, float]:
+    """Hidden states behind each block but the last are kept, and hashed."""
+    size = 2 * work.samples * work.length * work.hidden * (work.blocks - 1)
+    return {"states": (rates.write + rates.hash) * size}
 
 
 def _before(work: Work, rates: Rates) -> dict[str, float]:
@@ -481,9 +488,10 @@ def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
     weights = sum(n * rows * columns for (rows, columns), n in work.inputs.items())
     logits = (_LENS * rates.multiply + held * rates.stream) * work.vocabulary * work.hidden
     parts = {
-        "loading blocks": (work.blocks + 1) * (_build(work) + 4 * _SKELETON_S)
-        + _LOAD_PASSES * rates.stream * work.block_values,
-        "judging": 3 * _forward(held * length, work, rates, fast=False)
+        "loading blocks": (2 * work.blocks + 1) * (_build(work) + 4 * _SKELETON_S)
+        + 2 * _LOAD_PASSES * rates.stream * work.block_values,
+        "rounding to nearest": rates.round * weights,  # what the method is compared with
+        "judging": 4 * _forward(held * length, work, rates, fast=False)
         + 2 * work.blocks * logits
         + _forward(64 * _BLOCK_CALLS, work, rates, fast=False) / work.blocks,
         "collecting": _forward(fitted, work, rates, fast=True),
@@ -546,7 +554,6 @@ def _memory(choice: Choice, work: Work, calibrated: bool) -> int:
     if not calibrated:
         # One matrix: float32, its quotients, codes, and their words while they are packed.
         return _STARTED_BYTES + 12 * work.largest_matrix
-    states = 2 * work.samples * work.length * work.hidden
     batch = max(TOKENS, work.length)
     running = 4 * 4 * batch * work.widest
     hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
@@ -556,4 +563,4 @@ def _memory(choice: Choice, work: Work, calibrated: bool) -> int:
     if choice.method.endswith("gptq"):  # a Hessian's factor beside what it is made from, then columns
         rounding += 4 * work.widest * max(2 * work.widest, work.widest + 3 * tallest)
     text = 6 * work.context_text_bytes  # documents and their tokens
-    return _STARTED_BYTES + _CALIBRATED_BYTES + states + max(collecting, rounding, text)
+    return _STARTED_BYTES + _CALIBRATED_BYTES + max(collecting, rounding, text)

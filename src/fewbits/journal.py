@@ -141,7 +141,8 @@ class Journal:
         self._close()
         # Steps that were found stay, read or not: a run may be left while it reads them, and an input
         # that is at fault now was not when they were made.
-        useless = isinstance(error, InputError) or not (self.steps or self.keep)
+        kept = self.keep and (self.folder / HEAD).exists()
+        useless = isinstance(error, InputError) or not (self.steps or kept)
         if kind is not None and self._ours and useless and not self._found:
             remove_at_once(self.folder, self.out)
         self._lock.release()
