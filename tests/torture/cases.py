@@ -29,6 +29,7 @@ import fewbits
 from fewbits import QuantScheme, quantize
 from fewbits.blockwise import Limits
 from fewbits.journal import Journal, discard
+from fewbits.scheme import InputScheme
 from fewbits.stream import TOKENS
 from models import VOCABULARY, tiny_checkpoint
 
@@ -643,7 +644,7 @@ class Bench:
                 pass  # it came when all was done
             elif code != 130 or len(text.strip().splitlines()) != 1 or "same command" not in text:
                 problems.append(f"exit code {code}: {text!r}")
-            elif ("nothing was left" in text) == bool(self.left(out)):
+            elif "nothing was left" in text and self.left(out):
                 problems.append(f"says {text!r}, and {self.left(out)} is there")
             if (code := finish(*run(out))) != 0:
                 return [*problems, f"afterwards: exit code {code}: {errors.read_text()}"]
@@ -673,19 +674,19 @@ class Bench:
             return problems + self.go_on(job, out)
 
     def _others(self, job: Job, folder: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-        options = job.options()
-        yield "bits", ["scheme"], {"scheme": QuantScheme(3, "group", 32)}
-        yield (
-            "method",
-            [job.method, "weighted-rtn" if job.method != "weighted-rtn" else "gptq"],
-            {"method": "weighted-rtn" if job.method != "weighted-rtn" else "gptq"},
-        )
-        yield "override", ["override"], {"overrides": (("*.down_proj", None),)}
-        ids = options["calibration"].clone()
+        ids = job.options()["calibration"].clone()
         ids[0, 0] = 3 + (ids[0, 0] - 2) % (VOCABULARY - 3)
         yield "one token", ["calibration"], {"calibration": ids}
         yield "fewer samples", ["calibration"], {"calibration": ids[:-1]}
-        yield "format", ["format"], {"format": "fewbits"}
+        yield "override", ["override"], {"overrides": (("*.layers.0.*", None),)}
+        if job.method == "llm-int8":
+            inputs = InputScheme(threshold=4.0, static=True)
+            yield "threshold", ["scheme"], {"scheme": QuantScheme(8, inputs=inputs)}
+        else:
+            method = "gptq" if job.method == "weighted-rtn" else "weighted-rtn"
+            yield "method", ["method"], {"method": method}
+            yield "bits", ["scheme"], {"scheme": QuantScheme(3, "group", 32)}
+            yield "format", ["format"], {"format": "fewbits"}
         other = self._other_source(job, folder, "config")
         yield "another config", ["source"], {"source": other}
         other = self._other_source(job, folder, "values")
