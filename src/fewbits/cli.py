@@ -367,8 +367,12 @@ def quantize(
     )
     if result.ledger.blocks:
         out.print(blocks_table(result.ledger.blocks))
-    if result.ledger.blocks and result.run:
-        memory = result.run["memory_bytes"]
+    if result.run.get("resumed_steps") and not result.reused:
+        out.print(f"went on after {result.run['resumed_steps']} finished steps of an earlier process")
+    memory, most = result.run.get("memory_bytes"), result.run.get("max_memory")
+    if memory is not None and most is not None and memory["peak"] > most:
+        out.print(f"warning: memory was at most {bytes_text(memory['peak'])}, above --max-memory")
+    if result.ledger.blocks and memory is not None:
         out.print(
             f"{result.run['elapsed_s']:.0f} s; memory {bytes_text(memory['before'])} before, at most "
             f"{bytes_text(memory['peak'])}{'' if memory['anonymous'] else ' with mapped files'}",

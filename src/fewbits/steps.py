@@ -28,6 +28,7 @@ from fewbits.methods import RTN, Method
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
+from fewbits.stream import TOKENS
 from fewbits.structure import (
     skeleton,
     text_config,
@@ -91,6 +92,9 @@ class Steps:
         notes = list(self.plan.notes)
         if self.data is not None:
             notes += self.data.notes + tuple(_check_calibration(self.plan, self.data))
+        if self.limits.tokens != TOKENS:
+            what = f"--max-memory: {self.limits.tokens} tokens at a time instead of {TOKENS}"
+            notes.append(Note("fact", "memory", what))
         return {
             "tokens": self.limits.tokens,
             "notes": [asdict(note) for note in notes],

@@ -157,6 +157,7 @@ def blocks_table(blocks: list[dict[str, Any]]) -> Table:
     headings = [
         "block",
         "output error",
+        "to rtn's",
         "KL so far (nats)",
         "matrices",
         "their error to rtn's",
@@ -172,6 +173,7 @@ def blocks_table(blocks: list[dict[str, Any]]) -> Table:
         cells = (
             block["block"],
             f"{block['error']:.3g}",
+            f"{block['error'] / block['nearest']:.2f}" if block["nearest"] else "",
             f"{block['kl']:.3g}",
             len(matrices),
             ratios,
