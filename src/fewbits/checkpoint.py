@@ -11,6 +11,7 @@ import json
 import os
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +223,7 @@ def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
         InputError: no config, no weights, a missing shard, a corrupt header; names the file.
     """
     config = read_json(folder / CONFIG)
+    _check_quantization(folder / CONFIG, config.get("quantization_config"))
     files = _weight_files(folder)
     if not files:
         raise InputError(
@@ -257,6 +259,11 @@ def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
     values = sum(info.count for info in checkpoint.tensors.values())
     check_config(folder / CONFIG, config, len(checkpoint.tensors), values)
     return checkpoint
+
+
+def _check_quantization(path: Path, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{path}: quantization_config is {shown(value)}; accepted is an object")
 
 
 def check_config(path: Path, value: Any, tensors: int = 2**63, values: int = 2**63) -> None:
@@ -466,11 +473,13 @@ def _open_torch(path: Path, notes: list[Note]) -> dict[str, Tensor]:
     check_file(path, path.parent)
     _check_zip(path)
     try:
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError:  # files of torch before 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            notes.append(Note("fallback", path.name, "an old torch file: read into memory as a whole"))
+        with warnings.catch_warnings(action="ignore"):  # of old protocols, which are read or refused
+            try:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # files of torch before 1.6 cannot be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                what = "an old torch file: read into memory as a whole"
+                notes.append(Note("fallback", path.name, what))
     except Exception as error:  # a corrupt or hostile pickle can raise almost anything
         reason = first_line(error)
         raise InputError(f"{path} cannot be read as tensors: {reason}") from None

@@ -322,7 +322,9 @@ def build(
 def _check_floats(network: nn.Module, floats: dict[str, Tensor], folder: Path) -> None:
     parameters = network.state_dict()
     for name, target in locate(network, list(floats)).items():
-        expected = parameters[target.parameter].shape
+        expected, asked = parameters[target.parameter].shape, parameters[target.parameter].dtype
+        if asked.is_floating_point and not floats[name].is_floating_point():
+            raise InputError(f"{folder}: tensor {name} is {floats[name].dtype}; accepted are floats")
         if target.converter is None and floats[name].shape != expected:
             raise InputError(
                 f"{folder}: tensor {name} is {tuple(floats[name].shape)}, but the model has "

@@ -54,7 +54,8 @@ def measure_size(folder: Path) -> Size:
     parameters = sum(p.numel() for p in skeleton(checkpoint.config).parameters())
     quantization = checkpoint.config.get("quantization_config")
     float_name = str(checkpoint.dtype).removeprefix("torch.")
-    return Size(weight_bytes, parameters, quantization["quant_method"] if quantization else float_name)
+    method = float_name if not quantization else str(quantization.get("quant_method"))
+    return Size(weight_bytes, parameters, method)
 
 
 def tensor_bytes(model: nn.Module) -> int:

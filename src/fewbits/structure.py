@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
         with tempfile.TemporaryDirectory() as folder, quiet_transformers(), torch.device("meta"):
             (Path(folder) / "config.json").write_text(json.dumps(_without_code(settings)))
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            with _few_modules():
+            with _few_modules(), warnings.catch_warnings(action="ignore"):  # of widths of 0
                 model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     model_config, trust_remote_code=False
                 )

@@ -439,7 +439,7 @@ def test_a_hostile_quantization_config_is_answered_in_one_line(whole, tmp_path, 
     change_json(folder / CONFIG, quantization_config=value)
     with walls(tmp_path):
         if value is not None:
-            refused(run("quantize", folder, tmp_path / "out"), "quantized already")
+            refused(run("quantize", folder, tmp_path / "out"), "quanti")
         answer = run("plan", folder, "--no-probe")
         assert answer.exit_code in (0, 2), answer.exception
         known = isinstance(value, dict) and value.get("quant_method") == "compressed-tensors"
@@ -447,6 +447,7 @@ def test_a_hostile_quantization_config_is_answered_in_one_line(whole, tmp_path, 
             fewbits.load(folder)
         else:
             assert str(folder) in said(fewbits.load, folder)
+            refused(run("bench", folder, "--prompt", "4"), str(folder))
 
 
 # -- links that are as they should be ----------------------------------------------------------------
@@ -736,3 +737,10 @@ def test_a_folder_is_not_changed_by_reading_it(whole):
     open_checkpoint(whole)
     functools.reduce(lambda _, read: read(whole), (load_tokenizer, fewbits.load), None)
     assert listing(whole) == before
+
+
+def test_whole_numbers_in_the_place_of_floats_are_not_loaded(whole, tmp_path):
+    folder = copied(whole, tmp_path / "model")
+    tensors = load_file(folder / MODEL)
+    save_file(tensors | {UP: tensors[UP].view(torch.int16)}, folder / MODEL, metadata={"format": "pt"})
+    assert UP in said(fewbits.load, folder)
