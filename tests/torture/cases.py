@@ -417,8 +417,8 @@ class Bench:
         made = [i for i, (name, path) in enumerate(calls) if name == "open" and _is_step(path)]
         return max(made)
 
-    def changed(self, job: Job, parts: int) -> list[str]:
-        """One bit of each file kept, at its ends and `parts` places between; a cut; a loss."""
+    def changed(self, job: Job, parts: int, lost: bool = True) -> list[str]:
+        """One bit of each file kept, at its ends and `parts` places between; or parts of it `lost`."""
         problems = []
         with self.folder(self.outcome.case) as folder:
             out = self.middle(job, folder)
@@ -442,8 +442,8 @@ class Bench:
                     problems += self._changed(
                         job, out, name, _flip(place, bit), restart, f"{place}.{bit}"
                     )
-                problems += self._changed(job, out, name, _cut, False, "cut")
-                problems += self._changed(job, out, name, Path.unlink, False, "removed")
+                for what, change in (("cut", _cut), ("removed", Path.unlink)) if lost else ():
+                    problems += self._changed(job, out, name, change, False, what)
             problems += self.go_on(job, out)
         return problems
 

@@ -48,7 +48,7 @@ KILLS = {
     "awq+gptq:qwen3_moe": (20, 10), "weighted-rtn:llama": (16, 8), "llm-int8:llama": (16, 8),
     "rtn:mixtral": (12, 4),
 }  # fmt: skip
-FEW = {"gptq:llama": (11, 4), "awq+gptq:qwen3_moe": (6, 3)}
+FEW = {"gptq:llama": (11, 4), "gptq:mixtral": (7, 3)}
 HALVES = ("write", "posix_fallocate")
 FULL = {"gptq:llama": 70, "awq+gptq:qwen3_moe": 60, "rtn:mixtral": 40}
 Case = Callable[[], list[str]]
@@ -136,23 +136,26 @@ def _bare(bench: Bench) -> Iterator[tuple[str, Case]]:
 def _few(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
     yield "notices/journal:llama", partial(bench.notices, JOBS["journal:llama"])
     yield from _powers(bench, {"journal:llama": 10}, seed)
-    yield from _kills(bench, FEW, seed)
+    yield from _kills(bench, FEW, seed, (0, 0, 0, 0, 0, 2))
     yield from _restarts(bench, {"gptq:llama": 1})
     yield from _fulls(bench, {"gptq:llama": 10})
-    yield "changed/gptq:llama", partial(bench.changed, JOBS["gptq:llama"], 0)
+    yield "changed/gptq:llama", partial(bench.changed, JOBS["gptq:llama"], 0, False)
     yield "finished/gptq:llama", partial(bench.finished, JOBS["gptq:llama"], 0)
     yield "other/gptq:llama", partial(bench.other, JOBS["gptq:llama"])
     yield from _locks(bench, ["gptq:llama"], 1)
     yield from _signals(bench, ["gptq:llama"], seed, 2, 0)
 
 
-def _kills(bench: Bench, counts: dict[str, tuple[int, int]], seed: int) -> Iterator[tuple[str, Case]]:
+def _kills(
+    bench: Bench, counts: dict[str, tuple[int, int]], seed: int, again: tuple[int, ...] = (0, 0, 1, 0, 3)
+) -> Iterator[tuple[str, Case]]:
+    """At calls, evenly, some of them `again` on the way; and at times."""
     for name, (at_calls, at_times) in _ran(bench, counts):
         reference, draw = bench.references[name], random.Random(f"{seed} {name}")
         for i, call in enumerate(_spread(range(len(reference.calls)), at_calls)):
             what = reference.calls[call][0]
             how = "half" if what in HALVES and i % 2 else "kill"
-            more = (0, 0, 1, 0, 3)[i % 5]
+            more = again[i % len(again)]
             case = partial(bench.killed, JOBS[name], Fault(call, how), more)
             yield f"kill/{name}/{call}/{what}/{how}/{more}", case
         for _ in range(at_times):
