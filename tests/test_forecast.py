@@ -404,28 +404,6 @@ def test_headers_of_a_large_model_take_less_than_500_megabytes(tmp_path, name):
     assert any("headers only" in note for note in value["notes"])
 
 
-# Scipy is for losses that find objects in pictures: a model is made without it, and they still call it.
-_WITHOUT_SCIPY = """
-import sys
-from fewbits.structure import skeleton
-skeleton({"model_type": "llama", "num_hidden_layers": 1})
-from transformers.loss import loss_for_object_detection as loss
-assert "scipy" not in sys.modules, "scipy was imported"
-costs = [[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]
-found = loss.linear_sum_assignment(costs, maximize=True)
-import scipy.optimize
-assert isinstance(scipy.optimize.linear_sum_assignment, type(len))
-expected = scipy.optimize.linear_sum_assignment(costs, maximize=True)
-assert [list(x) for x in found] == [list(x) for x in expected], found
-"""
-
-
-def test_a_model_is_made_without_scipy_and_losses_still_find_it():
-    pytest.importorskip("scipy.optimize")
-    done = subprocess.run([sys.executable, "-c", _WITHOUT_SCIPY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_advice_goes_by_all_methods_whatever_rows_are_shown(checkpoint):
     folder = checkpoint("llama")
     asked = {"memory_bytes": 10**9, "measure": False}

@@ -447,8 +447,9 @@ class _Run:
             weight = float_weight(block.get_submodule(linear))
             for piece in parts:
                 if not bool(torch.isfinite(weight[piece.start : piece.stop]).all()):
+                    file = self.plan.checkpoint.folder / self.plan.info(piece.source).file
                     raise InputError(
-                        f"{piece.name}: the weight contains NaN or infinity; accepted are finite weights"
+                        f"{file}: {piece.name}: the weight contains NaN or infinity; accepted are finite weights"
                     )
 
     def _scheme(self, piece: _Piece) -> QuantScheme:

@@ -253,7 +253,10 @@ class Steps:
                 _check_finite(name, {name: changed})
             elif tensor.is_floating_point() and not _finite(tensor):
                 if name in plan.parameter_names:
-                    raise InputError(f"{name} contains NaN or infinity; accepted are finite weights")
+                    where = plan.checkpoint.folder / plan.info(name).file
+                    raise InputError(
+                        f"{where}: {name} contains NaN or infinity; accepted are finite weights"
+                    )
                 notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
             written = [journal.add(name, value)]
         self.ledger.tensors[name] = Entry.of(
@@ -338,7 +341,8 @@ def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[Qua
         try:
             weight, more = method(piece, plan.placements[name].scheme, {})
         except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+            file = plan.checkpoint.folder / plan.info(name).file
+            raise InputError(f"{file}: {name}: {error}") from None
         weights.append(weight)
         notes += more
     return weights

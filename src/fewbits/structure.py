@@ -7,7 +7,6 @@ parameters in which transformers keeps mixtures of experts.
 """
 
 import copy
-import importlib
 import json
 import linecache
 import logging
@@ -16,11 +15,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -103,7 +101,6 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _import_losses()
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
     if "model_type" not in settings:
         raise InputError("config.json names no model_type; accepted is one that transformers knows")
@@ -168,36 +165,6 @@ def _few_modules() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _import_losses() -> None:
-    """Import transformers' losses without scipy, which those that find objects in pictures call.
-
-    Every model imports all of them, and with them scipy where it is installed: 37 MB and a quarter of a
-    second. Their calls import it instead. Measured 2026-11-26.
-    """
-    module = "scipy.optimize"
-    if module in sys.modules:
-        return
-
-    def get(name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return partial(_call, module, name)
-
-    stand_in = ModuleType(module)
-    stand_in.__getattr__ = get  # type: ignore[method-assign]
-    sys.modules[module] = stand_in
-    try:
-        with suppress(ImportError):  # the model itself imports what it needs
-            importlib.import_module("transformers.loss.loss_utils")
-    finally:
-        del sys.modules[module]
-
-
-def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A function of a module that is imported now."""
-    return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
 @contextmanager
