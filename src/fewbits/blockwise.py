@@ -358,6 +358,7 @@ class _Run:
         self._transform(number, block, wiring, pieces, result)
         codes: dict[str, QuantizedTensor] = {}
         reports: list[MatrixReport] = []
+        noted = len(result.notes)
         for some in self._passes(block, wiring, pieces):
             stats = self._collect(number, block, wiring, some)
             hand_back_memory()  # of the run; what follows needs the most there is
@@ -365,7 +366,12 @@ class _Run:
             del stats  # the largest there is
         self._store(block, pieces, codes, result)
         self._note_changed(number, block, pieces, result)
-        result.report = replace(result.report, matrices=tuple(reports))
+        # In the order of the pieces, in however many passes they were rounded.
+        names = [piece.name for parts in pieces.values() for piece in parts]
+        order = {name: i for i, name in enumerate(names)}
+        result.notes[noted:] = sorted(result.notes[noted:], key=lambda note: order[note.where])
+        matrices = tuple(sorted(reports, key=lambda report: order[report.name]))
+        result.report = replace(result.report, matrices=matrices)
         return result
 
     def _nearest(
@@ -449,7 +455,8 @@ class _Run:
                 if not bool(torch.isfinite(weight[piece.start : piece.stop]).all()):
                     file = self.plan.checkpoint.folder / self.plan.info(piece.source).file
                     raise InputError(
-                        f"{file}: {piece.name}: the weight contains NaN or infinity; accepted are finite weights"
+                        f"{file}: {piece.name}: the weight contains NaN or infinity; "
+                        "accepted are finite weights"
                     )
 
     def _scheme(self, piece: _Piece) -> QuantScheme:
