@@ -27,7 +27,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.disk import disk_errors
-from fewbits.errors import InputError
+from fewbits.errors import InputError, VerificationError
 from fewbits.evaluate import read_calibration_of
 from fewbits.journal import Journal, differences, discard, remove_at_once
 from fewbits.ledger import Ledger, plain, read_ledger
@@ -172,12 +172,21 @@ def quantize(
             ledger.notes += plan.checkpoint.notes + steps.check_forward()
             ledger.files = _describe_files(journal.result)
             journal.write_json(LEDGER, ledger.to_json())
-            verification = verify(journal.result, progress=progress)
+            verification = _verify(journal, progress)
             elapsed = round(time.monotonic() - began, 3)
             facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": max_memory}
             journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
             journal.commit()
     return _result(out, plan, ledger, verification)
+
+
+def _verify(journal: Journal, progress: Progress | None) -> Verification:
+    """The finished checkpoint, before it is moved to its place."""
+    try:
+        return verify(journal.result, progress=progress)
+    except VerificationError as error:
+        what = "not moved to its place; the same command makes it again of its parts, --restart anew"
+        raise VerificationError(f"{error}; {what}") from error
 
 
 def _throw_away(out: Path) -> None:

@@ -18,6 +18,7 @@ from fewbits.checkpoint import (
     LEDGER,
     RUN,
     Checkpoint,
+    encode_json,
     hash_file,
     hash_json,
     hash_tensor,
@@ -83,6 +84,8 @@ def verify(
         raise
     result = Verification()
     problems = result.problems
+    if encode_json(read_json(out / LEDGER)) != (out / LEDGER).read_bytes():  # 1E-9 is 1e-9 in JSON
+        problems.append(f"{LEDGER} was written by something else")
     readable = _check_files(out, ledger, result)
     tensors = _open_tensors(out, readable, problems)
     _check_names(ledger, tensors, problems)
