@@ -1,10 +1,7 @@
-"""Reading headers strictly, reading torch files safely, writing all or nothing, finding a model."""
+"""Reading headers strictly, reading torch files safely, finding a model."""
 
-import errno
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from fewbits import InputError, QuantScheme, ResourceError, quantize
-from fewbits.checkpoint import CheckpointWriter, open_checkpoint, read_header, resolve
-from models import tiny_checkpoint, tiny_model
+from fewbits import InputError, QuantScheme, quantize
+from fewbits.checkpoint import open_checkpoint, read_header, resolve
+from fewbits.journal import Journal
+from models import tiny_checkpoint
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -283,157 +280,17 @@ def test_tensors_that_share_storage_in_a_torch_file_are_written_apart(tmp_path, 
     (tmp_path / "config.json").write_text("{}")
     torch.save(state, tmp_path / "pytorch_model.bin")
     checkpoint = open_checkpoint(tmp_path)
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({})
         for name in checkpoint.tensors:
-            writer.add(name, checkpoint.read(name))
-        writer.finish_weights()
-        writer.commit()
+            journal.add(name, checkpoint.read(name))
+        journal.commit_step({})
+        journal.write_shards()
+        journal.commit()
     written = load_file(tmp_path / "out" / MODEL)
     assert written.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(written[name], tensor)
-
-
-# -- writing -------------------------------------------------------------------------------------
-
-
-def write_model(out: Path, model: torch.nn.Module, max_shard_bytes: int) -> CheckpointWriter:
-    with CheckpointWriter(out, max_shard_bytes) as writer:
-        for name, tensor in model.state_dict().items():
-            writer.add(name, tensor)
-        writer.finish_weights()
-        writer.write_json("config.json", json.loads(model.config.to_json_string()))
-        writer.commit()
-    return writer
-
-
-@pytest.mark.parametrize("max_shard_bytes", [2**30, 60_000, 1])
-def test_transformers_loads_the_written_shards_bit_for_bit(tmp_path, max_shard_bytes):
-    model = tiny_model("llama")
-    writer = write_model(tmp_path / "out", model, max_shard_bytes)
-    state = model.state_dict()
-    several = {2**30: 1, 1: len(state)}.get(max_shard_bytes)
-    assert len(writer.shard_names) == several or (several is None and 1 < len(writer.shard_names) < 21)
-    assert (tmp_path / "out" / INDEX).exists() == (len(writer.shard_names) > 1)
-    assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == set(writer.shard_names)
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, state[name])
-
-
-def test_a_shard_holds_no_more_than_was_allowed_except_for_one_larger_tensor(tmp_path):
-    with CheckpointWriter(tmp_path / "out", 100) as writer:
-        for i, size in enumerate([40, 60, 1, 250, 99, 2]):
-            writer.add(str(i), torch.zeros(size, dtype=torch.uint8))
-        writer.finish_weights()
-        writer.commit()
-    shards = [load_file(tmp_path / "out" / name) for name in writer.shard_names]
-    assert [list(shard) for shard in shards] == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_nothing_behind(tmp_path, error):
-    def begin_and_fail():
-        with CheckpointWriter(tmp_path / "out", 10) as writer:
-            writer.add("a", torch.arange(100))
-            writer.add("b", torch.arange(100))
-            writer.write_json("config.json", {})
-            assert list(tmp_path.iterdir())  # there is something to leave
-            raise error
-
-    with pytest.raises(error):
-        begin_and_fail()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", ["file", "empty folder", "full folder"])
-def test_an_out_that_exists_is_refused_and_left_alone(tmp_path, kind):
-    out = tmp_path / "out"
-    out.touch() if kind == "file" else out.mkdir()
-    if kind == "full folder":
-        (out / "precious").write_text("data")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="out exists; accepted is a folder that does not exist yet"):
-        CheckpointWriter(out).__enter__()
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_nothing_stands_at_out_before_it_is_whole(tmp_path):
-    with CheckpointWriter(tmp_path / "out") as writer:
-        writer.add("a", torch.arange(100))
-        writer.finish_weights()
-        assert not (tmp_path / "out").exists()
-        writer.commit()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode  # as others would have made it
-
-
-def test_one_name_is_written_once(tmp_path):
-    with CheckpointWriter(tmp_path / "out", 1) as writer:
-        writer.add("a", torch.arange(3))
-        writer.add("b", torch.arange(3))
-        with pytest.raises(InputError, match="two tensors would be written as a"):
-            writer.add("a", torch.arange(3))
-        writer.finish_weights()
-
-
-# -- a full disk ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_while_writing_weights_is_said_so_and_nothing_left(tmp_path, small_disk):
-    tiny_checkpoint(tmp_path / "model")
-    with pytest.raises(ResourceError, match="the disk is full"):
-        quantize(tmp_path / "model", small_disk / "out", scheme=QuantScheme(8), max_shard_bytes=20_000)
-    assert not list(small_disk.iterdir())
-
-
-def test_a_full_disk_while_copying_files_is_said_so_and_nothing_left(tmp_path, small_disk):
-    tiny_checkpoint(tmp_path / "model", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    (tmp_path / "model" / "tokenizer.json").write_text("x" * 60_000)
-    with pytest.raises(ResourceError, match="the disk is full"):
-        quantize(tmp_path / "model", small_disk / "out", scheme=QuantScheme(4))
-    assert not list(small_disk.iterdir())
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_failing_save_is_a_full_disk_and_nothing_left(tmp_path, monkeypatch, code):
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    tiny_checkpoint(tmp_path / "model")
-    monkeypatch.setattr("fewbits.checkpoint._copy", full)
-    with pytest.raises(ResourceError, match=r"out could not be written: the disk is full"):
-        quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme(8))
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_another_failure_of_the_disk_keeps_its_own_reason(tmp_path, monkeypatch):
-    def broken(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    tiny_checkpoint(tmp_path / "model")
-    monkeypatch.setattr("fewbits.checkpoint.os.fsync", broken)
-    with pytest.raises(ResourceError, match="Input/output error"):
-        quantize(tmp_path / "model", tmp_path / "out", scheme=QuantScheme(8))
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 # -- finding a model -----------------------------------------------------------------------------
