@@ -50,7 +50,7 @@ def test_every_command_in_the_readme_exists():
     assert used
     assert used <= set(commands)
     for line in re.findall(r"^fewbits .*?[^\\]$", README, re.M | re.S):
-        words = line.replace("\\\n", " ").split()
+        words = re.sub(r" # .*", "", line).replace("\\\n", " ").split()
         options = {o for p in commands[words[1]].params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= options, line
 

@@ -482,11 +482,13 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, library):
 
 
 def test_a_full_disk_is_reported(monkeypatch, tmp_path):
-    from pathlib import Path
-
     def fail(*_args, **_more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(ResourceError):
-        write_page("x", tmp_path / "report.html")
+    path = tmp_path / "report.html"
+    write_page("x", path)
+    monkeypatch.setattr("fewbits.disk.os.write", fail)
+    with pytest.raises(ResourceError, match=r"report\.html could not be written: the disk is full"):
+        write_page("y", path)
+    assert path.read_text() == "x"  # the page that was there is there still
+    assert list(tmp_path.iterdir()) == [path]
