@@ -303,9 +303,9 @@ class _Run:
         block = self.stream.load(number)
         self.float_states = self.stream.run_all(number, block, self.float_states)
         wanted = self.stream.run_all(number, block, self.stream.states[self.held_out])
-        self._check_output(number, wanted)
         pieces = self._pieces(number)
         self._check_finite(block, pieces)
+        self._check_output(number, wanted)
         for own, _, rounded in self._nearest(block, pieces):
             own.copy_(rounded.dequantize(torch.float32))
         nearest, _ = self._judge(number, block, wanted)
@@ -333,9 +333,19 @@ class _Run:
         """Of the block in float: what it computes must be worth keeping."""
         where = f"block {number} of {self.plan.checkpoint.folder} gives"
         if not bool(torch.isfinite(wanted).all() and torch.isfinite(self.float_states).all()):
+            self._blame(number)
             raise InputError(f"{where} NaN or infinity in float; accepted are models that compute")
         if not float(wanted.var()) > 0:
             raise InputError(f"{where} the same value everywhere; accepted are models that compute")
+
+    def _blame(self, number: int) -> None:
+        """Name the tensor of a block that is itself not finite, if there is one."""
+        plan = self.plan
+        for name in (name for name, block in plan.blocks.items() if block == number):
+            tensor = plan.checkpoint.read(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                file = plan.checkpoint.folder / plan.info(name).file
+                raise InputError(f"{file}: {name} contains NaN or infinity; accepted are finite weights")
 
     def _judge(self, number: int, block: nn.Module, wanted: Tensor) -> tuple[float, Tensor]:
         """Squared error of its output over the output's variance, and the output; held-out samples."""
@@ -357,20 +367,22 @@ class _Run:
         self._note_unseen(number, wiring, result)
         self._transform(number, block, wiring, pieces, result)
         codes: dict[str, QuantizedTensor] = {}
-        reports: list[MatrixReport] = []
+        together: list[list[MatrixReport]] = []
         noted = len(result.notes)
         for some in self._passes(block, wiring, pieces):
             stats = self._collect(number, block, wiring, some)
             hand_back_memory()  # of the run; what follows needs the most there is
-            reports += self._round(block, some, stats, codes, result)
+            together += self._round(block, some, stats, codes, result)
             del stats  # the largest there is
         self._store(block, pieces, codes, result)
         self._note_changed(number, block, pieces, result)
-        # In the order of the pieces, in however many passes they were rounded.
-        names = [piece.name for parts in pieces.values() for piece in parts]
-        order = {name: i for i, name in enumerate(names)}
+        # In one order, in however many passes they were rounded.
+        names = (piece.name for parts in pieces.values() for piece in parts)
+        place = {name: i for i, name in enumerate(names)}
+        together.sort(key=lambda alike: place[alike[0].name])
+        matrices = tuple(report for alike in together for report in alike)
+        order = {report.name: i for i, report in enumerate(matrices)}
         result.notes[noted:] = sorted(result.notes[noted:], key=lambda note: order[note.where])
-        matrices = tuple(sorted(reports, key=lambda report: order[report.name]))
         result.report = replace(result.report, matrices=matrices)
         return result
 
@@ -581,7 +593,7 @@ class _Run:
         stats: dict[str, _Stats],
         codes: dict[str, QuantizedTensor],
         result: Block,
-    ) -> list[MatrixReport]:
+    ) -> list[list[MatrixReport]]:
         """Round what reads one tensor together: a Hessian is factored once."""
         together: dict[Any, list[_Piece]] = defaultdict(list)
         for linear, parts in pieces.items():
@@ -590,10 +602,10 @@ class _Run:
                 alone = piece.name if scheme.granularity == "tensor" else None
                 key = (id(stat) if stat is not None else linear, scheme, self._dtype(piece), alone)
                 together[key].append(piece)
-        reports = []
-        for alike in together.values():
-            reports += self._round_alike(block, alike, stats.get(alike[0].linear), codes, result)
-        return reports
+        return [
+            self._round_alike(block, alike, stats.get(alike[0].linear), codes, result)
+            for alike in together.values()
+        ]
 
     def _round_alike(
         self,

@@ -277,7 +277,7 @@ class Steps:
         if self.data is not None:
             return []
         needed = memory_bytes() + int(_FORWARD * self.plan.written_bytes)
-        most = available_bytes() + memory_bytes() if self.max_memory is None else self.max_memory
+        most = self.max_memory or memory_bytes() + available_bytes() // 2
         if needed > most:
             what = "not run: loading it may take {:.2f} GB, more than there is; `fewbits verify` runs it"
             return [Note("skip", "forward", what.format(needed / 1e9))]
