@@ -357,6 +357,12 @@ class _Run:
         room = stream.allocate(states_bytes(*stream.states.shape))
         states, floats = self._split(room, *stream.ids.shape)
         stream.advance(number, block, self.fitted, states)
+        for rows in stream.batches(self.fitted):
+            if not bool(torch.isfinite(states[rows].float().sum())):  # a mask would be as large
+                raise InputError(
+                    f"block {number} gives NaN or infinity on samples {rows.start} to {rows.stop - 1}; "
+                    f"accepted is to leave it in float, by an override like '*.{number}.*=float'"
+                )
         states[self.held_out] = got
         floats.copy_(self.float_states)
         stream.states = states  # what a later process would go on from
@@ -558,7 +564,8 @@ class _Run:
                 held += size
         seen = {path for paths in passes for path in paths}
         passes[-1] += [path for path in pieces if path not in seen]
-        return [{path: pieces[path] for path in paths} for paths in passes]
+        # In the order of the pieces: what is rounded as one is stacked alike, however it is divided.
+        return [{path: pieces[path] for path in pieces if path in some} for some in map(set, passes)]
 
     def _collect(
         self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
