@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ from fewbits import (
     stream,
     verify,
 )
+from fewbits.blockwise import Position, quantize_blocks
 from fewbits.ledger import Codes, read_ledger
+from fewbits.plan import make_plan
+from fewbits.recipe import Recipe
 from fewbits.structure import find_blocks, find_matrices, is_experts, skeleton
+from fewbits.wiring import Wiring
 from models import ALL, VOCABULARY, tiny_checkpoint
 
 G32, W8 = QuantScheme(4, "group", 32), QuantScheme(8)
@@ -702,6 +706,123 @@ def test_after_an_interruption_the_same_call_goes_on(tiny, tmp_path, stage, at):
              max_shard_bytes=10_000)  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert read_ledger(tmp_path / "out").tensors == read_ledger(tiny.out("llama", "gptq")).tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Harmful(GPTQ):
+    """GPTQ that spoils what it makes of one weight."""
+
+    victim: str = ""  # the sum of its values; options are JSON
+    harm: str = "flip"
+
+    def __call__(self, weight, scheme, stats, scale_dtype=None):
+        rounded, notes = super(Harmful, self).__call__(weight, scheme, stats, scale_dtype)
+        if str(float(weight.sum())) != self.victim:
+            return rounded, notes
+        if self.harm == "flip":
+            return replace(rounded, codes=rounded.codes.flip(0)), notes
+        return replace(rounded, scale=rounded.scale * math.nan), notes
+
+
+@pytest.mark.parametrize("harm", ["flip", "nan"])
+def test_a_block_that_a_method_makes_far_worse_is_rounded_to_nearest_and_said_to_be(
+    tiny, tmp_path, harm
+):
+    source, name = tiny.source("llama"), "model.layers.0.mlp.down_proj.weight"
+    before = tensors_of(source)
+    method = Harmful(victim=str(float(before[name].float().sum())), harm=harm)
+    ledger = quantize(source, tmp_path / "out", method=method, scheme=G32, calibration=IDS).ledger
+    bad, good = ledger.blocks
+    assert bad["error"] == bad["nearest"]  # on the same samples, from the same states
+    (note,) = [n for n in ledger.notes if n.where == "model.layers.0"]
+    assert note.kind == "fallback"
+    said = re.fullmatch(r"error (\S+) of the block, (\S+) if rounded to nearest: .*", note.what)
+    assert said is not None
+    assert not float(said[1]) <= 4 * bad["nearest"]  # NaN is no number either
+    assert float(said[2]) == pytest.approx(bad["nearest"], rel=1e-2)
+    assert len(bad["matrices"]) == 7
+    for matrix in bad["matrices"]:
+        assert (matrix["method"], matrix["steps"]) == ("RTN", [note.what])
+        expected = Codes.of([quantize_tensor(before[matrix["name"]], G32)], stacked=False)
+        assert ledger.tensors[matrix["name"]].quantized == expected
+    assert {m["method"] for m in good["matrices"]} == {"Harmful"}  # and what it does well is kept
+    assert good["error"] < good["nearest"]
+    _check_kl(source, tmp_path / "out", [], good["kl"])
+
+
+def test_the_error_of_rounding_to_nearest_is_that_of_a_block_that_is(tiny, tmp_path):
+    """Both runs give the first block the same states."""
+    source = tiny.source("llama")
+    first = read_ledger(tiny.out("llama", "gptq")).blocks[0]
+
+    @dataclass(frozen=True, slots=True)
+    class Nearest(GPTQ):
+        def __call__(self, weight, scheme, stats, scale_dtype=None):
+            return quantize_tensor(weight, scheme, scale_dtype=torch.bfloat16), []
+
+    ledger = quantize(source, tmp_path / "out", method=Nearest(), scheme=G32, calibration=IDS).ledger
+    assert ledger.blocks[0]["error"] == ledger.blocks[0]["nearest"] == first["nearest"]
+    assert first["error"] < first["nearest"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (1, {"mlp.gate_proj": 1e30, "mlp.up_proj": 1e30}, "gives NaN or infinity in float"),
+        (0, {"mlp.gate_proj": 1e30, "mlp.up_proj": 1e30}, "gives NaN or infinity in float"),
+        (0, {"embed_tokens": 0.0}, "gives the same value everywhere"),
+    ],
+)
+def test_a_block_that_computes_nothing_in_float_is_refused_and_named(
+    tiny, tmp_path, number, change, message, method
+):
+    folder = Path(shutil.copytree(tiny.source("llama"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    for name, factor in change.items():
+        whole = name if name == "embed_tokens" else f"layers.{number}.{name}"
+        tensors[f"model.{whole}.weight"] *= factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"^block {number} of {folder} {message}") as refused:
+        quantize(folder, tmp_path / "out", method=method, scheme=G32, calibration=IDS)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("transforms", [(), (AWQ(points=3),)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_blocks_after_an_interruption_are_those_of_the_whole_run(tmp_path, model_type, transforms):
+    layers = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
+    tiny_checkpoint(tmp_path / "model", model_type, **{layers: 3})
+    recipe = Recipe(GPTQ(), G32, transforms=transforms)
+    plan = make_plan(tmp_path / "model", recipe)
+    rooms: list[Tensor] = []
+
+    def allocate(size: int) -> Tensor:
+        rooms.append(torch.full((size,), 255, dtype=torch.uint8))
+        return rooms[-1]
+
+    whole, positions = [], [Position()]
+    wirings: dict[str, Any] = {}
+    for block in quantize_blocks(plan, recipe, IDS, allocate=allocate):
+        whole.append(block)
+        wirings |= {kind: asdict(wiring) for kind, wiring in block.wirings.items()}
+        read = {kind: Wiring.from_json(w) for kind, w in json.loads(json.dumps(wirings)).items()}
+        positions.append(Position(len(whole), rooms[-1].clone(), read))
+    assert len(whole) == 3
+    for start in positions[:-1]:
+        rest = list(quantize_blocks(plan, recipe, IDS, start=start))
+        assert len(rest) == 3 - start.blocks
+        for one, other in zip(whole[start.blocks :], rest, strict=True):
+            assert (one.report, one.notes) == (other.report, other.notes)
+            assert one.weights.keys() == other.weights.keys()
+            pairs = [p for n in one.weights for p in zip(one.weights[n], other.weights[n], strict=True)]
+            for a, b in pairs:
+                assert torch.equal(a.codes, b.codes)
+                assert torch.equal(a.scale, b.scale)
+                assert torch.equal(a.zero_point, b.zero_point)
+            assert one.changed.keys() == other.changed.keys()
+            assert all(torch.equal(v, other.changed[n]) for n, v in one.changed.items())
 
 
 def test_a_hessian_without_a_factor_never_loses_the_run(tiny, tmp_path, monkeypatch):
