@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fewbits import (
+    RTN,
     InputError,
     QuantizedLinear,
     QuantScheme,
@@ -578,3 +580,70 @@ def test_a_source_file_stays_as_it_was(source, tmp_path):
     assert contents(source) == before
     with safe_open(source / "model.safetensors", "pt") as file:  # and is not held open for writing
         assert len(file.keys()) == 21
+
+
+# -- what is written must compute ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_restart_throws_away_what_is_there_but_not_before_all_is_read(source, tmp_path, unfinished):
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "verify":
+            raise KeyboardInterrupt
+
+    if unfinished:
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", scheme=G32, progress=stop)
+    else:
+        quantize(source, tmp_path / "out", scheme=G32)
+    before = contents(tmp_path)
+    for arguments in ({"scheme": QuantScheme(4, "group", 7)}, {"scheme": W8, "calibration": "no.txt"}):
+        with pytest.raises(InputError):
+            quantize(source, tmp_path / "out", restart=True, **arguments)
+        assert contents(tmp_path) == before
+    result = quantize(source, tmp_path / "out", scheme=W8, restart=True)
+    assert result.ledger.request["scheme"] == "w8-channel"
+    assert (result.run["resumed_steps"], result.reused) == (0, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_how_much_memory_a_run_took_is_told(source, tmp_path):
+    result = quantize(source, tmp_path / "out", scheme=G32, max_memory=3 * 10**9)
+    assert result.run == json.loads((tmp_path / "out" / "run.json").read_text())
+    assert result.run["max_memory"] == 3 * 10**9
+    memory = result.run["memory_bytes"]
+    assert 10**8 < memory["before"] <= memory["peak"] < 3 * 10**9
+    assert result.run["resumed_steps"] == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Overflowing(RTN):
+    """Rounding to nearest whose scale is too large for one weight."""
+
+    def __call__(self, weight, scheme, stats, scale_dtype=None):
+        rounded, notes = super(Overflowing, self).__call__(weight, scheme, stats, scale_dtype)
+        if weight.shape[1] == 96:  # down_proj
+            rounded = replace(rounded, scale=(rounded.scale.float() + 1e38 * 4).to(rounded.scale.dtype))
+        return rounded, notes
+
+
+def test_a_scale_beyond_what_its_dtype_holds_is_refused_and_the_weight_named(source, tmp_path):
+    with pytest.raises(InputError) as refused:
+        quantize(source, tmp_path / "out", method=Overflowing(), scheme=G32)
+    name = DOWN.replace("layers.1", "layers.0")
+    assert str(refused.value) == (
+        f"{name}.weight_scale would hold NaN or infinity: a value is beyond what torch.bfloat16 holds; "
+        f"accepted is to leave {name}.weight in float"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_does_not_compute_is_never_at_out(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "model")
+    tensors = tensors_of(folder)
+    for name in ("gate", "up"):
+        tensors[DOWN.replace("down", name) + ".weight"] *= 1e30  # finite, and so are their scales
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="result gives logits that are not finite"):
+        quantize(folder, tmp_path / "out", scheme=G32)
+    assert not (tmp_path / "out").exists()
