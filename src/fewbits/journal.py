@@ -152,11 +152,7 @@ class Journal:
     @property
     def earlier(self) -> dict[str, Any] | None:
         """What an earlier process began here with; None if there was none."""
-        return self._head() if (self.folder / HEAD).is_file() else None
-
-    def _head(self) -> dict[str, Any]:
-        head = _read_record(self.folder / HEAD)
-        return {key: value for key, value in head.items() if key != "sha256"}
+        return _read_record(self.folder / HEAD) if (self.folder / HEAD).is_file() else None
 
     def calibration(self) -> Tensor | None:
         """The token ids (samples, length) of an earlier process; None if there are none."""
@@ -199,7 +195,7 @@ class Journal:
                 )
             self.calibration()
             self._ours = True
-            self.choices = earlier["choices"]
+            self.choices, self._last = earlier["choices"], earlier["sha256"]
             with disk_errors(self.out, _KEPT):
                 self._replay()
         _check_room(self.out, needed_bytes - _size(self.folder))
@@ -216,7 +212,8 @@ class Journal:
                 path = self.folder / CALIBRATION
                 write_whole(path, [values(ids)])
                 head["ids"] = {"shape": list(ids.shape), "sha256": hash_file(path)}
-            write_whole(self.folder / HEAD, [encode_json(head | {"sha256": hash_json(head)})])
+            self._last = hash_json(head)
+            write_whole(self.folder / HEAD, [encode_json(head | {"sha256": self._last})])
 
     def _replay(self) -> None:
         """Read the records of an earlier process, and compare the files with them."""
