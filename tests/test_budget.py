@@ -201,7 +201,9 @@ def measured(folder: Path, out: Path, name: str, most: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="anonymous memory is told by Linux")
-@pytest.mark.parametrize(("model_type", "name"), CASES)
+@pytest.mark.parametrize(
+    ("model_type", "name"), [*(("llama", name) for name in RECIPES), ("mixtral", "gptq")]
+)
 def test_a_run_takes_no_more_than_expected_and_stays_below_the_least_budget(
     wide, tmp_path, model_type, name
 ):

@@ -278,6 +278,23 @@ def test_after_an_interruption_the_same_call_goes_on(source, tmp_path, stage):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_forward_pass_for_which_there_is_no_memory_is_said_to_be_left_out(
+    source, tmp_path, monkeypatch
+):
+    def forward(_folder):
+        ran.append(_folder.name)
+
+    ran: list[str] = []
+    monkeypatch.setattr("fewbits.steps.check_forward", forward)
+    kept = quantize(source, tmp_path / "one", scheme=G32).ledger.notes
+    assert ran == ["result"]
+    monkeypatch.setattr("fewbits.steps.available_bytes", lambda: 0)
+    notes = quantize(source, tmp_path / "two", scheme=G32).ledger.notes
+    assert ran == ["result"]
+    (more,) = [note for note in notes if note not in kept]
+    assert (more.kind, more.where) == ("skip", "forward")
+
+
 # -- files beside the weights --------------------------------------------------------------------
 
 
