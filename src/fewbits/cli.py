@@ -366,7 +366,7 @@ def quantize(
         highlight=False,
     )
     if result.ledger.blocks:
-        out.print(blocks_table(result.ledger.blocks))
+        wide.print(blocks_table(result.ledger.blocks))
     if result.run.get("resumed_steps") and not result.reused:
         out.print(f"went on after {result.run['resumed_steps']} finished steps of an earlier process")
     memory, most = result.run.get("memory_bytes"), result.run.get("max_memory")
