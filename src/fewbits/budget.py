@@ -131,6 +131,7 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
         plan.matrices[n].rows_columns for n in plan.placements if plan.matrices[n].block is not None
     ]
     rows, columns = (max((s[i] for s in shapes), default=0) for i in (0, 1))
+    matrix = max(map(math.prod, shapes), default=0)
     experts = any(plan.matrices[n].kind == "expert" for n in plan.placements)
     held = held_out_samples(samples, length) * length
     running = 16 * max(tokens, length) * max(rows, columns, plan.hidden_size)
@@ -139,12 +140,12 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
     stages = [
         (4 + (2 if experts else 0)) * block,  # load: experts are joined first
         (4 + fast) * block + running,  # collect, go on
-        5 * block + (_rounding(plan) if hessians else _ROUNDED * max(map(math.prod, shapes))),
+        5 * block + (_rounding(plan) if hessians else _ROUNDED * matrix),
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]
     if recipe.transforms:  # all that read one tensor are tried together
-        together = max(elements.values(), default=0) if experts else 2 * max(map(math.prod, shapes))
-        stages.append(4 * block + running + 4 * together + _ROUNDED * max(map(math.prod, shapes)))
+        together = max(elements.values(), default=0) if experts else 2 * matrix
+        stages.append(4 * block + running + 4 * together + _ROUNDED * matrix)
     return max(max(stages) + kept, _uncalibrated(plan))
 
 
