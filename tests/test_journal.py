@@ -67,6 +67,12 @@ class Stop(Exception):  # noqa: N818
     """Whatever ends a process."""
 
 
+def begin(out, request=REQUEST):
+    """A process that begins, or goes on, and does nothing."""
+    with Journal(out) as journal:
+        journal.begin(request, ids=IDS)
+
+
 def stop_after(out: Path, steps: int, request: dict[str, Any] = REQUEST) -> Path:
     """Unfinished work for OUT."""
 
@@ -341,12 +347,8 @@ def test_a_file_that_was_changed_is_named_and_the_work_is_left_as_it_is(tmp_path
     damage(folder / name)
     before = contents(folder)
 
-    def go_on():
-        with Journal(tmp_path / "out") as journal:
-            journal.begin(REQUEST, ids=IDS)
-
     with pytest.raises(VerificationError) as refused:
-        go_on()
+        begin(tmp_path / "out")
     message = str(refused.value)
     assert message.startswith(f"{folder / named} was changed since it was written, or is missing")
     assert message.endswith("accepted is --restart, which throws it away")
@@ -383,12 +385,8 @@ def test_another_request_is_refused_with_every_difference_and_nothing_is_lost(tm
     before = contents(folder)
     other = {"method": "gptq", "scheme": {"bits": 3, "group": 32}, "head": True}
 
-    def ask():
-        with Journal(tmp_path / "out") as journal:
-            journal.begin(other, ids=IDS)
-
     with pytest.raises(InputError) as refused:
-        ask()
+        begin(tmp_path / "out", other)
     message = str(refused.value)
     assert message.startswith(f"{folder} holds another unfinished run: ")
     assert "method was 'rtn' and is 'gptq' now" in message

@@ -28,7 +28,7 @@ from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.stream import TOKENS, Allocate, Stream
 from fewbits.structure import Matrix
-from fewbits.tensor import Note, QuantizedTensor
+from fewbits.tensor import Note, QuantizedTensor, is_finite
 from fewbits.wiring import Wiring, find_wiring, signature
 
 _HELD_OUT = 32  # at most one sample in so many is kept for judging; not tuned
@@ -332,7 +332,7 @@ class _Run:
     def _check_output(self, number: int, wanted: Tensor) -> None:
         """Of the block in float: what it computes must be worth keeping."""
         where = f"block {number} of {self.plan.checkpoint.folder} gives"
-        if not bool(torch.isfinite(wanted).all() and torch.isfinite(self.float_states).all()):
+        if not (is_finite(wanted) and is_finite(self.float_states)):
             self._blame(number)
             raise InputError(f"{where} NaN or infinity in float; accepted are models that compute")
         if not float(wanted.var()) > 0:
@@ -343,9 +343,10 @@ class _Run:
         plan = self.plan
         for name in (name for name, block in plan.blocks.items() if block == number):
             tensor = plan.checkpoint.read(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                file = plan.checkpoint.folder / plan.info(name).file
-                raise InputError(f"{file}: {name} contains NaN or infinity; accepted are finite weights")
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise InputError(
+                    f"{plan.place(name)} contains NaN or infinity; accepted are finite weights"
+                )
 
     def _judge(self, number: int, block: nn.Module, wanted: Tensor) -> tuple[float, Tensor]:
         """Squared error of its output over the output's variance, and the output; held-out samples."""
@@ -358,7 +359,7 @@ class _Run:
         states, floats = self._split(room, *stream.ids.shape)
         stream.advance(number, block, self.fitted, states)
         for rows in stream.batches(self.fitted):
-            if not bool(torch.isfinite(states[rows].float().sum())):  # a mask would be as large
+            if not is_finite(states[rows]):
                 raise InputError(
                     f"block {number} gives NaN or infinity on samples {rows.start} to {rows.stop - 1}; "
                     f"accepted is to leave it in float, by an override like '*.{number}.*=float'"
@@ -470,11 +471,10 @@ class _Run:
         for linear, parts in pieces.items():
             weight = float_weight(block.get_submodule(linear))
             for piece in parts:
-                if not bool(torch.isfinite(weight[piece.start : piece.stop]).all()):
-                    file = self.plan.checkpoint.folder / self.plan.info(piece.source).file
+                if not is_finite(weight[piece.start : piece.stop]):
+                    place = self.plan.place(piece.source) + piece.name.removeprefix(piece.source)
                     raise InputError(
-                        f"{file}: {piece.name}: the weight contains NaN or infinity; "
-                        "accepted are finite weights"
+                        f"{place}: the weight contains NaN or infinity; accepted are finite weights"
                     )
 
     def _scheme(self, piece: _Piece) -> QuantScheme:

@@ -144,7 +144,7 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]
     if recipe.transforms:  # all that read one tensor are tried together
-        together = max(elements.values(), default=0) if experts else 2 * matrix
+        together = block if experts else 2 * matrix
         stages.append(4 * block + running + 4 * together + _ROUNDED * matrix)
     return max(max(stages) + kept, _uncalibrated(plan))
 

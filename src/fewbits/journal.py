@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -241,15 +242,14 @@ class Journal:
         size = path.stat().st_size if path.is_file() else -1
         if size != sum(w.size_bytes for w in written):
             raise _damaged(path)
-        with path.open("rb") as file:
-            for tensor in written:
-                digest, left = hashlib.sha256(), tensor.size_bytes
-                while left:
-                    piece = file.read(min(left, _COPIED))
-                    digest.update(piece)
-                    left -= len(piece)
-                if digest.hexdigest() != tensor.sha256:
-                    raise _damaged(path)
+        start = 0
+        for tensor in written:
+            digest = hashlib.sha256()
+            for piece in _pieces(path, start, tensor.size_bytes):
+                digest.update(piece)
+            if digest.hexdigest() != tensor.sha256:
+                raise _damaged(path)
+            start += tensor.size_bytes
 
     def _clean(self) -> None:
         """Remove what no record speaks of."""
@@ -284,7 +284,7 @@ class Journal:
 
     @property
     def _then(self) -> str:
-        return _KEPT if self.steps else "nothing was left behind"
+        return _KEPT if self.steps else NOTHING
 
     def new_states(self, size: int) -> Tensor:
         """Bytes in a file of the step, mapped: its pages are not this process's own memory."""
@@ -386,8 +386,8 @@ class Journal:
         # Wide dtypes first, so that every tensor is aligned.
         ordered = sorted(shard, key=lambda item: (-dtype_of(item[0].dtype).itemsize, item[0].name))
         infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, "") for w, _, _ in ordered]
-        places = [(self._path(step), start, w.size_bytes) for w, step, start in ordered]
-        append(path, _pieces(encode_header(infos), places), fresh=True)
+        parts = (_pieces(self._path(step), start, w.size_bytes) for w, step, start in ordered)
+        append(path, chain([encode_header(infos)], *parts), fresh=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A JSON file of the checkpoint."""
@@ -523,12 +523,11 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _pieces(header: bytes, places: list[tuple[Path, int, int]]) -> Iterator[bytes]:
-    yield header
-    for path, start, count in places:
-        with path.open("rb") as file:
-            file.seek(start)
-            while count:
-                piece = file.read(min(count, _COPIED))
-                count -= len(piece)
-                yield piece
+def _pieces(path: Path, start: int, count: int) -> Iterator[bytes]:
+    """So many bytes of a file, some at a time."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while count:
+            piece = file.read(min(count, _COPIED))
+            count -= len(piece)
+            yield piece

@@ -63,6 +63,10 @@ class Plan:
         """The header of the source tensor behind a name."""
         return self.checkpoint.tensors[self.origins.get(name, name)]
 
+    def place(self, name: str) -> str:
+        """Where the source tensor behind a name lies, as errors begin: its file, and the name."""
+        return f"{self.checkpoint.folder / self.info(name).file}: {name}"
+
     @property
     def source_bytes(self) -> int:
         """Of all source tensors."""

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from fewbits.blockwise import Block, Position, quantize_blocks, states_bytes
 from fewbits.budget import plan_memory
-from fewbits.calibration import (
-    SELF,
-    Calibration,
-    check_calibration,
-)
-from fewbits.checkpoint import (
-    hash_tensor,
-)
+from fewbits.calibration import SELF, Calibration, check_calibration
+from fewbits.checkpoint import hash_tensor
 from fewbits.errors import InputError
 from fewbits.evaluate import load_tokenizer
 from fewbits.journal import Journal
@@ -29,11 +23,8 @@ from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.stream import TOKENS
-from fewbits.structure import (
-    skeleton,
-    text_config,
-)
-from fewbits.tensor import Note, QuantizedTensor
+from fewbits.structure import skeleton, text_config
+from fewbits.tensor import Note, QuantizedTensor, is_finite
 from fewbits.verify import Progress
 from fewbits.wiring import Wiring
 
@@ -46,7 +37,7 @@ class Steps:
     Args:
         plan, recipe: what is done.
         data: calibration, if the recipe needs it.
-        asked: see `_ask`.
+        asked: all that decides what comes out, as JSON: fewbits, request, source, made_with.
         journal: where the steps are kept.
         max_memory: bytes.
         progress: called with (what, done, total).
@@ -251,11 +242,10 @@ class Steps:
             value = tensor if changed is None else changed
             if changed is not None:
                 _check_finite(name, {name: changed})
-            elif tensor.is_floating_point() and not _finite(tensor):
+            elif tensor.is_floating_point() and not is_finite(tensor):
                 if name in plan.parameter_names:
-                    where = plan.checkpoint.folder / plan.info(name).file
                     raise InputError(
-                        f"{where}: {name} contains NaN or infinity; accepted are finite weights"
+                        f"{plan.place(name)} contains NaN or infinity; accepted are finite weights"
                     )
                 notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
             written = [journal.add(name, value)]
@@ -294,7 +284,7 @@ def _modified(plan: Plan) -> dict[str, int]:
 def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:
     """Of what is to be written: a scale, or a scaled weight, may be more than its dtype holds."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not _finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise InputError(
                 f"{key} would hold NaN or infinity: a value is beyond what {tensor.dtype} holds; "
                 f"accepted is to leave {name} in float"
@@ -341,8 +331,7 @@ def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[Qua
         try:
             weight, more = method(piece, plan.placements[name].scheme, {})
         except InputError as error:
-            file = plan.checkpoint.folder / plan.info(name).file
-            raise InputError(f"{file}: {name}: {error}") from None
+            raise InputError(f"{plan.place(name)}: {error}") from None
         weights.append(weight)
         notes += more
     return weights
@@ -383,13 +372,6 @@ def _routing(plan: Plan) -> tuple[int, int] | None:
     shared = [m for m in plan.matrices.values() if m.kind == "expert"]
     counts = {m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in shared}
     return (max(counts), chosen) if isinstance(chosen, int) and counts else None
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

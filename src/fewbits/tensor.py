@@ -164,3 +164,11 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
     tensor([[ 1.0079, -2.0000]])
     """
     return quantized.dequantize(dtype)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; no mask, which would be as large as the tensor, is made."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
