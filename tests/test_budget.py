@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -216,3 +217,11 @@ def test_a_run_takes_no_more_than_expected_and_stays_below_the_least_budget(
     assert tight["peak"] <= tight["expected"] <= least
     for one, other in zip(free["kl"], tight["kl"], strict=True):
         assert math.isclose(one, other, rel_tol=0.2)  # fewer tokens at a time: other last bits
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "rtn"])
+def test_a_run_that_leaves_every_block_in_float_is_planned(tiny, name):
+    recipe = replace(RECIPES[name], head=True, overrides=(("*layers*", None),))
+    plan = make_plan(tiny["llama"], recipe)
+    assert all(plan.matrices[n].block is None for n in plan.placements)
+    assert plan_memory(plan, recipe, SHAPE, 10**8, None).limits == Limits()

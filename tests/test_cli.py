@@ -344,6 +344,7 @@ def test_every_calibrated_method_is_known_by_name(model, text, tmp_path, method)
         (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "-1GB"], ["'-1GB'", "6GB"]),
         (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "0"], ["'0'", "6GB"]),
         (["--method", "gptq", "--calibration", "TEXT", "--max-memory", "1kB"], ["--max-memory", "GB"]),
+        (["--max-memory", "1kB"], ["--max-memory", "GB"]),
     ],
 )
 def test_bad_calibration_is_one_line_and_writes_nothing(model, text, tmp_path, options, words):
