@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from fewbits.affine import choose_qparams, quantize
 from fewbits.errors import InputError
+from fewbits.formats import ScaleRange
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.memory import hand_back_memory
-from fewbits.methods import RTN, Method, WeightedRTN
+from fewbits.methods import RTN, Method, WeightedRTN, round_held
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
@@ -306,7 +307,7 @@ class _Run:
         pieces = self._pieces(number)
         self._check_finite(block, pieces)
         self._check_output(number, wanted)
-        for own, _, rounded in self._nearest(block, pieces):
+        for own, _, rounded, _ in self._nearest(block, pieces):
             own.copy_(rounded.dequantize(torch.float32))
         nearest, _ = self._judge(number, block, wanted)
         del block  # never two of them at a time
@@ -395,14 +396,15 @@ class _Run:
 
     def _nearest(
         self, block: nn.Module, pieces: dict[str, list[_Piece]]
-    ) -> Iterator[tuple[Tensor, _Piece, QuantizedTensor]]:
+    ) -> Iterator[tuple[Tensor, _Piece, QuantizedTensor, list[Note]]]:
         """Each weight of the block, its piece, and what rounding to nearest makes of it."""
         for linear, parts in pieces.items():
             whole = float_weight(block.get_submodule(linear))
             for piece in parts:
                 own = whole[piece.start : piece.stop]
                 # Nobody looks at inputs here: outlier columns are those of each call.
-                yield own, piece, RTN()(own, self._scheme(piece).dynamic, {}, self._dtype(piece))[0]
+                scheme, scales = self._scheme(piece).dynamic, self._scales(piece)
+                yield own, piece, *round_held(RTN(), own, scheme, {}, *scales)
 
     def _give_up(
         self,
@@ -416,7 +418,10 @@ class _Run:
         result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
         why = f"error {error:.3g} of the block, {nearest:.3g} if rounded to nearest: rounded to nearest"
         result.notes.append(Note("fallback", self._prefix(number)[:-1], why))
-        codes = {piece.name: rounded for _, piece, rounded in self._nearest(block, pieces)}
+        codes = {}
+        for _, piece, rounded, notes in self._nearest(block, pieces):
+            codes[piece.name] = rounded
+            result.notes += [replace(note, where=piece.name) for note in notes]
         self._store(block, pieces, codes, result)
         parts = [piece for some in pieces.values() for piece in some]
         reports = [
@@ -480,8 +485,9 @@ class _Run:
     def _scheme(self, piece: _Piece) -> QuantScheme:
         return self.plan.placements[piece.source].scheme
 
-    def _dtype(self, piece: _Piece) -> torch.dtype:
-        return self.plan.info(piece.source).dtype
+    def _scales(self, piece: _Piece) -> ScaleRange:
+        """Those that the format holds."""
+        return self.plan.format.scales(self.plan.info(piece.source).dtype)
 
     def _wiring(self, number: int, block: nn.Module, result: Block) -> Wiring:
         """Found once for each distinct shape of a block."""
@@ -607,7 +613,7 @@ class _Run:
             for piece in parts:
                 scheme, stat = self._scheme(piece), stats.get(linear)
                 alone = piece.name if scheme.granularity == "tensor" else None
-                key = (id(stat) if stat is not None else linear, scheme, self._dtype(piece), alone)
+                key = (id(stat) if stat is not None else linear, scheme, self._scales(piece), alone)
                 together[key].append(piece)
         return [
             self._round_alike(block, alike, stats.get(alike[0].linear), codes, result)
@@ -622,7 +628,7 @@ class _Run:
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[MatrixReport]:
-        scheme, dtype = self._scheme(alike[0]), self._dtype(alike[0])
+        scheme, scales = self._scheme(alike[0]), self._scales(alike[0])
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method, why = self._method(block, alike[0].linear, stat)
@@ -630,18 +636,19 @@ class _Run:
             scheme = scheme.dynamic  # nobody has seen its inputs
         given = {} if stat is None else stat.given
         try:
-            rounded, notes = method(weight, scheme, given, dtype)
+            rounded, notes = round_held(method, weight, scheme, given, *scales)
         except InputError as error:
             raise InputError(f"{alike[0].name}: {error}") from None
-        steps = tuple(note.what for note in notes) if why is None else (why, *(n.what for n in notes))
+        notes = notes if why is None else [Note("fallback", "", why), *notes]
+        steps = tuple(note.what for note in notes)
         reports, start = [], 0
         for piece, own in zip(alike, weights, strict=True):
             part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
             hessian = None if stat is None else stat.hessian
-            lost, ratio = (None, None) if hessian is None else _errors(own, part, hessian, dtype)
+            lost, ratio = (None, None) if hessian is None else _errors(own, part, hessian, scales.dtype)
             codes[piece.name] = part
-            result.notes += [Note("fallback", piece.name, step) for step in steps]
+            result.notes += [replace(note, where=piece.name) for note in notes]
             tokens = 0 if stat is None else stat.tokens
             name, kept = type(method).__name__, part.outliers
             outliers = 0 if kept is None else len(kept.columns)

@@ -8,6 +8,7 @@ before. Then each of those modules is replaced by one that holds the codes; a fl
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
-from fewbits.formats import FORMATS, Format
+from fewbits.formats import FORMATS, Format, format_of
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
 from fewbits.structure import (
@@ -34,8 +35,6 @@ from fewbits.untrusted import check_file, shown
 _CODES_PER_BYTE = 4  # of two bits, the fewest
 _SMALL = 2**20  # parameters that no file needs to account for; not tuned
 _LOADER = "fewbits-loader"  # the name under which transformers finds our quantizer
-# Of a quantized weight's tensors.
-_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_outlier_columns", "_outliers")
 
 
 def load(
@@ -87,7 +86,8 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     network = skeleton(checkpoint.config)
     _check_size(checkpoint, network)
     weights = quantized_matrices(checkpoint, network)
-    own = {name + suffix for name in weights for suffix in _SUFFIXES}
+    found = quantization_of(checkpoint)
+    own = set() if found is None else {t for name in weights for t in chain(*found[0].tensors(name))}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
     dtype = dtype or _config_dtype(network) or checkpoint.dtype
@@ -149,7 +149,12 @@ def check_forward(folder: Path) -> None:
 # -- what is quantized -----------------------------------------------------------------------------
 
 
-def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
+def quantization_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
+    """The format of a quantized checkpoint, and what its config says; None for one in float.
+
+    Raises:
+        InputError: a quantization that is not read.
+    """
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return None
@@ -157,11 +162,10 @@ def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
         raise InputError(
             f"{checkpoint.folder}: quantization_config is {shown(quantization)}; accepted is an object"
         )
-    method = quantization.get("quant_method")
-    layout = FORMATS.get(method) if isinstance(method, str) else None
+    layout = format_of(quantization)
     if layout is None:
         raise InputError(
-            f"{checkpoint.folder} has quant_method {quantization.get('quant_method')!r}, which is "
+            f"{checkpoint.folder} has quant_method {shown(quantization.get('quant_method'))}, which is "
             f"not read; accepted are {', '.join(FORMATS)}"
         )
     return layout, quantization
@@ -169,19 +173,17 @@ def _format_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
 
 def quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str, Matrix]:
     """The matrices whose codes the checkpoint holds, by the names their floats had."""
-    found = _format_of(checkpoint)
+    found = quantization_of(checkpoint)
     if found is None:
         return {}
     layout, quantization = found
     quantized = layout.quantized_names(quantization, checkpoint.tensors)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     for name in sorted(quantized):
-        needed = (layout.packed_name(name), f"{name}_scale", f"{name}_shape")
-        missing = [tensor for tensor in needed if tensor not in checkpoint.tensors]
+        missing = [tensor for tensor in layout.tensors(name).needed if tensor not in checkpoint.tensors]
         if missing:
             raise InputError(f"{checkpoint.folder}: {name} is quantized, but {missing[0]} is missing")
-        stack = shapes[layout.packed_name(name)][:-2]
-        shapes[name] = (*stack, *checkpoint.read(f"{name}_shape").reshape(-1, 2)[0].tolist())
+        shapes[name] = layout.shape(quantization, name, checkpoint)
     matrices, _ = find_matrices(network, shapes)
     lost = sorted(quantized - matrices.keys())
     if lost:
@@ -201,29 +203,26 @@ def by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[Ma
 def read_parameter(checkpoint: Checkpoint, parts: list[Matrix]) -> list[QuantizedTensor]:
     """The weight of a linear, or those of all experts in their order."""
     if parts[0].expert is None:
-        return _read_matrix(checkpoint, parts[0])
+        return read_matrix(checkpoint, parts[0])
     joined: dict[int, list[QuantizedTensor]] = defaultdict(list)
     for part in parts:
-        joined[part.expert or 0] += _read_matrix(checkpoint, part)
+        joined[part.expert or 0] += read_matrix(checkpoint, part)
     if sorted(joined) != list(range(len(joined))):
         raise InputError(f"{checkpoint.folder}: {parts[0].module} has experts {sorted(joined)} only")
     return [QuantizedTensor.concatenate(joined[i]) for i in range(len(joined))]
 
 
-def _read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor]:
+def read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor]:
     """One weight, or one per expert of a stack."""
-    found = _format_of(checkpoint)
+    found = quantization_of(checkpoint)
     assert found is not None
     layout, quantization = found
     name = matrix.source
     scheme = layout.scheme_of(quantization, name, matrix.module)
     if scheme is None:
         raise InputError(f"{checkpoint.folder}: {name} is quantized, but config.json gives no scheme")
-    tensors = {
-        name + suffix: checkpoint.read(name + suffix)
-        for suffix in _SUFFIXES
-        if name + suffix in checkpoint.tensors
-    }
+    stored = [tensor for tensor in chain(*layout.tensors(name)) if tensor in checkpoint.tensors]
+    tensors = {tensor: checkpoint.read(tensor) for tensor in stored}
     # What kernels keep as it is must not keep the file mapped, or the pages of codes stay too.
     tensors = {k: t.clone() if t.is_floating_point() else t for k, t in tensors.items()}
     if not matrix.stacked:

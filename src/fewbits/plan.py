@@ -11,7 +11,6 @@ import torch
 from fewbits.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, Placement
-from fewbits.formats.packed import packed_bytes
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.structure import (
@@ -88,7 +87,7 @@ class Plan:
             alike[matrix.shape, matrix.transposed, id(placement.scheme), dtype] += 1
         for (shape, transposed, scheme, dtype), count in alike.items():
             rows, columns = shape[-2:][::-1] if transposed else shape[-2:]
-            size = packed_bytes(rows, columns, schemes[scheme], dtype.itemsize)
+            size = self.format.written_bytes(rows, columns, schemes[scheme], dtype.itemsize)
             total += count * math.prod(shape[:-2]) * size
         return total
 
@@ -189,10 +188,12 @@ def _place(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) 
     for name, m in matrices.items():
         scheme = schemes[name]
         if scheme is not None:
-            key = (m.module, id(scheme), m.kind, len(m.shape), m.transposed, m.own_forward)
+            key = (m.module, id(scheme), m.kind, m.shape, m.transposed, m.own_forward)
             if key not in places:
-                expert = m.kind == "expert"
-                places[key] = Placement(m.module, scheme, expert, m.stacked, m.transposed, m.own_forward)
+                places[key] = Placement(
+                    m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward,
+                    m.rows_columns,
+                )  # fmt: skip
             found[name] = places[key]
     return found
 

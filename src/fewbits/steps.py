@@ -18,7 +18,7 @@ from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_entry
 from fewbits.load import check_forward, load
 from fewbits.memory import available_bytes, memory_bytes
-from fewbits.methods import RTN, Method
+from fewbits.methods import RTN, Method, round_held
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
@@ -327,13 +327,14 @@ def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[Qua
     """Round one source tensor, a matrix or a stack of them, without calibration."""
     tensor = plan.checkpoint.read(plan.origins.get(name, name))
     weights: list[QuantizedTensor] = []
+    scales = plan.format.scales(tensor.dtype)
     for piece in plan.matrices[name].slices(tensor):
         try:
-            weight, more = method(piece, plan.placements[name].scheme, {})
+            weight, more = round_held(method, piece, plan.placements[name].scheme, {}, *scales)
         except InputError as error:
             raise InputError(f"{plan.place(name)}: {error}") from None
         weights.append(weight)
-        notes += more
+        notes += [replace(note, where=name) for note in more]
     return weights
 
 

@@ -1,11 +1,12 @@
 """Reads a written checkpoint back and compares it with its ledger, and with its source.
 
-Integers are unpacked by the compressed-tensors library, not by our own reader, and compared as integers:
+Integers are unpacked by other people's libraries, not by our own reader, and compared as integers:
 dequantized floats would not do, bfloat16 merges neighbouring 8-bit codes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -212,38 +213,27 @@ def _check_entry(
 
 
 def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) -> list[str]:
-    """Unpack by the compressed-tensors library and compare with what was chosen."""
+    """Unpack by another library and compare with what was chosen."""
     scheme = QuantScheme.parse(stated.scheme)
     layout = FORMATS[ledger.request["format"]]
-    packed, scale = tensors[layout.packed_name(name)], tensors[f"{name}_scale"]
-    shape = tensors[f"{name}_shape"]
-    point = None if scheme.symmetric else tensors[f"{name}_zero_point"]
-    if stated.matrices == 1 and packed.ndim == 2:
-        packed, scale, shape = packed[None], scale[None], shape[None]
-        point = None if point is None else point[None]
-    codes, scales, points = [], [], []
+    present = [tensor for tensor in chain(*layout.tensors(name)) if tensor in tensors.dtype_shape]
+    whole = {tensor: tensors[tensor] for tensor in present}
+    stacked = len(stated.shape) == 3
+    rows, columns = stated.shape[-2:]
+    parts: dict[str, list[Tensor]] = {"codes": [], "scale": [], "zero_point": []}
     for i in range(stated.matrices):
-        rows, columns = shape[i].tolist()
-        if (rows, columns) != stated.shape[-2:] or scale[i].shape[0] != rows:
-            return [f"{name}: {name}_shape says {(rows, columns)} instead of {stated.shape[-2:]}"]
-        codes.append(_unpack(packed[i], scheme, (rows, columns), 1))
-        groups = scale[i].shape[1]
-        zero = (
-            torch.full((rows, groups), scheme.middle, dtype=torch.uint8)
-            if point is None
-            else _unpack(point[i], scheme, (rows, groups), 0)
-        )
-        one, zero_one = _once(scale[i], scheme), _once(zero, scheme)
-        if one is None or zero_one is None:
+        piece = {tensor: values[i] for tensor, values in whole.items()} if stacked else whole
+        found = layout.decode(name, piece, scheme, (rows, columns))
+        scale, points = _once(found.scale, scheme), _once(found.zero_point, scheme)
+        if scale is None or points is None:
             return [f"{name}: its one scale is not the same in every row"]
-        scales.append(one)
-        points.append(zero_one)
-    parts = {"codes": codes, "scale": scales, "zero_point": points}
-    found: dict[str, str | None] = {part: hash_tensors(values) for part, values in parts.items()}
-    found["outliers"] = _hash_outliers(name, tensors)
+        for part, value in zip(parts.values(), (found.codes, scale, points), strict=True):
+            part.append(value)
+    hashes: dict[str, str | None] = {part: hash_tensors(values) for part, values in parts.items()}
+    hashes["outliers"] = _hash_outliers(name, tensors)
     return [
         f"{name}: the {part} read back are not those that were chosen"
-        for part, value in found.items()
+        for part, value in hashes.items()
         if value != getattr(stated, part)
     ]
 
@@ -260,14 +250,6 @@ def _hash_outliers(name: str, tensors: _Tensors) -> str | None:
     return hash_tensors([tensor for pair in pairs for tensor in pair])
 
 
-def _unpack(packed: Tensor, scheme: QuantScheme, shape: tuple[int, int], axis: int) -> Tensor:
-    """Unsigned integers, through the independent decoder."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    signed: Tensor = unpack_from_int32(packed, scheme.bits, torch.Size(shape), packed_dim=axis)
-    return (signed.to(torch.int16) + scheme.middle).to(torch.uint8)
-
-
 def _once(values: Tensor, scheme: QuantScheme) -> Tensor | None:
     """Undo the repetition of a whole tensor's scale; None if the rows differ."""
     if scheme.granularity != "tensor":
@@ -281,7 +263,7 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
         config = read_json(out / CONFIG)
         layout = FORMATS[ledger.request["format"]]
         quantization = config["quantization_config"]
-        if quantization["quant_method"] != layout.name:
+        if not layout.reads(quantization):
             problems.append(f"{CONFIG} says quant_method {quantization['quant_method']!r}")
             return
         model = skeleton(config)

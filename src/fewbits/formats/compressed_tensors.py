@@ -20,10 +20,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
-from fewbits.formats.packed import on_disk, read_packed, write_packed
+from fewbits.formats.layout import Integers, Names, ScaleRange, Stored
+from fewbits.formats.packed import (
+    decode_packed,
+    names_packed,
+    on_disk,
+    packed_bytes,
+    read_packed,
+    shape_packed,
+    write_packed,
+)
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
@@ -39,6 +49,19 @@ class CompressedTensors:
     def name(self) -> str:
         """As in `--format`."""
         return "compressed-tensors"
+
+    @property
+    def quant_method(self) -> str:
+        """The same."""
+        return self.name
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        """By the method."""
+        return config.get("quant_method") == self.quant_method
+
+    def scales(self, dtype: torch.dtype) -> ScaleRange:
+        """In the source's dtype."""
+        return ScaleRange(dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Rounded inputs, transposed or stacked weights: there is no layout; and asymmetric experts."""
@@ -60,9 +83,23 @@ class CompressedTensors:
         """The inverse of `write`."""
         return read_packed(name, "_packed", tensors, scheme)
 
-    def packed_name(self, name: str) -> str:
-        """`X.weight_packed`."""
-        return f"{name}_packed"
+    def decode(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> Integers:
+        """By the compressed-tensors library."""
+        return decode_packed(name, "_packed", tensors, scheme, shape)
+
+    def tensors(self, name: str) -> Names:
+        """Codes, scale, shape, and what only some weights have."""
+        return names_packed(name, "_packed")
+
+    def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
+        """As stored beside the codes."""
+        return shape_packed(name, "_packed", stored)
+
+    def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
+        """Codes, scales, zero points and the shape."""
+        return packed_bytes(rows, columns, scheme, itemsize)
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """One config group per scheme; with several, their modules are named by pattern."""

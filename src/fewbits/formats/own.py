@@ -17,10 +17,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
-from fewbits.formats.packed import on_disk, read_packed, write_packed
+from fewbits.formats.layout import Integers, Names, ScaleRange, Stored
+from fewbits.formats.packed import (
+    decode_packed,
+    names_packed,
+    on_disk,
+    packed_bytes,
+    read_packed,
+    shape_packed,
+    write_packed,
+)
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
@@ -37,6 +47,19 @@ class Own:
         """As in `--format`."""
         return "fewbits"
 
+    @property
+    def quant_method(self) -> str:
+        """The same."""
+        return self.name
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        """By the method."""
+        return config.get("quant_method") == self.quant_method
+
+    def scales(self, dtype: torch.dtype) -> ScaleRange:
+        """In the source's dtype."""
+        return ScaleRange(dtype)
+
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Nothing."""
         return None
@@ -49,9 +72,23 @@ class Own:
         """The inverse of `write`."""
         return read_packed(name, "", tensors, scheme)
 
-    def packed_name(self, name: str) -> str:
-        """The name itself."""
-        return name
+    def decode(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> Integers:
+        """By the compressed-tensors library."""
+        return decode_packed(name, "", tensors, scheme, shape)
+
+    def tensors(self, name: str) -> Names:
+        """Codes, scale, shape, and what only some weights have."""
+        return names_packed(name, "")
+
+    def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
+        """As stored beside the codes."""
+        return shape_packed(name, "", stored)
+
+    def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
+        """Codes, scales, zero points and the shape."""
+        return packed_bytes(rows, columns, scheme, itemsize)
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """Every weight by name."""

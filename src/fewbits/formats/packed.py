@@ -1,4 +1,4 @@
-"""The tensors that both formats of this room share.
+"""The tensors that compressed-tensors and our own format share.
 
     NAME + suffix     int32 (out, ceil(in * bits / 32))   codes, packed along in (see fewbits.packing)
     NAME_scale        float (out, groups)
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewbits import packing
 from fewbits.errors import InputError
+from fewbits.formats.layout import Integers, Names, Stored
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Outliers, QuantizedTensor
 
@@ -68,6 +69,41 @@ def read_packed(
     codes = packing.unpack(packed, scheme.bits, columns)
     outliers = _read_outliers(name, tensors, columns)
     return QuantizedTensor(codes, scale, zero_point, on_disk(scheme), outliers)
+
+
+def shape_packed(name: str, suffix: str, stored: Stored) -> tuple[int, ...]:
+    """Of the weight; of a stack of experts with their axis in front."""
+    stack = stored.tensors[name + suffix].shape[:-2]
+    return (*stack, *stored.read(f"{name}_shape").reshape(-1, 2)[0].tolist())
+
+
+def decode_packed(
+    name: str, suffix: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+) -> Integers:
+    """What `read_packed` gives, unpacked by the compressed-tensors library."""
+    scale = tensors[f"{name}_scale"]
+    rows, columns = tensors[f"{name}_shape"].tolist()
+    if (rows, columns) != shape or scale.shape[0] != rows:
+        raise InputError(f"{name}_shape says {(rows, columns)} instead of {shape}")
+    codes = unpack_elsewhere(tensors[name + suffix], scheme.bits, shape, 1)
+    points = torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
+    if not scheme.symmetric:
+        points = unpack_elsewhere(tensors[f"{name}_zero_point"], scheme.bits, (rows, scale.shape[1]), 0)
+    return Integers(codes, scale, points)
+
+
+def unpack_elsewhere(packed: Tensor, bits: int, shape: tuple[int, int], axis: int) -> Tensor:
+    """Unsigned integers from int32 words packed along `axis`, through the compressed-tensors library."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    signed: Tensor = unpack_from_int32(packed, bits, torch.Size(shape), packed_dim=axis)
+    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def names_packed(name: str, suffix: str) -> Names:
+    """What `write_packed` may write."""
+    more = ("_zero_point", "_outlier_columns", "_outliers")
+    return Names((name + suffix, f"{name}_scale", f"{name}_shape"), tuple(name + end for end in more))
 
 
 def _read_outliers(name: str, tensors: Mapping[str, Tensor], columns: int) -> Outliers | None:

@@ -16,6 +16,7 @@ class Placement:
         stacked: all experts lie in one 3-D tensor on disk.
         transposed: stored (in, out) on disk.
         own_forward: its module is a linear by a forward of its own, which wraps itself round the weight.
+        shape: (out, in) of one matrix; None where nobody asks.
     """
 
     module: str
@@ -24,3 +25,4 @@ class Placement:
     stacked: bool = False
     transposed: bool = False
     own_forward: bool = False
+    shape: tuple[int, int] | None = None

@@ -1,41 +1,11 @@
 """How a weight becomes codes: one file per algorithm."""
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
 from fewbits.methods.gptq import GPTQ
+from fewbits.methods.held import round_held
 from fewbits.methods.llm_int8 import LLMInt8
+from fewbits.methods.method import Method
 from fewbits.methods.rtn import RTN
 from fewbits.methods.weighted_rtn import WeightedRTN
-from fewbits.scheme import QuantScheme
-from fewbits.tensor import Note, QuantizedTensor
-
-
-class Method(Protocol):
-    """A frozen dataclass of options; calling it rounds one matrix and touches no model."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Statistics that calibration must collect; empty if none."""
-
-    def __call__(
-        self,
-        weight: Tensor,
-        scheme: QuantScheme,
-        stats: dict[str, Tensor],
-        scale_dtype: torch.dtype | None = None,
-    ) -> tuple[QuantizedTensor, list[Note]]:
-        """Codes for a weight, which is not modified.
-
-        Args:
-            weight: (out, in).
-            scheme: its grid.
-            stats: what `needs` names.
-            scale_dtype: of the scale on disk; the weight's own by default.
-        """
-
 
 METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
@@ -44,4 +14,4 @@ METHODS: dict[str, type[Method]] = {
     "llm-int8": LLMInt8,
 }
 
-__all__ = ["GPTQ", "METHODS", "RTN", "LLMInt8", "Method", "WeightedRTN"]
+__all__ = ["GPTQ", "METHODS", "RTN", "LLMInt8", "Method", "WeightedRTN", "round_held"]

@@ -1,0 +1,138 @@
+"""What every layout is asked for, and the types of the answers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewbits.formats.placement import Placement
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import QuantizedTensor
+
+_FLOAT16_SCALES = {
+    # Every bfloat16 from here to the largest float16 is a float16 too: eight digits above 2**-24.
+    torch.bfloat16: (torch.bfloat16, 2.0**-17),
+    torch.float16: (torch.float16, 0.0),
+}
+
+
+class ScaleRange(NamedTuple):
+    """In which dtype scales are to be chosen so that a format holds them exactly, and the least."""
+
+    dtype: torch.dtype
+    least: float = 0.0
+
+
+def float16_scales(dtype: torch.dtype) -> ScaleRange:
+    """Of formats that store float16: what both it and the source's `dtype` hold."""
+    return ScaleRange(*_FLOAT16_SCALES.get(dtype, (torch.float16, 0.0)))
+
+
+class Names(NamedTuple):
+    """Tensors on disk of one weight: those that must be there, and those that may be."""
+
+    needed: tuple[str, ...]
+    possible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A weight (out, in) as another library unpacks it: the parts of a QuantizedTensor."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class Header(Protocol):
+    """Of one tensor, as `fewbits.checkpoint.TensorInfo`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+
+
+class Stored(Protocol):
+    """What is on disk, as `fewbits.checkpoint.Checkpoint`."""
+
+    @property
+    def tensors(self) -> Mapping[str, Header]:
+        """Headers by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+
+
+class Format(Protocol):
+    """Refuses what it cannot hold, or what its clients cannot load; never rounds."""
+
+    @property
+    def name(self) -> str:
+        """As in `--format`."""
+
+    @property
+    def quant_method(self) -> str:
+        """As in config.json."""
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        """Whether a `quantization_config` is this format's."""
+
+    def scales(self, dtype: torch.dtype) -> ScaleRange:
+        """How methods must choose the scales of a source weight in `dtype`."""
+
+    def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
+        """Why a weight cannot be written in this format; None if it can."""
+
+    def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """Tensors on disk for the weight that the source calls `name`.
+
+        Raises:
+            InputError: a scale is not among those that the format holds.
+        """
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """The inverse of `write`, from any mapping that holds those tensors.
+
+        Raises:
+            InputError: a tensor is missing, or its shape does not belong to the scheme.
+        """
+
+    def decode(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> Integers:
+        """What `read` gives, by a library that is not ours."""
+
+    def tensors(self, name: str) -> Names:
+        """What a weight consists of on disk."""
+
+    def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
+        """(out, in) of a quantized weight, experts in front where they are stacked."""
+
+    def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
+        """What `write` writes for one weight whose source has values of `itemsize` bytes."""
+
+    def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
+        """`quantization_config` for config.json.
+
+        Args:
+            placements: source name -> where each quantized weight stands.
+            floats: module names of matrices left in float.
+
+        Raises:
+            InputError: an assignment that this format cannot express.
+        """
+
+    def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
+        """What a user must know to load these weights in the format's clients."""
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
+        """The scheme that `quantization_config` gives to the weight `name` of `module`; None: float.
+
+        Raises:
+            InputError: the configuration is not understood.
+        """
+
+    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
+        """The weights of which a checkpoint with these tensors holds codes, or part of them."""
