@@ -230,6 +230,7 @@ class Steps:
         codes = None
         if weights is not None:
             stacked = plan.matrices[name].stacked
+            weights = [plan.format.held(weight) for weight in weights]
             stored = [plan.format.write(name, weight) for weight in weights]
             tensors = {
                 key: torch.stack([s[key] for s in stored]) if stacked else stored[0][key]

@@ -75,6 +75,10 @@ class CompressedTensors:
             return "its clients do not load asymmetric experts"
         return None
 
+    def held(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """Itself."""
+        return weight
+
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """`X.weight` -> `X.weight_packed`, `X.weight_scale`, ..."""
         return write_packed(name, "_packed", weight)

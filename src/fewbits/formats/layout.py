@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fewbits.errors import InputError
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
@@ -28,6 +29,21 @@ class ScaleRange(NamedTuple):
 def float16_scales(dtype: torch.dtype) -> ScaleRange:
     """Of formats that store float16: what both it and the source's `dtype` hold."""
     return ScaleRange(*_FLOAT16_SCALES.get(dtype, (torch.float16, 0.0)))
+
+
+def as_float16(scale: Tensor) -> Tensor:
+    """The same scales in float16.
+
+    Raises:
+        InputError: it does not hold one of them exactly.
+    """
+    narrow = scale.to(torch.float16)
+    lost = narrow.to(torch.float64) != scale.to(torch.float64)
+    if bool(lost.any()):
+        raise InputError(
+            f"a scale of {scale[lost][0].item():.9g} is no float16; accepted are scales that are"
+        )
+    return narrow
 
 
 class Names(NamedTuple):
@@ -85,11 +101,18 @@ class Format(Protocol):
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Why a weight cannot be written in this format; None if it can."""
 
+    def held(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """The same weight as `read` gives it back: scales in their dtype on disk, scheme as read.
+
+        Raises:
+            InputError: a scale is not among those that the format holds.
+        """
+
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Tensors on disk for the weight that the source calls `name`.
 
         Raises:
-            InputError: a scale is not among those that the format holds.
+            InputError: as `held`.
         """
 
     def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:

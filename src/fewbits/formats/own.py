@@ -64,6 +64,10 @@ class Own:
         """Nothing."""
         return None
 
+    def held(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """Itself."""
+        return weight
+
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """`X.weight` -> `X.weight` (packed), `X.weight_scale`, ..."""
         return write_packed(name, "", weight)
