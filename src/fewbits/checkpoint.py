@@ -31,6 +31,7 @@ TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # What a client needs beside weights and config. Model cards describe the source, so they stay behind.
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json")  # of quantized sources: no longer true
 _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 _DTYPES = {
@@ -534,7 +535,7 @@ def carried_files(folder: Path) -> list[str]:
     Raises:
         InputError: one is a link out of the folder.
     """
-    taken = {CONFIG, LEDGER, RUN, SAFETENSORS_INDEX, TORCH_INDEX}
+    taken = {CONFIG, LEDGER, RUN, SAFETENSORS_INDEX, TORCH_INDEX, *_OTHER_CONFIGS}
     files = [path for pattern in _CARRIED for path in folder.glob(pattern)]
     files += [path for name in _CARRIED_FOLDERS for path in (folder / name).glob("*")]
     names = {path.relative_to(folder).as_posix() for path in files if path.is_file()} - taken

@@ -353,18 +353,14 @@ def quantize(
     if json_:
         _print_json(result.to_json())
         return
-    totals, checked = result.ledger.totals, result.verification
     done = "already there" if result.reused else "written"
     out.print(
         f"{out_folder}: {done} as {result.ledger.request['format']}, {scheme.label}; "
         f"{bytes_text(result.source_weight_bytes)} -> {bytes_text(result.weight_bytes)}, "
-        f"{result.bits_per_weight:.2f} bits per weight over the whole file\n"
-        f"ledger: {totals['source_tensors']} source tensors = {totals['quantized']} quantized + "
-        f"{totals['copied']} copied + {totals['folded']} folded + {totals['dropped']} dropped\n"
-        f"verified: {checked.files} files, {checked.tensors} tensors, the integers of {checked.codes} "
-        "weights, read back by compressed-tensors",
+        f"{result.bits_per_weight:.2f} bits per weight over the whole file",
         highlight=False,
     )
+    _print_ledger(result)
     if result.ledger.blocks:
         wide.print(blocks_table(result.ledger.blocks))
     if result.run.get("resumed_steps") and not result.reused:
@@ -380,6 +376,46 @@ def quantize(
         )
     _print_notes([str(note) for note in result.ledger.notes])
     out.print(missing or f"report: {page}", highlight=False)
+
+
+@_command
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A quantized checkpoint, or a hub id.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    format: Annotated[str, typer.Option(help="To write: one of those that `quantize` writes.")],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round what the format cannot hold, and say the loss.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Write IN in another format to OUT, integer by integer, and verify what was written."""
+    from fewbits.convert import convert as run
+    from fewbits.report import bytes_text
+
+    with _progress() as progress:
+        result = run(
+            source,
+            out_folder,
+            format=format,
+            requantize=requantize,
+            restart=restart,
+            progress=progress,
+        )
+    if json_:
+        _print_json(result.to_json())
+        return
+    done = "already there" if result.reused else "written"
+    out.print(
+        f"{out_folder}: {done} as {format}; {bytes_text(result.source_weight_bytes)} -> "
+        f"{bytes_text(result.weight_bytes)}, {result.bits_per_weight:.2f} bits per weight over the "
+        "whole file",
+        highlight=False,
+    )
+    _print_ledger(result)
+    _print_notes([str(note) for note in result.ledger.notes])
 
 
 @_command
@@ -732,6 +768,19 @@ def _own_command() -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         words.append(option + equals + (Path(value).name if os.path.isabs(value) else value))
     return "fewbits " + shlex.join(words)
+
+
+def _print_ledger(result: Any) -> None:
+    """What became of every source tensor, and what was read back."""
+    totals, checked = result.ledger.totals, result.verification
+    outcomes = ("quantized", "copied", "folded", "converted", "dropped")
+    told = [f"{totals[what]} {what}" for what in outcomes if totals[what] or what != "converted"]
+    out.print(
+        f"ledger: {totals['source_tensors']} source tensors = {' + '.join(told)}\n"
+        f"verified: {checked.files} files, {checked.tensors} tensors, the integers of {checked.codes} "
+        "weights, read back by another library",
+        highlight=False,
+    )
 
 
 def _print_notes(notes: list[str]) -> None:

@@ -20,7 +20,7 @@ from fewbits.errors import InputError
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.untrusted import check_types, counts, shown
 
-Outcome = Literal["quantized", "copied", "folded", "dropped"]
+Outcome = Literal["quantized", "copied", "folded", "converted", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class Entry:
     """What became of one source tensor.
 
     An entry with an `origin` is not a source tensor: it was made from the one of that name (a head
-    quantized apart from the embeddings it was tied to).
+    quantized apart from the embeddings it was tied to; a weight of which the source held codes, whose
+    tensors are "converted").
     """
 
     outcome: Outcome
@@ -67,6 +68,11 @@ class Entry:
     quantized: Codes | None = None
     reason: str | None = None
     origin: str | None = None
+
+    @property
+    def part_of_another(self) -> bool:
+        """Its values are in what was written for another entry, or nowhere."""
+        return self.outcome in ("converted", "dropped")
 
     @classmethod
     def of(
@@ -113,6 +119,7 @@ class Ledger:
             "quantized": sum(e.outcome == "quantized" for e in own),
             "copied": sum(e.outcome == "copied" for e in own),
             "folded": sum(e.outcome == "folded" for e in own),
+            "converted": sum(e.outcome == "converted" for e in own),
             "dropped": sum(e.outcome == "dropped" for e in own),
             "source_bytes": sum(e.size_bytes for e in own),
             "written_bytes": sum(w.size_bytes for e in self.tensors.values() for w in e.written),

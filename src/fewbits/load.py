@@ -90,7 +90,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     own = set() if found is None else {t for name in weights for t in chain(*found[0].tensors(name))}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
-    dtype = dtype or _config_dtype(network) or checkpoint.dtype
+    dtype = dtype or config_dtype(network) or checkpoint.dtype
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
     loaded = build(network, floats, absent, dtype, folder).to(device)
     for module, parameter, parts in by_parameter(weights.values()):
@@ -267,7 +267,8 @@ def put(
 # -- the rest of the model, by transformers -------------------------------------------------------
 
 
-def _config_dtype(network: nn.Module) -> torch.dtype | None:
+def config_dtype(network: nn.Module) -> torch.dtype | None:
+    """What config.json says that the model is stored in."""
     dtype = getattr(network.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 

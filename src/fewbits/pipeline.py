@@ -20,6 +20,7 @@ from fewbits.checkpoint import (
     LEDGER,
     MAX_SHARD_BYTES,
     RUN,
+    Checkpoint,
     carried_files,
     hash_file,
     hash_json,
@@ -31,7 +32,7 @@ from fewbits.errors import InputError, VerificationError
 from fewbits.evaluate import read_calibration_of
 from fewbits.journal import Journal, differences, discard, remove_at_once
 from fewbits.ledger import Ledger, plain, read_ledger
-from fewbits.memory import watch_memory
+from fewbits.memory import Memory, watch_memory
 from fewbits.methods import RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Recipe, parse_method
@@ -148,36 +149,48 @@ def quantize(
         method = _static_or_not(scheme, overrides)
     recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
-    if out.exists() and not (out / LEDGER).is_file():
-        raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
+    check_out(out)
     plan = make_plan(resolve(model), recipe, format)
     with watch_memory() as memory:
         read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
         if restart:  # after all that may be refused
             calibration = read(calibration)
-            _throw_away(out)
+            throw_away(out)
         if out.exists():
             data = read(calibration)
-            return _reuse(out, _ask(plan, recipe, data, model), plan, progress)
+            return reuse(out, _ask(plan, recipe, data, model), plan, progress)
         with Journal(out) as journal:
             data = read(calibration, journal)
             steps = Steps(
                 plan, recipe, data, _ask(plan, recipe, data, model), journal, max_memory, progress
             )
-            ledger = steps.take()
-            journal.write_shards(max_shard_bytes)
-            quantization = plan.format.config(plan.placements, plan.floats)
-            journal.write_json(CONFIG, plan.config | {"quantization_config": quantization})
-            journal.carry_over(plan.checkpoint.folder)
-            ledger.notes += plan.checkpoint.notes + steps.check_forward()
-            ledger.files = _describe_files(journal.result)
-            journal.write_json(LEDGER, ledger.to_json())
-            verification = _verify(journal, progress)
-            elapsed = round(time.monotonic() - began, 3)
-            facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": max_memory}
-            journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
-            journal.commit()
-    return _result(out, plan, ledger, verification)
+            return finish(steps, began, memory, max_shard_bytes)
+
+
+def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> Quantized:
+    """Do what is left to do, make the checkpoint of it, verify it, and move it to its place.
+
+    Args:
+        steps: begun, in their journal.
+        began: `time.monotonic()` when the run began.
+        memory: of this process, while it is watched.
+        max_shard_bytes: of a weight file.
+    """
+    plan, journal = steps.plan, steps.journal
+    ledger = steps.take()
+    journal.write_shards(max_shard_bytes)
+    quantization = plan.format.config(plan.placements, plan.floats)
+    journal.write_json(CONFIG, plan.config | {"quantization_config": quantization})
+    journal.carry_over(plan.checkpoint.folder)
+    ledger.notes += plan.checkpoint.notes + steps.check_forward()
+    ledger.files = _describe_files(journal.result)
+    journal.write_json(LEDGER, ledger.to_json())
+    verification = _verify(journal, steps.progress)
+    elapsed = round(time.monotonic() - began, 3)
+    facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": steps.max_memory}
+    journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
+    journal.commit()
+    return _result(journal.out, plan, ledger, verification)
 
 
 def _verify(journal: Journal, progress: Progress | None) -> Verification:
@@ -189,7 +202,13 @@ def _verify(journal: Journal, progress: Progress | None) -> Verification:
         raise VerificationError(f"{error}; {what}") from error
 
 
-def _throw_away(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse a folder that is there and not ours."""
+    if out.exists() and not (out / LEDGER).is_file():
+        raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
+
+
+def throw_away(out: Path) -> None:
     """A finished checkpoint of ours, and unfinished work for one."""
     discard(out)
     if out.exists():
@@ -204,7 +223,7 @@ def _ask(plan: Plan, recipe: Recipe, data: Calibration | None, model: str | Path
     return {
         "fewbits": version("fewbits"),
         "request": plain(request),
-        "source": plain(_describe_source(model, plan)),
+        "source": plain(describe_source(model, plan.checkpoint)),
         "made_with": {} if data is None else _describe_machine(),
     }
 
@@ -242,9 +261,8 @@ def _result(
     return Quantized(out, ledger, verification, weights, source, plan.parameters, run, reused)
 
 
-def _describe_source(model: str | Path, plan: Plan) -> dict[str, Any]:
+def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """Which checkpoint it was: never a path of this machine."""
-    checkpoint = plan.checkpoint
     sizes = {
         name: {"size_bytes": size, "header_bytes": checkpoint.header_bytes[name]}
         for name, size in checkpoint.file_bytes.items()
@@ -270,7 +288,7 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | None) -> Quantized:
+def reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | None) -> Quantized:
     """Verify the finished result of the same run; refuse anything else."""
     ledger = read_ledger(out)
     held = {

@@ -11,14 +11,14 @@ from torch import Tensor
 from fewbits.blockwise import Block, Position, quantize_blocks, states_bytes
 from fewbits.budget import plan_memory
 from fewbits.calibration import SELF, Calibration, check_calibration
-from fewbits.checkpoint import hash_tensor
+from fewbits.checkpoint import Written, hash_tensor
 from fewbits.errors import InputError
 from fewbits.evaluate import load_tokenizer
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_entry
 from fewbits.load import check_forward, load
 from fewbits.memory import available_bytes, memory_bytes
-from fewbits.methods import RTN, Method, round_held
+from fewbits.methods import RTN, round_held
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
@@ -74,6 +74,7 @@ class Steps:
             made_with=asked["made_with"],
         )
         self.ledger.calibration = asked["request"].get("calibration", {})
+        self._entered: dict[str, Entry] = {}  # of the step that is being done
         self.names: dict[int | None, list[str]] = defaultdict(list)
         for name in sorted(checkpoint.tensors.keys() | plan.origins.keys(), key=_natural):
             self.names[plan.blocks.get(name)].append(name)
@@ -140,17 +141,17 @@ class Steps:
                     "values; accepted are the same weights, or --restart"
                 )
 
-    def _commit(
-        self, names: list[str], notes: list[Note], block: Block | None = None, states: bool = False
-    ) -> None:
+    def _commit(self, notes: list[Note], block: Block | None = None, states: bool = False) -> None:
         """A step that is finished goes to the journal, and from there to the ledger."""
         value = {
-            "tensors": {name: asdict(self.ledger.tensors[name]) for name in names},
+            "tensors": {name: asdict(entry) for name, entry in self._entered.items()},
             "notes": [asdict(note) for note in notes],
             "block": None if block is None else block.report.to_json(),
             "wirings": {} if block is None else {k: asdict(w) for k, w in block.wirings.items()},
         }
         self.journal.commit_step(value, states)
+        self.ledger.tensors |= self._entered
+        self._entered = {}
         self.ledger.notes += notes
         self.ledger.blocks += [] if block is None else [plain(block.report.to_json())]
 
@@ -160,30 +161,43 @@ class Steps:
         """What stands outside of the blocks."""
         notes: list[Note] = []
         for name in self.names[None]:
-            weights = None
-            if name in self.plan.placements:
-                method = self.recipe.method
-                if self.data is not None:
-                    _without_calibration(name, self.plan)
-                    method = RTN()
-                    what = "outside of the blocks: rounded to nearest, without calibration"
-                    notes.append(Note("fallback", name, what))
-                weights = _round(name, self.plan, method, notes)
-            self._write_one(name, weights, None, notes)
-        self._commit(self.names[None], notes)
+            if self.data is not None and name in self.plan.placements:
+                _without_calibration(name, self.plan)
+                what = "outside of the blocks: rounded to nearest, without calibration"
+                notes.append(Note("fallback", name, what))
+            self._write_one(name, self._round(name, notes), None, notes)
+        self._commit(notes)
+
+    def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
+        """Round one source tensor, a matrix or a stack of them, without calibration; None: no such."""
+        plan = self.plan
+        if name not in plan.placements:
+            return None
+        method = RTN() if self.data is not None else self.recipe.method
+        tensor, scheme = plan.checkpoint.read(plan.origins.get(name, name)), plan.placements[name].scheme
+        weights: list[QuantizedTensor] = []
+        for piece in plan.matrices[name].slices(tensor):
+            try:
+                scales = plan.format.scales(tensor.dtype)
+                weight, more = round_held(method, piece, scheme, {}, *scales)
+            except InputError as error:
+                raise InputError(f"{plan.place(name)}: {error}") from None
+            weights.append(weight)
+            notes += [replace(note, where=name) for note in more]
+        return weights
 
     def _without_data(self, numbers: list[int | None]) -> None:
         """Round and write one source tensor after the other."""
-        total = sum(len(names) for names in self.names.values())
-        for number in numbers[len(self.journal.steps) :]:
+        total, steps = sum(len(names) for names in self.names.values()), len(self.journal.steps)
+        done = sum(len(self.names[number]) for number in numbers[:steps])
+        for number in numbers[steps:]:
             notes: list[Note] = []
             for name in self.names[number]:
-                placed = name in self.plan.placements
-                weights = _round(name, self.plan, self.recipe.method, notes) if placed else None
-                self._write_one(name, weights, None, notes)
+                self._write_one(name, self._round(name, notes), None, notes)
+                done += 1
                 if self.progress is not None:
-                    self.progress("quantize", len(self.ledger.tensors), total)
-            self._commit(self.names[number], notes)
+                    self.progress("quantize", done, total)
+            self._commit(notes)
 
     def _with_data(self, numbers: list[int | None]) -> None:
         """Write each block as soon as it is done."""
@@ -214,7 +228,7 @@ class Steps:
                 if weights is not None and weights[0].scheme != self.plan.placements[name].scheme:
                     _without_calibration(name, self.plan)
                 self._write_one(name, weights, changed, notes)
-            self._commit(self.names[number], notes, block, states=number != numbers[-1])
+            self._commit(notes, block, states=number != numbers[-1])
             del block, weights, changed  # before the next one is made
 
     def _write_one(
@@ -226,7 +240,6 @@ class Steps:
     ) -> None:
         """Write one source tensor as codes, rewritten, or as it is, and enter it in the ledger."""
         plan, journal = self.plan, self.journal
-        tensor = plan.checkpoint.read(plan.origins.get(name, name))
         codes = None
         if weights is not None:
             stacked = plan.matrices[name].stacked
@@ -240,23 +253,28 @@ class Steps:
             written = [journal.add(key, value) for key, value in tensors.items()]
             codes = Codes.of(weights, stacked)
         else:
-            value = tensor if changed is None else changed
+            value = plan.checkpoint.read(plan.origins.get(name, name)) if changed is None else changed
             if changed is not None:
                 _check_finite(name, {name: changed})
-            elif tensor.is_floating_point() and not is_finite(tensor):
+            elif value.is_floating_point() and not is_finite(value):
                 if name in plan.parameter_names:
                     raise InputError(
                         f"{plan.place(name)} contains NaN or infinity; accepted are finite weights"
                     )
                 notes.append(Note("fact", name, "holds NaN or infinity; copied as it is"))
             written = [journal.add(name, value)]
-        self.ledger.tensors[name] = Entry.of(
-            plan.info(name),
-            hash_tensor(tensor),
+        self._enter(name, written, codes, changed is not None)
+
+    def _enter(self, name: str, written: list[Written], codes: Codes | None, folded: bool) -> None:
+        """What became of a source tensor."""
+        origin = self.plan.origins.get(name)
+        self._entered[name] = Entry.of(
+            self.plan.info(name),
+            hash_tensor(self.plan.checkpoint.read(origin or name)),
             written,
             codes,
-            folded=changed is not None,
-            origin=plan.origins.get(name),
+            folded=folded,
+            origin=origin,
         )
 
     def check_forward(self) -> list[Note]:
@@ -322,21 +340,6 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
     if not some:
         what = "no input was above the threshold: all columns are integers (plain W8A8)"
     return [*notes, Note("fact", "outliers", what)]
-
-
-def _round(name: str, plan: Plan, method: Method, notes: list[Note]) -> list[QuantizedTensor]:
-    """Round one source tensor, a matrix or a stack of them, without calibration."""
-    tensor = plan.checkpoint.read(plan.origins.get(name, name))
-    weights: list[QuantizedTensor] = []
-    scales = plan.format.scales(tensor.dtype)
-    for piece in plan.matrices[name].slices(tensor):
-        try:
-            weight, more = round_held(method, piece, plan.placements[name].scheme, {}, *scales)
-        except InputError as error:
-            raise InputError(f"{plan.place(name)}: {error}") from None
-        weights.append(weight)
-        notes += [replace(note, where=name) for note in more]
-    return weights
 
 
 def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:

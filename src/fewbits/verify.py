@@ -266,7 +266,8 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
             problems.append(f"{CONFIG} says quant_method {quantization['quant_method']!r}")
             return
         model = skeleton(config)
-        shapes = {name: entry.shape for name, entry in ledger.tensors.items()}
+        entries = ledger.tensors.items()
+        shapes = {name: _matrix_shape(entry) for name, entry in entries if not entry.part_of_another}
         modules = {name: m.module for name, m in find_matrices(model, shapes)[0].items()}
         head = find_head(model)
         if head is not None and head not in modules.values():  # tied: it has no tensor of its own
@@ -280,6 +281,13 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
                 problems.append(f"{CONFIG} says {told} of {name} instead of {expected}")
     except Exception as error:  # a config of a stranger can fail in any way
         problems.append(f"{CONFIG}: {type(error).__name__} {first_line(error)}")
+
+
+def _matrix_shape(entry: Entry) -> tuple[int, ...]:
+    """Of the weight: where its source held codes, the header speaks of their words."""
+    if entry.quantized is None or "float" in entry.dtype:
+        return entry.shape
+    return entry.quantized.shape
 
 
 def _told(layout: Format, quantization: dict[str, Any], name: str, module: str) -> str:
