@@ -3,6 +3,7 @@
 from fewbits.calibration import Calibration, read_calibration
 from fewbits.compare import Candidate, compare
 from fewbits.comparison import Comparison
+from fewbits.convert import convert
 from fewbits.errors import FewbitsError, InputError, ResourceError, VerificationError
 from fewbits.estimate import Estimate
 from fewbits.evaluate import Evaluation, evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "VerificationError",
     "WeightedRTN",
     "compare",
+    "convert",
     "dequantize",
     "evaluate",
     "load",

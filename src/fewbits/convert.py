@@ -251,15 +251,18 @@ class _Conversion(Steps):
         scales = target.scales(self.plan.info(name).dtype)
         done = []
         for weight in self.view.weights(name):
-            if on_disk(weight.scheme) == on_disk(scheme):
-                exact = _in_dtype(weight, scales.dtype)
-                if exact is not None:
-                    done.append(exact)
-                    continue
+            exact = (
+                _in_dtype(weight, scales.dtype) if on_disk(weight.scheme) == on_disk(scheme) else None
+            )
+            if exact is not None and weight.order is None:
+                done.append(exact)
+                continue
             if not self.ledger.request["requantize"]:
+                why = f"not every scale is a {scales.dtype} number"
+                if weight.order is not None:
+                    why = f"its groups are not of neighbouring columns, as {target.name} wants them"
                 raise InputError(
-                    f"{self.plan.place(name)}: not every scale is a {scales.dtype} number; accepted is "
-                    "--requantize, which rounds them"
+                    f"{self.plan.place(name)}: {why}; accepted is --requantize, which rounds it anew"
                 )
             done.append(_rounded(name, weight, scheme, scales, notes))
         return done

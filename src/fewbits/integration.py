@@ -565,6 +565,8 @@ def give_back(linear: QuantizedLinear) -> QuantizedTensor:
     Raises:
         InputError: the kernel is one that is not understood here.
     """
+    if linear.order is not None:
+        raise InputError("a weight whose groups are not of neighbouring columns cannot be saved")
     kernel = linear.kernel
     weight = _from_kernel(linear)
     device = next(kernel.buffers()).device

@@ -48,6 +48,8 @@ class QuantizedLinear(nn.Linear):
         self.dtype = dtype
         self.kernel_name, self.refusals = choose_kernel(weight, dtype, device)
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
+        self.order: Tensor | None
+        self.register_buffer("order", None if weight.order is None else weight.order.to(device))
         own = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", own)
 
@@ -69,10 +71,15 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # read only
         """The dequantized weight (out, in), made anew at each access: for modules that use it bare."""
-        return self.kernel.weight(self.dtype).as_subclass(_Dequantized)
+        weight = self.kernel.weight(self.dtype)
+        if self.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.order, weight)
+        return weight.as_subclass(_Dequantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         learns = torch.is_grad_enabled() and x.requires_grad
         y: Tensor = _Multiply.apply(x, self.kernel) if learns else self.kernel(x)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias

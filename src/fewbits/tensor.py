@@ -45,6 +45,8 @@ class QuantizedTensor:
         scale: (out, groups) in its on-disk dtype; (1, 1) for granularity "tensor".
         zero_point: like scale, uint8; mid-range everywhere if the scheme is symmetric.
         outliers: columns that are not on the grid; their codes stand for 0.
+        order: (in,) int64, the input that each column of `codes` belongs to, where groups are not of
+            neighbours: other tools write such weights. None: as they come.
 
     Raises:
         InputError: shapes that do not belong together.
@@ -55,6 +57,7 @@ class QuantizedTensor:
     zero_point: Tensor
     scheme: QuantScheme
     outliers: Outliers | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -84,7 +87,9 @@ class QuantizedTensor:
         )
         if self.outliers is not None:
             weight[:, self.outliers.columns] = self.outliers.weight.to(weight.dtype)
-        return weight
+        return (
+            weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)
+        )
 
     def per_row(self) -> Self:
         """The same weights with granularity "channel" if it was "tensor": the scale repeated."""
@@ -125,12 +130,16 @@ class QuantizedTensor:
         if len(set(columns)) > 1:
             raise InputError("matrices with different outlier columns cannot be joined")
         found = [o for o in kept if o is not None]
+        orders = {None if part.order is None else tuple(part.order.tolist()) for part in rows}
+        if len(orders) > 1:
+            raise InputError("matrices whose columns are in different orders cannot be joined")
         return cls(
             torch.cat([part.codes for part in rows]),
             torch.cat([part.scale for part in rows]),
             torch.cat([part.zero_point for part in rows]),
             rows[0].scheme,
             Outliers(found[0].columns, torch.cat([o.weight for o in found])) if found else None,
+            rows[0].order,
         )
 
 

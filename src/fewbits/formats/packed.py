@@ -26,7 +26,13 @@ from fewbits.tensor import Outliers, QuantizedTensor
 
 
 def write_packed(name: str, suffix: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of one weight, by their names on disk."""
+    """The tensors of one weight, by their names on disk.
+
+    Raises:
+        InputError: its columns are in an order of their own.
+    """
+    if weight.order is not None:
+        raise InputError(f"{name}: groups that are not of neighbouring columns have no layout here")
     weight = weight.per_row()
     bits = weight.scheme.bits
     tensors = {
