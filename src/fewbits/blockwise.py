@@ -404,7 +404,7 @@ class _Run:
                 own = whole[piece.start : piece.stop]
                 # Nobody looks at inputs here: outlier columns are those of each call.
                 scheme, scales = self._scheme(piece).dynamic, self._scales(piece)
-                yield own, piece, *round_held(RTN(), own, scheme, {}, *scales)
+                yield own, piece, *round_held(RTN(), own, scheme, {}, scales.dtype, scales.least)
 
     def _give_up(
         self,
@@ -636,7 +636,7 @@ class _Run:
             scheme = scheme.dynamic  # nobody has seen its inputs
         given = {} if stat is None else stat.given
         try:
-            rounded, notes = round_held(method, weight, scheme, given, *scales)
+            rounded, notes = round_held(method, weight, scheme, given, scales.dtype, scales.least)
         except InputError as error:
             raise InputError(f"{alike[0].name}: {error}") from None
         notes = notes if why is None else [Note("fallback", "", why), *notes]

@@ -21,7 +21,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
-from fewbits.formats import FORMATS, Format, Placement
+from fewbits.formats import FORMATS, Format, Placement, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, plain
@@ -31,7 +31,7 @@ from fewbits.methods import RTN, round_held
 from fewbits.pipeline import Quantized, check_out, describe_source, finish, reuse, throw_away
 from fewbits.plan import Plan, make_plan, survey
 from fewbits.recipe import Recipe
-from fewbits.scheme import QuantScheme
+from fewbits.scheme import BITS, QuantScheme
 from fewbits.steps import Steps
 from fewbits.structure import Matrix, skeleton
 from fewbits.tensor import Note, QuantizedTensor
@@ -221,7 +221,9 @@ def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> Quan
     """The scheme itself if the format holds it, else the first that loses little."""
     columns = matrix.rows_columns[1]
     sizes = [scheme.group_size, *(size for size in (128, 64, 32) if columns % size == 0), None]
-    for bits in sorted({b for b in (4, 8) if b >= scheme.bits} | {scheme.bits}):
+    more = sorted(bits for bits in BITS if bits >= scheme.bits)
+    fewer = sorted((bits for bits in BITS if bits < scheme.bits), reverse=True)
+    for bits in more + fewer:
         for symmetric in (scheme.symmetric, not scheme.symmetric):
             for size in sizes:
                 granularity = "channel" if size is None else "group"
@@ -252,13 +254,13 @@ class _Conversion(Steps):
         done = []
         for weight in self.view.weights(name):
             exact = (
-                _in_dtype(weight, scales.dtype) if on_disk(weight.scheme) == on_disk(scheme) else None
+                _in_dtype(weight, scales.stored) if on_disk(weight.scheme) == on_disk(scheme) else None
             )
             if exact is not None and weight.order is None:
                 done.append(exact)
                 continue
             if not self.ledger.request["requantize"]:
-                why = f"not every scale is a {scales.dtype} number"
+                why = f"not every scale is a number of {scales.stored}"
                 if weight.order is not None:
                     why = f"its groups are not of neighbouring columns, as {target.name} wants them"
                 raise InputError(
@@ -302,10 +304,10 @@ def _in_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor | 
 
 
 def _rounded(
-    name: str, weight: QuantizedTensor, scheme: QuantScheme, scales: Any, notes: list[Note]
+    name: str, weight: QuantizedTensor, scheme: QuantScheme, scales: ScaleRange, notes: list[Note]
 ) -> QuantizedTensor:
     exact = weight.dequantize(torch.float32)
-    rounded, more = round_held(RTN(), exact, scheme.dynamic, {}, *scales)
+    rounded, more = round_held(RTN(), exact, scheme.dynamic, {}, scales.dtype, scales.least)
     error = (rounded.dequantize(torch.float32) - exact).square().sum() / exact.square().sum()
     what = (
         f"requantized from {weight.scheme.label} to {rounded.scheme.label}: squared error "

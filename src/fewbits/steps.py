@@ -179,7 +179,7 @@ class Steps:
         for piece in plan.matrices[name].slices(tensor):
             try:
                 scales = plan.format.scales(tensor.dtype)
-                weight, more = round_held(method, piece, scheme, {}, *scales)
+                weight, more = round_held(method, piece, scheme, {}, scales.dtype, scales.least)
             except InputError as error:
                 raise InputError(f"{plan.place(name)}: {error}") from None
             weights.append(weight)

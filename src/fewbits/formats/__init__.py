@@ -5,12 +5,21 @@ Every other tool's zero-point and layout convention is translated in exactly one
 
 from typing import Any
 
+from fewbits.formats.awq import AwqLayout
 from fewbits.formats.compressed_tensors import CompressedTensors
+from fewbits.formats.gptq import GptqLayout
 from fewbits.formats.layout import Format, Integers, Names, ScaleRange
 from fewbits.formats.own import Own
 from fewbits.formats.placement import Placement
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fewbits": Own()}
+_LAYOUTS: tuple[Format, ...] = (
+    CompressedTensors(),
+    GptqLayout(1),
+    GptqLayout(2),
+    AwqLayout(),
+    Own(),
+)
+FORMATS: dict[str, Format] = {layout.name: layout for layout in _LAYOUTS}
 
 
 def format_of(config: dict[str, Any]) -> Format | None:
@@ -20,8 +29,10 @@ def format_of(config: dict[str, Any]) -> Format | None:
 
 __all__ = [
     "FORMATS",
+    "AwqLayout",
     "CompressedTensors",
     "Format",
+    "GptqLayout",
     "Integers",
     "Names",
     "Own",

@@ -106,8 +106,10 @@ class AwqLayout:
         """`X.weight` -> `X.qweight`, `X.qzeros`, `X.scales`."""
         weight, base = weight.per_row(), base_of(name)
         reason = self.refuses(Placement(base, weight.scheme, shape=weight.shape), weight.scheme)
-        if reason is None and weight.outliers is not None:
+        if weight.outliers is not None:
             reason = "columns in 16 bits have no layout in it"
+        if weight.order is not None:
+            reason = "groups that are not of neighbouring columns have no layout in it"
         if reason is not None:
             raise InputError(f"{name}: {self.name}: {reason}")
         return {
@@ -192,7 +194,7 @@ class AwqLayout:
         remarks = []
         if any(placement.expert for placement in placements.values()):
             remarks.append(
-                "experts: plain transformers replaces linears only and does not load that; gptqmodel does"
+                "experts: plain transformers replaces linears only and loads none; gptqmodel does"
             )
         return remarks + odd_groups({on_disk(p.scheme) for p in placements.values()}, _GROUPS)
 

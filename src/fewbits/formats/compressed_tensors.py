@@ -61,7 +61,7 @@ class CompressedTensors:
 
     def scales(self, dtype: torch.dtype) -> ScaleRange:
         """In the source's dtype."""
-        return ScaleRange(dtype)
+        return ScaleRange(dtype, dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Rounded inputs, transposed or stacked weights: there is no layout; and asymmetric experts."""

@@ -13,7 +13,8 @@ r"""GPTQ: the layout of AutoGPTQ and GPTQModel, read by more clients than any ot
 All is (in, out), the transpose of ours. Granularity "channel" is group_size -1. Version 1
 (checkpoint_format "gptq") stores `zero_point - 1`: a 0 becomes -1 there, which old writers spilled into
 the neighbours and clients read as they please. So it holds symmetric weights only here, and version 2
-("gptq_v2"), which stores the zero point as it is, all.
+("gptq_v2"), which stores the zero point as it is, all. Groups of neighbouring columns are written; read
+are also those of `desc_act`, where `g_idx` gives a group to columns that are no neighbours.
 
 What clients honour of the configuration (gptqmodel 7.6.0, optimum 2.3.0 under transformers 5.23, read
 2026-11-26): GPTQModel and vLLM take the first pattern of `dynamic` that matches the start of a module's
@@ -111,8 +112,11 @@ class GptqLayout:
         weight, base = weight.per_row(), base_of(name)
         bits, scheme = weight.scheme.bits, weight.scheme
         reason = self.refuses(Placement(base, scheme, shape=weight.shape), scheme)
-        if reason is not None or weight.outliers is not None:
-            reason = reason or "columns in 16 bits have no layout in it"
+        if weight.outliers is not None:
+            reason = "columns in 16 bits have no layout in it"
+        if weight.order is not None:
+            reason = "groups that are not of neighbouring columns are not written"
+        if reason is not None:
             raise InputError(f"{name}: {self.name}: {reason}")
         points = weight.zero_point.t().contiguous()
         if self.version == 1:
@@ -128,19 +132,22 @@ class GptqLayout:
         """The inverse of `write`; scales as stored, granularity "tensor" as "channel"."""
         packed, points, scale = stored_parts(name, tensors)
         rows, columns = _shape_of(name, tuple(packed.shape), scheme.bits)
-        self._check(name, tensors, scheme, (rows, columns))
+        order = self._check(name, tensors, scheme, (rows, columns))
+        codes = packing.unpack(packed.t(), scheme.bits, columns)
         return QuantizedTensor(
-            packing.unpack(packed.t(), scheme.bits, columns),
+            codes if order is None else codes[:, order],
             scale.t().contiguous(),
             self._points(name, packing.unpack(points, scheme.bits, rows), scheme),
             on_disk(scheme),
+            order=order,
         )
 
     def decode(
         self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> Integers:
         """By the compressed-tensors library: its packing is the same, along the other axis."""
-        self._check(name, tensors, scheme, shape)
+        if self._check(name, tensors, scheme, shape) is not None:
+            raise InputError(f"{name}: its columns are not in the order that is written")
         packed, points, scale = stored_parts(name, tensors)
         rows, columns = shape
         codes = unpack_elsewhere(packed, scheme.bits, (columns, rows), 0)
@@ -235,8 +242,8 @@ class GptqLayout:
         tensors: Mapping[str, Tensor],
         scheme: QuantScheme,
         shape: tuple[int, int],
-    ) -> None:
-        """Whether the tensors have the shapes that a weight (out, in) has in this scheme."""
+    ) -> Tensor | None:
+        """Whether the tensors have the shapes of a weight (out, in); the order of its columns if any."""
         (rows, columns), bits = shape, scheme.bits
         groups = groups_in(name, columns, scheme)
         check_shapes(
@@ -244,13 +251,15 @@ class GptqLayout:
             stored_parts(name, tensors),
             ((columns * bits / 32, rows), (groups, rows * bits / 32), (groups, rows)),
         )
-        order = tensors.get(f"{base_of(name)}.g_idx")
-        if order is None or torch.equal(order.long(), _groups_of(columns, scheme).long()):
-            return
-        raise InputError(
-            f"{name}: its g_idx puts columns into groups out of order (desc_act), which is not read; "
-            "accepted is i // group_size"
-        )
+        index = tensors.get(f"{base_of(name)}.g_idx")
+        if index is None:
+            return None
+        if tuple(index.shape) != (columns,):
+            raise InputError(f"{name}: g_idx is {tuple(index.shape)}; accepted is {(columns,)}")
+        try:
+            return order_of(index, scheme.group_size or columns)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
     def _points(self, name: str, stored: Tensor, scheme: QuantScheme) -> Tensor:
         """Zero points (out, groups) from what is stored of them, (groups, out)."""

@@ -12,23 +12,27 @@ from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
 
-_FLOAT16_SCALES = {
-    # Every bfloat16 from here to the largest float16 is a float16 too: eight digits above 2**-24.
-    torch.bfloat16: (torch.bfloat16, 2.0**-17),
-    torch.float16: (torch.float16, 0.0),
-}
-
 
 class ScaleRange(NamedTuple):
-    """In which dtype scales are to be chosen so that a format holds them exactly, and the least."""
+    """In which dtype scales are to be chosen so that a format holds them exactly.
+
+    Args:
+        dtype: of the scales that methods choose.
+        stored: of those on disk, which need not be the same.
+        least: the smallest of the first that the second holds as well.
+    """
 
     dtype: torch.dtype
+    stored: torch.dtype
     least: float = 0.0
 
 
 def float16_scales(dtype: torch.dtype) -> ScaleRange:
-    """Of formats that store float16: what both it and the source's `dtype` hold."""
-    return ScaleRange(*_FLOAT16_SCALES.get(dtype, (torch.float16, 0.0)))
+    """Of formats that store float16: for bfloat16 sources what both hold, so that nothing is rounded."""
+    if dtype == torch.bfloat16:
+        # Every bfloat16 from here to the largest float16 is a float16 too: eight digits above 2**-24.
+        return ScaleRange(torch.bfloat16, torch.float16, 2.0**-17)
+    return ScaleRange(torch.float16, torch.float16)
 
 
 def as_float16(scale: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Own:
 
     def scales(self, dtype: torch.dtype) -> ScaleRange:
         """In the source's dtype."""
-        return ScaleRange(dtype)
+        return ScaleRange(dtype, dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Nothing."""
