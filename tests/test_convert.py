@@ -1,0 +1,179 @@
+"""convert(): what one format holds, another holds the same, or it is refused."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import safetensors.torch
+import torch
+
+import fewbits
+from fewbits.convert import convert, open_quantized
+from fewbits.errors import InputError, VerificationError
+from fewbits.formats import FORMATS
+from fewbits.load import quantized_matrices, read_matrix
+from fewbits.scheme import QuantScheme
+from fewbits.structure import skeleton
+from models import tiny_checkpoint
+
+SYMMETRIC = ("compressed-tensors", "gptq", "gptq-v2", "awq", "fewbits", "compressed-tensors")
+ASYMMETRIC = ("compressed-tensors", "gptq-v2", "awq", "fewbits", "gptq-v2", "compressed-tensors")
+
+
+def make(folder, label, format, model_type="llama"):
+    source = tiny_checkpoint(folder / f"source-{model_type}", model_type)
+    # Outside of the blocks clients look for codes in the head only.
+    more = {"overrides": (("model.decoder.project_*", None),)} if model_type == "opt" else {}
+    out = folder / f"{label}-{format}"
+    fewbits.quantize(source, out, scheme=QuantScheme.parse(label), format=format, **more)
+    return out
+
+
+def weights_of(folder):
+    """By our own reader, which the suite of formats compares with others."""
+    stored = open_quantized(folder).stored
+    matrices = quantized_matrices(stored, skeleton(stored.config))
+    return {name: w for name, m in matrices.items() for w in read_matrix(stored, m)}
+
+
+def files_of(folder):
+    names = ("model.safetensors", "config.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral", "phi3"])
+@pytest.mark.parametrize(("label", "chain"), [("w4-g32", SYMMETRIC), ("w4-channel", SYMMETRIC)])
+def test_a_chain_of_symmetric_conversions_ends_in_the_files_it_began_with(
+    tmp_path, model_type, label, chain
+):
+    first = now = make(tmp_path, label, chain[0], model_type)
+    whole = weights_of(first)
+    for before, after in pairwise(chain):
+        now = convert(now, tmp_path / f"{before}-{after}", format=after).out
+        found = weights_of(now)
+        assert found.keys() == whole.keys()
+        for name, weight in whole.items():
+            assert torch.equal(found[name].codes, weight.codes), (after, name)
+            assert torch.equal(found[name].scale.double(), weight.scale.double()), (after, name)
+            assert torch.equal(found[name].zero_point, weight.zero_point), (after, name)
+    assert files_of(now) == files_of(first)
+
+
+@pytest.mark.parametrize("label", ["w4-g32-asym", "w4-channel-asym"])
+def test_a_chain_of_asymmetric_conversions_ends_in_the_files_it_began_with(tmp_path, label):
+    first = now = make(tmp_path, label, ASYMMETRIC[0])
+    for before, after in pairwise(ASYMMETRIC):
+        now = convert(now, tmp_path / f"{before}-{after}", format=after).out
+    assert files_of(now) == files_of(first)
+
+
+@pytest.mark.parametrize("label", ["w8-channel", "w8-g32", "w3-g32", "w2-g32-asym", "w8-channel-asym"])
+def test_other_bits_go_to_gptq_and_back(tmp_path, label):
+    first = make(tmp_path, label, "compressed-tensors")
+    there = convert(first, tmp_path / "there", format="gptq-v2").out
+    assert files_of(convert(there, tmp_path / "back", format="compressed-tensors").out) == files_of(
+        first
+    )
+
+
+def test_the_ledger_accounts_for_every_tensor_of_the_source(tmp_path):
+    first = make(tmp_path, "w4-g32-asym", "gptq-v2")
+    result = convert(first, tmp_path / "awq", format="awq")
+    stored = safetensors.torch.load_file(first / "model.safetensors")
+    entries = result.ledger.tensors
+    assert {name for name, entry in entries.items() if entry.origin is None} == set(stored)
+    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
+    converted = {name for name, entry in entries.items() if entry.outcome == "converted"}
+    assert converted == {name for name in stored if name.endswith(parts)}
+    quantized = [entry for entry in entries.values() if entry.quantized is not None]
+    assert len(quantized) == len(converted) / len(parts)
+    assert fewbits.verify(result.out, first).source_tensors == len(stored)
+
+
+def test_a_source_that_was_changed_is_noticed(tmp_path):
+    first = make(tmp_path, "w4-g32", "gptq")
+    out = convert(first, tmp_path / "out", format="awq").out
+    stored = safetensors.torch.load_file(first / "model.safetensors")
+    name = next(name for name in stored if name.endswith(".qzeros"))
+    stored[name][0, 0] ^= 1
+    safetensors.torch.save_file(stored, first / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="qzeros has other values"):
+        fewbits.verify(out, first)
+
+
+@pytest.mark.parametrize(
+    ("label", "format", "reason"),
+    [
+        ("w4-g32-asym", "gptq", "version 1 cannot hold a zero point of 0"),
+        ("w8-channel", "awq", "4 bits, not 8"),
+        ("w3-g32", "awq", "4 bits, not 3"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_or_rounded_with_its_loss(tmp_path, label, format, reason):
+    first = make(tmp_path, label, "compressed-tensors")
+    with pytest.raises(InputError, match=reason):
+        convert(first, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+    result = convert(first, tmp_path / "out", format=format, requantize=True)
+    notes = [note for note in result.ledger.notes if note.what.startswith("requantized")]
+    assert {note.where for note in notes} == weights_of(first).keys()
+    after = weights_of(result.out)
+    for note in notes:
+        exact = weights_of(first)[note.where].dequantize(torch.float64)
+        error = (after[note.where].dequantize(torch.float64) - exact).square().sum()
+        stated = float(note.what.split("squared error ")[1].split(" ")[0])
+        assert stated == pytest.approx(float(error / exact.square().sum()), rel=0.01)
+        assert stated > 0
+
+
+def test_scales_that_the_models_dtype_cannot_hold_are_refused_or_rounded(tmp_path):
+    first = make(tmp_path, "w4-g32", "gptq")  # of a bfloat16 model
+    stored = safetensors.torch.load_file(first / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith(".scales"):
+            stored[name] = (tensor.view(torch.int16) | 1).view(torch.float16)  # eleven digits
+    safetensors.torch.save_file(stored, first / "model.safetensors", {"format": "pt"})
+    exact = convert(first, tmp_path / "v2", format="gptq-v2").out  # float16 too
+    assert all(torch.equal(w.scale, weights_of(first)[n].scale) for n, w in weights_of(exact).items())
+    with pytest.raises(
+        InputError, match=r"not every scale is a number of torch\.bfloat16.*--requantize"
+    ):
+        convert(first, tmp_path / "ct", format="compressed-tensors")
+    assert not (tmp_path / "ct").exists()
+    rounded = convert(first, tmp_path / "ct", format="compressed-tensors", requantize=True)
+    assert any(note.what.startswith("requantized") for note in rounded.ledger.notes)
+
+
+def test_floats_and_unknown_formats_are_refused(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    with pytest.raises(InputError, match="is in float; accepted are quantized checkpoints"):
+        convert(source, tmp_path / "out", format="gptq")
+    with pytest.raises(InputError, match="format 'exl2' is unknown; accepted are compressed-tensors, "):
+        convert(source, tmp_path / "out", format="exl2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_conversion_again_verifies_and_another_is_refused(tmp_path):
+    first = make(tmp_path, "w4-g32", "compressed-tensors")
+    convert(first, tmp_path / "out", format="gptq")
+    assert convert(first, tmp_path / "out", format="gptq").reused
+    with pytest.raises(InputError, match=r"request\.format was 'gptq' and is 'awq' now"):
+        convert(first, tmp_path / "out", format="awq")
+    assert convert(first, tmp_path / "out", format="awq", restart=True).out.is_dir()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_runs_as_the_float_model_its_codes_stand_for(tmp_path, format):
+    if format == "gguf":
+        pytest.skip("has tests of its own")
+    label = "w4-g32" if format in ("gptq", "awq") else "w4-g32-asym"
+    out = make(tmp_path, label, format)
+    view, folder = open_quantized(out), tmp_path / "float"
+    floats = {name: view.read(name).float() for name in view.tensors}
+    floats |= {name: w.dequantize(torch.float32) for name, w in weights_of(out).items()}
+    folder.mkdir()
+    safetensors.torch.save_file(floats, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(view.config))
+    ids = torch.arange(2, 34).view(2, 16)
+    ours, exact = (fewbits.load(path, dtype=torch.float32)(ids).logits for path in (out, folder))
+    assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-5)
