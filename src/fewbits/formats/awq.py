@@ -33,7 +33,6 @@ from fewbits.formats.gptq import (
     groups_in,
     is_inside,
     names_by_tensors,
-    odd_groups,
     refuses_placement,
     setting,
     stored_parts,
@@ -50,7 +49,6 @@ _BITS = 4
 _ENDS = (".qweight", ".qzeros", ".scales")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each place of a word, from its lowest bits
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each output
-_GROUPS = (16, 32, 64, 128)  # that gptqmodel 7.6.0 loads, besides whole rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +189,9 @@ class AwqLayout:
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
         """What of it only some clients read (2026-11, by their sources)."""
-        remarks = []
         if any(placement.expert for placement in placements.values()):
-            remarks.append(
-                "experts: plain transformers replaces linears only and loads none; gptqmodel does"
-            )
-        return remarks + odd_groups({on_disk(p.scheme) for p in placements.values()}, _GROUPS)
+            return ["experts: plain transformers replaces linears only and loads none; gptqmodel does"]
+        return []
 
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """The one scheme, of all modules but heads and those that are named as floats."""

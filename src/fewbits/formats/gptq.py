@@ -43,7 +43,6 @@ from fewbits.tensor import QuantizedTensor
 from fewbits.untrusted import check_types, shown
 
 _ENDS = (".qweight", ".qzeros", ".scales", ".g_idx")
-_GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel 7.6.0 loads, besides whole rows
 _ELSEWHERE = "plain transformers (optimum 2.3) does not load that; gptqmodel does"
 _LAYOUTS = {1: "gptq", 2: "gptq_v2"}
 
@@ -210,15 +209,13 @@ class GptqLayout:
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
         """What of it only some clients read (2026-11, by their sources)."""
         values = placements.values()
-        schemes = {on_disk(p.scheme) for p in values}
         found = {
-            "several schemes": len(schemes) > 1,
+            "several schemes": len({on_disk(p.scheme) for p in values}) > 1,
             "a head that is quantized": any(not is_inside(p.module) for p in values),
             "experts": any(p.expert for p in values),
             "other matrices in float in one block than in the next": _blocks_differ(placements),
         }
-        remarks = [f"{what}: {_ELSEWHERE}" for what, here in found.items() if here]
-        return remarks + odd_groups(schemes, _GROUPS)
+        return [f"{what}: {_ELSEWHERE}" for what, here in found.items() if here]
 
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """By the first rule of `dynamic` that matches, as GPTQModel does; heads as `lm_head` says."""
@@ -418,17 +415,6 @@ def grouped(bits: int, size: int, symmetric: bool) -> QuantScheme:
     if size == -1:
         return QuantScheme(bits, "channel", None, symmetric)
     return QuantScheme(bits, "group", size, symmetric)
-
-
-def odd_groups(schemes: Iterable[QuantScheme], usual: tuple[int, ...]) -> list[str]:
-    """A remark on group sizes that GPTQModel does not load."""
-    odd = sorted({s.group_size for s in schemes if s.group_size is not None} - set(usual))
-    if not odd:
-        return []
-    return [
-        f"groups of {', '.join(map(str, odd))}: gptqmodel 7.6.0 does not load them, unless one is a "
-        f"row; it loads {', '.join(map(str, usual))}"
-    ]
 
 
 def is_inside(module: str) -> bool:
