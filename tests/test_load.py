@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 
 from fewbits import InputError, QuantizedLinear, QuantScheme, VerificationError, load, quantize
 from fewbits.checkpoint import resolve
-from fewbits.load import check_forward
+from fewbits.load import check_forward, kernel_notes
 from models import TINY, VOCABULARY, tiny_checkpoint
 
 LABELS = ("w8-channel", "w4-g32", "w4-g32-asym")
@@ -395,7 +395,7 @@ def edit(folder: Path, key: str, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", None])
+@pytest.mark.parametrize("method", ["exl2", "bitsandbytes", None])
 def test_an_unknown_quantization_is_refused_with_those_that_are_read(copied, method):
     folder = copied("llama", "w4-g32")
     edit(folder, "quant_method", method)
@@ -526,3 +526,20 @@ def test_a_name_that_is_no_model_is_refused_as_by_resolve():
             load(name)
         with pytest.raises(InputError, match=re.escape(str(refused.value))):
             resolve(name)
+
+
+def test_a_quantized_float16_checkpoint_runs_in_bfloat16_on_a_cpu_and_says_so(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "float16"}
+    tensors = load_file(source / "model.safetensors")
+    halves = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    save_file(halves, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    quantize(source, tmp_path / "out", scheme=QuantScheme(4, "group", 32), format="gptq")
+    fast, asked = load(tmp_path / "out"), load(tmp_path / "out", dtype=torch.float16)
+    assert (fast.dtype, asked.dtype, load(source).dtype) == (torch.bfloat16, *[torch.float16] * 2)
+    kernels = {m.kernel_name for m in fast.modules() if isinstance(m, QuantizedLinear)}
+    assert kernels == {"int4pack"}
+    assert kernel_notes(fast) == [
+        "fact: the checkpoint is in torch.float16, the model runs in torch.bfloat16"
+    ]

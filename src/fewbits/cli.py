@@ -98,7 +98,8 @@ Head = Annotated[bool, typer.Option("--head", help="Quantize the output head too
 Format = Annotated[
     str | None,
     typer.Option(
-        help="compressed-tensors or fewbits.  [default: the first, where it can hold the model]"
+        help="compressed-tensors, gptq, gptq-v2, awq, gguf or fewbits.  [default: the first, or the "
+        "last where it cannot hold the model]"
     ),
 ]
 

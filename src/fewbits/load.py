@@ -47,7 +47,8 @@ def load(
 
     Args:
         model: folder of a checkpoint, or a hub id.
-        dtype: of activations and of what is not quantized; the checkpoint's by default.
+        dtype: of activations and of what is not quantized; the checkpoint's by default, but bfloat16
+            where a quantized one in float16 runs on a CPU: its kernels are fast in that alone.
         device: where it runs.
 
     Returns:
@@ -90,9 +91,13 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     own = set() if found is None else {t for name in weights for t in chain(*found[0].tensors(name))}
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
-    dtype = dtype or config_dtype(network) or checkpoint.dtype
+    stored = config_dtype(network) or checkpoint.dtype
+    slow = bool(weights) and stored == torch.float16 and torch.device(device).type == "cpu"
+    dtype = dtype or (torch.bfloat16 if slow else stored)
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
     loaded = build(network, floats, absent, dtype, folder).to(device)
+    if weights and dtype != stored:
+        loaded.fewbits_notes = [f"fact: the checkpoint is in {stored}, the model runs in {dtype}"]
     for module, parameter, parts in by_parameter(weights.values()):
         pieces = read_parameter(checkpoint, parts)
         whole = network.get_submodule(module).get_parameter(parameter)
@@ -116,13 +121,16 @@ def _check_size(checkpoint: Checkpoint, network: nn.Module) -> None:
 
 
 def kernel_notes(model: nn.Module) -> list[str]:
-    """Where the slow reference kernel runs, and why the fast ones could not: a line per reason."""
+    """Where the slow reference kernel runs, and why the fast ones could not: a line per reason.
+
+    Also that the model runs in another dtype than the checkpoint's, if it does.
+    """
     places: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.kernel_name == "reference":
             reasons = (f"{kernel} {reason}" for kernel, reason in module.refusals.items())
             places["; ".join(reasons)].append(name)
-    return [
+    return [*getattr(model, "fewbits_notes", [])] + [
         f"fallback: {names[0]} and {len(names) - 1} more run reference: {reason}"
         for reason, names in places.items()
     ]

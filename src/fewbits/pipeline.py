@@ -125,8 +125,8 @@ def quantize(
             `read_calibration`, also for samples, length and seed.
         max_memory: bytes of anonymous memory that the process may take; the work is divided so that
             it stays below. Refused where that cannot be done.
-        format: "compressed-tensors" or "fewbits"; by default the first, and the second for a model
-            that the first cannot hold.
+        format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
+            model that it cannot hold.
         max_shard_bytes: of a weight file.
         restart: throw away what `out` and the unfinished work beside it hold.
         progress: called with (what, done, total).
