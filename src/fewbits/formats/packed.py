@@ -23,6 +23,7 @@ from fewbits.errors import InputError
 from fewbits.formats.layout import Integers, Names, Stored
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Outliers, QuantizedTensor
+from fewbits.untrusted import shown
 
 
 def write_packed(name: str, suffix: str, weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -57,24 +58,57 @@ def read_packed(
     Raises:
         InputError: a tensor is missing, or its shape does not belong to the scheme.
     """
-    try:
-        packed, scale = tensors[name + suffix], tensors[f"{name}_scale"]
-        rows, columns = (int(n) for n in tensors[f"{name}_shape"])
-        points = None if scheme.symmetric else tensors[f"{name}_zero_point"]
-    except KeyError as missing:
-        raise InputError(f"{name}: the checkpoint has no tensor {missing}") from None
-    if tuple(packed.shape) != (rows, packing.packed_columns(columns, scheme.bits)):
-        raise InputError(
-            f"{name}: {tuple(packed.shape)} words do not hold {rows} x {columns} codes of "
-            f"{scheme.bits} bits"
-        )
-    if points is None:
+    codes = read_codes(name, suffix, tensors, scheme.bits)
+    rows, columns = codes.shape
+    scale = find(name, "_scale", tensors)
+    if scheme.symmetric:
         zero_point = torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
     else:
+        points = find(name, "_zero_point", tensors)
         zero_point = packing.unpack(points.t(), scheme.bits, rows).t().contiguous()
-    codes = packing.unpack(packed, scheme.bits, columns)
     outliers = _read_outliers(name, tensors, columns)
     return QuantizedTensor(codes, scale, zero_point, on_disk(scheme), outliers)
+
+
+def read_codes(name: str, suffix: str, tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The integers of one weight: (out, in) uint8.
+
+    Raises:
+        InputError: as `read_packed`.
+    """
+    packed, (rows, columns) = find(name, suffix, tensors), rows_columns(name, tensors)
+    words = packing.packed_columns(columns, bits)
+    if packed.dtype != torch.int32 or tuple(packed.shape) != (rows, words):
+        raise InputError(
+            f"{name}: {tuple(packed.shape)} words of {packed.dtype} do not hold {rows} x {columns} "
+            f"codes of {bits} bits"
+        )
+    return packing.unpack(packed, bits, columns)
+
+
+def rows_columns(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(out, in) as stored beside the codes.
+
+    Raises:
+        InputError: they are not, or are no sizes.
+    """
+    shape = find(name, "_shape", tensors)
+    if shape.numel() != 2 or shape.is_floating_point() or int(shape.min()) < 1:
+        raise InputError(f"{name}_shape is {shown(shape.tolist())}; accepted are two numbers from 1")
+    rows, columns = shape.flatten().tolist()
+    return rows, columns
+
+
+def find(name: str, suffix: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """One tensor of a weight.
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        return tensors[name + suffix]
+    except KeyError:
+        raise InputError(f"{name}: the checkpoint has no tensor {name + suffix!r}") from None
 
 
 def shape_packed(name: str, suffix: str, stored: Stored) -> tuple[int, ...]:
