@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 from fewbits.errors import InputError
 
 # Of one JSON file. Parsing hostile JSON takes up to 30 times its size; measured 2026-11-26.
+MAX_VALUES = 2**22  # of one text; a ledger has 45 for each tensor; each takes a microsecond, and memory
 MAX_JSON = 2**25  # bytes; config.json has some thousand, the index of 671 billion parameters 9 million
 _SHOWN = 100  # characters of a name, in messages
 _LINKS = "blobs", "snapshots"  # folders of a repository in the hub's cache: files, and links to them
@@ -87,8 +88,12 @@ def parse_json(text: str | bytes) -> Any:
     """JSON in which no object names a key twice.
 
     Raises:
-        ValueError: it is none, nests too deeply, or names a key twice.
+        ValueError: it is none, nests too deeply, holds too much, or names a key twice.
     """
+    comma, brace, bracket = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
+    values = text.count(comma) + text.count(brace) + text.count(bracket)  # type: ignore[arg-type]
+    if values > MAX_VALUES:
+        raise ValueError(f"it holds {values} values; accepted are {MAX_VALUES}")
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError:

@@ -19,12 +19,13 @@ from walls import INDEX, MODEL, TEMPLATE, change_json, copied, listing, read_par
 
 import fewbits
 from fewbits import FewbitsError, InputError, VerificationError
-from fewbits.checkpoint import hash_json, open_checkpoint
+from fewbits.checkpoint import hash_json, open_checkpoint, read_json
 from fewbits.cli import app
 from fewbits.evaluate import load_tokenizer
 from fewbits.structure import skeleton
 from fewbits.tasks import _read_local
 from fewbits.text import read_text, tokenize
+from fewbits.untrusted import MAX_VALUES
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -744,3 +745,9 @@ def test_whole_numbers_in_the_place_of_floats_are_not_loaded(whole, tmp_path):
     tensors = load_file(folder / MODEL)
     save_file(tensors | {UP: tensors[UP].view(torch.int16)}, folder / MODEL, metadata={"format": "pt"})
     assert UP in said(fewbits.load, folder)
+
+
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":[' + "1," * MAX_VALUES + "1]}")
+    with pytest.raises(InputError, match=rf"holds {MAX_VALUES + 2} values; accepted are {MAX_VALUES}"):
+        read_json(tmp_path / "config.json")
