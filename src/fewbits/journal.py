@@ -352,9 +352,7 @@ class Journal:
             max_shard_bytes: tensors go to a shard until it would be larger.
         """
         with disk_errors(self.out, _KEPT):
-            if self.result.exists():  # of an earlier process, which stopped in the middle
-                shutil.rmtree(self.result)
-            self.result.mkdir()
+            self._new_result()
             shards = list(self._cut(max_shard_bytes))
             names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
             self.shard_names = [SAFETENSORS] if len(shards) == 1 else names
@@ -366,19 +364,54 @@ class Journal:
             total = sum(w.size_bytes for shard in shards for w, _, _ in shard)
             self.write_json(SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
+    def write_container(
+        self, name: str, write: Callable[[Path, list[Written], Callable[[str], Tensor]], None]
+    ) -> None:
+        """Let another make one weight file of all steps.
+
+        Args:
+            name: of the file.
+            write: called with its path, what was added, and what gives a tensor by its name.
+        """
+        with disk_errors(self.out, _KEPT):
+            self._new_result()
+            places = self._places()
+
+            def read(tensor: str) -> Tensor:
+                written, step, start = places[tensor]
+                raw = bytearray(b"".join(_pieces(self._path(step), start, written.size_bytes)))
+                dtype = dtype_of(written.dtype)
+                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                return flat.view(written.shape)
+
+            write(self.result / name, [written for written, _, _ in places.values()], read)
+            sync(self.result / name)
+
+    def _new_result(self) -> None:
+        if self.result.exists():  # of an earlier process, which stopped in the middle
+            shutil.rmtree(self.result)
+        self.result.mkdir()
+
+    def _places(self) -> dict[str, tuple[Written, int, int]]:
+        """Every tensor of all steps, with its step and where it begins in its file; in their order."""
+        places = {}
+        for step, tensors in enumerate(self._written):
+            start = 0
+            for tensor in tensors:
+                places[tensor.name] = tensor, step, start
+                start += tensor.size_bytes
+        return places
+
     def _cut(self, max_shard_bytes: int) -> Iterator[list[tuple[Written, int, int]]]:
         """Tensors of each shard, with their step and where they begin in its file."""
         shard: list[tuple[Written, int, int]] = []
         size = 0
-        for step, tensors in enumerate(self._written):
-            start = 0
-            for tensor in tensors:
-                if shard and size + tensor.size_bytes > max_shard_bytes:
-                    yield shard
-                    shard, size = [], 0
-                shard.append((tensor, step, start))
-                size += tensor.size_bytes
-                start += tensor.size_bytes
+        for tensor, step, start in self._places().values():
+            if shard and size + tensor.size_bytes > max_shard_bytes:
+                yield shard
+                shard, size = [], 0
+            shard.append((tensor, step, start))
+            size += tensor.size_bytes
         if shard:
             yield shard
 
