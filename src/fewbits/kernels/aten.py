@@ -32,7 +32,7 @@ def kernel_group(group_size: int | None, columns: int, sizes: tuple[int, ...]) -
 def scales_lost(weight: QuantizedTensor, dtype: torch.dtype) -> str | None:
     """Why the scales cannot be held in `dtype`: float16 has no digits left for very small ones."""
     exact = weight.scale.double()
-    lost = (exact.to(dtype).double() - exact).abs() > torch.finfo(dtype).eps * exact
+    lost = (exact.to(dtype).double() - exact).abs() > torch.finfo(dtype).eps * exact.abs()
     return f"has scales too small or too large for {dtype}" if bool(lost.any()) else None
 
 
