@@ -1,0 +1,90 @@
+"""Checkpoints that other tools made by themselves: what fewbits.load has to read.
+
+    python tests/interop/make_golden.py      into build/interop/golden
+
+gptqmodel quantizes a tiny random llama; llama.cpp the reference model: its K-blocks need rows of 256.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoints
+import environments
+import numpy as np
+
+HERE = Path(__file__).parent
+TINY = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 128,
+    "tie_word_embeddings": True, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+GROUP_SIZE, SAMPLES = 32, (32, 64)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint: the environment of its tool, and the kind that the tool was asked for."""
+
+    environment: str
+    kind: str
+    tiny: bool = True
+
+
+GOLDEN = {
+    "gptq": Golden("gptqmodel", "gptq"),
+    "gptq, asymmetric": Golden("gptqmodel", "gptq-asymmetric"),
+    "gptq, act order": Golden("gptqmodel", "gptq-desc-act"),
+    "gptq-v2, asymmetric": Golden("gptqmodel", "gptq-v2"),
+    "gptq, 3 bits": Golden("gptqmodel", "gptq-3bit"),
+    "gptq, 8 bits": Golden("gptqmodel", "gptq-8bit"),
+    "awq": Golden("gptqmodel", "awq"),
+    "Q4_0": Golden("llama-cpp", "Q4_0", tiny=False),
+    "Q8_0": Golden("llama-cpp", "Q8_0", tiny=False),
+    "Q4_1": Golden("llama-cpp", "Q4_1", tiny=False),
+    "Q4_K_M": Golden("llama-cpp", "Q4_K_M", tiny=False),
+}
+
+
+def source_of(name: str, work: Path) -> Path:
+    """The float model that a golden checkpoint was made from."""
+    return work / "models" / "golden" if GOLDEN[name].tiny else checkpoints.REFERENCE
+
+
+def path(name: str, work: Path) -> Path:
+    """Where it lies."""
+    return work / "golden" / GOLDEN[name].kind
+
+
+def make(name: str, work: Path) -> Path:
+    """Folder of a golden checkpoint, made unless it is there."""
+    golden, folder = GOLDEN[name], path(name, work)
+    marker = folder.with_suffix(".made")
+    recipe = json.dumps([environments.RECIPES[golden.environment], golden.kind, TINY])
+    if marker.exists() and marker.read_text() == recipe:
+        return folder
+    environments.build(golden.environment, work / golden.environment)
+    checkpoints.write("golden", "llama", TINY, work / "models")
+    samples = work / "samples.npy"
+    np.save(samples, np.random.default_rng(1).integers(TINY["vocab_size"], size=SAMPLES))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    more = [str(samples), golden.kind, str(GROUP_SIZE)] if golden.tiny else [golden.kind]
+    script = HERE / ("golden_gptqmodel.py" if golden.tiny else "golden_llamacpp.py")
+    python = work / golden.environment / "bin" / "python"
+    with folder.with_suffix(".log").open("w") as log:
+        subprocess.run(
+            [str(python), str(script), str(source_of(name, work)), str(folder), *more],
+            check=True, stdout=log, stderr=log, env=os.environ | environments.QUIET,
+        )  # fmt: skip
+    marker.write_text(recipe)
+    return folder
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or GOLDEN:
+        print(make(chosen, checkpoints.ROOT / "build" / "interop"))

@@ -1,0 +1,486 @@
+"""`make interop`: what other people's clients make of our checkpoints, each in its own environment.
+
+    python tests/interop/run.py [--format F] [--scheme S] [--model M] [--client C]   (may be repeated)
+
+Every model is quantized by the command line in every format and scheme, and loaded by every client of
+that format. Loading without an exception proves nothing, so logits and greedy text are compared with
+ours.
+
+How near is near enough is measured, not chosen: a client computes in its own way (float16, inputs in 8
+bits, ...), and would differ from our float32 logits even for a float model. So there is a *twin*: the
+same weights, dequantized by us into an ordinary float checkpoint, in the same client. The KL
+divergence of its answer to the twin is what its arithmetic makes of the right weights; that to the
+quantized checkpoint may be FACTOR times that, and must be far below what quantizing changed, or the
+comparison would see nothing. llama.cpp rounds inputs only where weights are quantized; its twin is our
+own model with inputs so rounded.
+
+A cell of the table is a KL divergence, or a footnote: our own refusal, or the message of a client that
+does not read it. Both must be expected (expected.py), so that what is read one day, or no longer, is
+noticed. Where greedy text is not equal to the end, the cell says how many tokens are before a tie. The
+table goes to stdout and build/interop/table.md; exit code 1 if any cell is not as expected.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import environments
+import make_golden
+import numpy as np
+from expected import REFUSED, UNREAD, WITHOUT_OPTION, Rule, find
+from protocol import NEW_TOKENS
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+WORK = ROOT / "build" / "interop"
+WORKERS = 2
+FACTOR = 4.0  # in KL: twice in the logits. Errors of the twin and of the checkpoint are equal in kind
+FLOAT32 = (
+    1e-9  # KL of sums in another order: logits of 1 to 10 err by some 1e-6 of them, KL by the square
+)
+PROMPT = "def read_file(path):"
+
+SCHEMES = {
+    "int8": ["--method", "int8"],
+    "int4": ["--bits", "4", "--group-size", "128"],
+    "int4 asymmetric": ["--bits", "4", "--group-size", "128", "--asymmetric"],
+    "int3": ["--bits", "3", "--group-size", "128"],
+}
+GGUF_SCHEMES = {  # blocks of 32 are what that container has
+    "int8": ["--bits", "8", "--group-size", "32"],
+    "int4": ["--bits", "4", "--group-size", "32"],
+    "int4 asymmetric": ["--bits", "4", "--group-size", "32", "--asymmetric"],
+    "int3": ["--bits", "3", "--group-size", "32"],
+}
+FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "gguf")
+GOLDEN = "golden"  # checkpoints of other tools, each judged by the tool that wrote it
+
+
+@dataclass(frozen=True)
+class Client:
+    """One program that reads checkpoints.
+
+    Args:
+        environment: of environments.py.
+        script: that runs it.
+        formats: that it is asked to read.
+        dtype: that it computes in.
+    """
+
+    environment: str
+    script: str
+    formats: tuple[str, ...]
+    dtype: str
+
+
+CLIENTS = {
+    "transformers": Client(
+        "transformers-ct", "client_transformers.py", ("compressed-tensors", "gguf"), "float32"
+    ),
+    "transformers, compressed-tensors 0.17": Client(
+        "transformers-ct-0.17", "client_transformers.py", ("compressed-tensors",), "float32"
+    ),
+    "gptqmodel": Client("gptqmodel", "client_gptqmodel.py", ("gptq", "gptq-v2", "awq"), "float16"),
+    "transformers, gptqmodel": Client(
+        "gptqmodel", "client_transformers.py", ("gptq", "gptq-v2", "awq"), "float16"
+    ),
+    "llama.cpp": Client("llama-cpp", "client_llamacpp.py", ("gguf",), "inputs in 8 bits"),
+}
+
+TOOLS = ("gptqmodel", "llama.cpp")  # that golden checkpoints are of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint of ours."""
+
+    format: str
+    scheme: str
+    model: str
+
+    @property
+    def golden(self) -> bool:
+        """Whether another tool wrote it."""
+        return self.format == GOLDEN
+
+    @property
+    def source(self) -> Path:
+        """What it was made from."""
+        if self.golden:
+            return make_golden.source_of(self.scheme, WORK)
+        return checkpoints.path(self.model, WORK / "models")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Itself."""
+        return make_golden.path(self.scheme, WORK) if self.golden else self.folder / "out"
+
+    @property
+    def folder(self) -> Path:
+        """Where all that is found of it lies."""
+        return (
+            WORK
+            / "cases"
+            / f"{self.format}-{self.scheme}-{self.model}".replace(" ", "-").replace(",", "")
+        )
+
+    def result(self, who: str) -> Path:
+        """Where an answer goes."""
+        return self.folder / re.sub(r"\W+", "-", who)
+
+
+@dataclass
+class Cell:
+    """What was found for one case and client."""
+
+    case: Case
+    client: str
+    status: str  # ok, refused, unread, bad
+    text: str  # in the table
+    detail: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def main() -> int:
+    options = _arguments()
+    began = time.monotonic()
+    cases = [
+        Case(layout, scheme, model)
+        for layout in options.format if layout != GOLDEN
+        for scheme in options.scheme for model in options.model
+    ]  # fmt: skip
+    if GOLDEN in options.format:
+        cases += [Case(GOLDEN, name, "llama") for name in make_golden.GOLDEN]
+    asked = {client: [case for case in cases if is_asked(client, case)] for client in options.client}
+    cases = list(dict.fromkeys(case for some in asked.values() for case in some))
+    for name in dict.fromkeys(CLIENTS[client].environment for client, some in asked.items() if some):
+        environments.build(name, WORK / name)
+    checkpoints.make(options.model, WORK / "models")
+    _write_questions()
+    for case in cases:
+        if case.golden:
+            make_golden.make(case.scheme, WORK)
+    refusals = quantize_all(cases)
+    run_clients(asked, refusals)
+    cells = [judge(case, client, refusals) for client, some in asked.items() for case in some]
+    table = table_of(cells)
+    print(table)
+    if options.whole:
+        (WORK / "table.md").write_text(table + "\n")
+        (WORK / "table.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    bad = [cell for cell in cells if cell.status == "bad"]
+    for cell in bad:
+        what = ", ".join((cell.case.format, cell.case.scheme, cell.case.model))
+        print(f"BAD  {cell.client}: {what}: {cell.detail}")
+    print(f"{len(cells)} cells, {len(bad)} bad, {time.monotonic() - began:.0f} s")
+    return int(bool(bad))
+
+
+def is_asked(client: str, case: Case) -> bool:
+    """Whether a cell is made for both."""
+    if case.golden:
+        tool = make_golden.GOLDEN[case.scheme].environment
+        return client in TOOLS and CLIENTS[client].environment == tool
+    return case.format in CLIENTS[client].formats
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choices = {
+        "format": (*FORMATS, GOLDEN),
+        "scheme": SCHEMES,
+        "model": checkpoints.MODELS,
+        "client": CLIENTS,
+    }
+    for name, allowed in choices.items():
+        parser.add_argument(f"--{name}", action="append", choices=list(allowed))
+    options = parser.parse_args()
+    options.whole = not any(getattr(options, name) for name in choices)
+    for name, allowed in choices.items():
+        setattr(options, name, getattr(options, name) or list(allowed))
+    return options
+
+
+def _write_questions() -> None:
+    """Random tokens, as many as fit a tiny context, and a prompt that the reference model knows."""
+    from tokenizers import Tokenizer
+
+    vocabulary = checkpoints.VOCABULARY
+    np.save(WORK / "tokens.npy", np.random.default_rng(0).integers(vocabulary, size=(4, 64)))
+    tokenizer = Tokenizer.from_file(str(checkpoints.REFERENCE / "tokenizer.json"))
+    np.save(WORK / "prompt.npy", np.array(tokenizer.encode(PROMPT, add_special_tokens=False).ids))
+
+
+# -- our side --------------------------------------------------------------------------------------
+
+
+def quantize_all(cases: Sequence[Case]) -> dict[Case, str]:
+    """Write every case anew; those that the command line refused, and why."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        messages = list(pool.map(_quantize, cases))
+    return {case: message for case, message in zip(cases, messages, strict=True) if message}
+
+
+def _quantize(case: Case) -> str:
+    shutil.rmtree(case.folder, ignore_errors=True)
+    case.folder.mkdir(parents=True)
+    if case.golden:
+        return ""
+    scheme = (GGUF_SCHEMES if case.format == "gguf" else SCHEMES)[case.scheme]
+    command = [
+        sys.executable, "-m", "fewbits", "quantize", str(case.source), str(case.checkpoint), *scheme,
+        "--format", case.format,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environments.QUIET, check=False
+    )
+    (case.folder / "quantize.log").write_text(done.stdout + done.stderr)
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.returncode == 2 and len(lines) == 1:
+        return lines[0].removeprefix("error: ")
+    return f"exit code {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"
+
+
+def run_clients(asked: dict[str, list[Case]], refusals: dict[Case, str]) -> None:
+    """Ours first, which makes the twins; then everybody on checkpoints and twins."""
+    cases = dict.fromkeys(case for some in asked.values() for case in some if case not in refusals)
+    ours = [
+        _question(case, case.checkpoint, "ours")
+        | {"rounded_inputs": False, "source": str(case.source), "twin": str(case.folder / "twin")}
+        for case in cases
+    ]
+    batches = [(sys.executable, "client_fewbits.py", part) for part in _parts(ours)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(lambda batch: _run(*batch), batches))
+    batches = []
+    for client, some in asked.items():
+        able = [case for case in some if case.result("ours").with_suffix(".npz").exists()]
+        python = str(WORK / CLIENTS[client].environment / "bin" / "python")
+        for part in _parts([_job(case, client) for case in able]):
+            batches.append((python, CLIENTS[client].script, part))
+        plain = [_job(case, client, option=False) for case in able if needs_option(case, client)]
+        batches += [(python, CLIENTS[client].script, part) for part in _parts(plain)]
+        twins = [_twin_job(case, client) for case in able]
+        ours_again = CLIENTS[client].script == "client_llamacpp.py"
+        who = (sys.executable, "client_fewbits.py") if ours_again else (python, "client_transformers.py")
+        batches += [(*who, part) for part in _parts(twins)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(lambda batch: _run(*batch), batches))
+
+
+def _parts(jobs: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+    """Shares of the workers."""
+    return filter(None, (jobs[i::WORKERS] for i in range(WORKERS)))
+
+
+def _question(case: Case, checkpoint: Path, who: str) -> dict[str, Any]:
+    vocabulary = json.loads((case.source / "config.json").read_text())["vocab_size"]
+    return {"checkpoint": str(checkpoint), "result": str(case.result(who)), "vocabulary": vocabulary}
+
+
+def _job(case: Case, client: str, option: bool = True) -> dict[str, Any]:
+    job = _question(case, case.checkpoint, client if option else f"{client} plain")
+    job["dtype"] = dtype_of(case, client)
+    if CLIENTS[client].script == "client_transformers.py":
+        job["gguf_file"] = "model.gguf" if case.format == "gguf" else None
+        job["dequantize"] = option and needs_option(case, client)
+    if client == "gptqmodel":  # its exact kernel; transformers takes the one that is chosen by itself
+        awq = "awq" in (case.format, case.scheme)
+        job["backend"] = "awq_torch" if awq else "gptq_torch"
+    return job
+
+
+def _twin_job(case: Case, client: str) -> dict[str, Any]:
+    if CLIENTS[client].script == "client_llamacpp.py":
+        return _question(case, case.checkpoint, f"{client} twin") | {"rounded_inputs": True}
+    job = _question(case, case.folder / "twin", f"{client} twin") | {"dtype": dtype_of(case, client)}
+    if needs_option(case, client):
+        job["rounded"] = "."
+    elif case.format == "compressed-tensors":  # experts are stacked in bfloat16, and multiplied in it
+        job["bfloat16"] = r"\.experts\."
+    return job
+
+
+def dtype_of(case: Case, client: str) -> str:
+    """In which a client multiplies."""
+    if client == "transformers, gptqmodel" and case.scheme.startswith("int4"):
+        return "bfloat16"  # of the kernel for 4 bits, whatever the model is in
+    return CLIENTS[client].dtype
+
+
+def needs_option(case: Case, client: str) -> bool:
+    """Whether transformers must be told to dequantize; it then rounds weights to bfloat16."""
+    recent = client == "transformers" and case.format == "compressed-tensors"
+    return recent and case.scheme.endswith("asymmetric")
+
+
+def _run(python: str, script: str, jobs: list[dict[str, Any]]) -> None:
+    """One process for all jobs; if it dies, that job has failed, and another does the rest."""
+    number = 0
+    while jobs:
+        folder = Path(jobs[0]["result"]).with_suffix(".batch")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in ("tokens.npy", "prompt.npy"):
+            shutil.copy(WORK / name, folder / name)
+        (folder / "jobs.json").write_text(json.dumps(jobs, indent=1))
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [python, str(HERE / script), str(folder)], stdout=log, stderr=log, check=False,
+                env=os.environ | environments.QUIET, timeout=600 + 120 * len(jobs),
+            )  # fmt: skip
+        left = [job for job in jobs if not _answered(Path(job["result"]))]
+        if not left:
+            return
+        last = ((folder / "log").read_text().splitlines() or [""])[-1]
+        Path(left[0]["result"]).with_suffix(".error").write_text(f"exit code {done.returncode}: {last}")
+        jobs, number = left[1:], number + 1
+
+
+def _answered(result: Path) -> bool:
+    return result.with_suffix(".npz").exists() or result.with_suffix(".error").exists()
+
+
+# -- the judgement -----------------------------------------------------------------------------------
+
+
+def judge(case: Case, client: str, refusals: dict[Case, str]) -> Cell:
+    """What one cell of the table says."""
+    rule = find(REFUSED, "fewbits", case.format, case.scheme, case.model)
+    if case in refusals or rule is not None:
+        return _expected(case, client, "refused", rule, refusals.get(case))
+    ours = case.result("ours")
+    if not ours.with_suffix(".npz").exists():
+        return Cell(
+            case, client, "bad", "bad", f"fewbits.load: {ours.with_suffix('.error').read_text()}"
+        )
+    theirs = case.result(client)
+    rule = find(UNREAD, client, case.format, case.scheme, case.model)
+    error = theirs.with_suffix(".error")
+    if error.exists() or rule is not None:
+        message = error.read_text() if error.exists() else None
+        if message is None:
+            kl = _kl(
+                np.load(ours.with_suffix(".npz"))["logits"],
+                np.load(theirs.with_suffix(".npz"))["logits"],
+            )
+            # An answer that has nothing to do with the model is not reading either.
+            message = f"KL {kl:.1g}" if not kl < 0.1 else None
+            message = "loads as garbage" if message else None
+        return _expected(case, client, "unread", rule, message)
+    return _compare(case, client)
+
+
+def _expected(case: Case, client: str, status: str, rule: Rule | None, message: str | None) -> Cell:
+    if message is None:
+        assert rule is not None
+        return Cell(
+            case, client, "bad", "bad", f"expected to be {status} with {rule.message!r}, but was not"
+        )
+    if rule is None or rule.message not in message:
+        wanted = "nothing" if rule is None else repr(rule.message)
+        return Cell(case, client, "bad", "bad", f"{status}: {message}; expected was {wanted}")
+    return Cell(case, client, status, status, rule.message)
+
+
+def _compare(case: Case, client: str) -> Cell:
+    twin = case.result(f"{client} twin")
+    if twin.with_suffix(".error").exists():
+        return Cell(case, client, "bad", "bad", f"twin: {twin.with_suffix('.error').read_text()}")
+    ours = np.load(case.result("ours").with_suffix(".npz"))
+    theirs, same = (np.load(p.with_suffix(".npz")) for p in (case.result(client), twin))
+    source = np.load(case.result("ours").with_suffix(".source.npy"))
+    margins = np.load(case.result("ours").with_suffix(".margins.npy"))
+    kl, floor = _kl(ours["logits"], theirs["logits"]), _kl(ours["logits"], same["logits"])
+    limit, change = FACTOR * floor + FLOAT32, _kl(source, ours["logits"])
+    noise = _centred_difference(ours["logits"], same["logits"])
+    equal = _equal_text(ours["text"], theirs["text"], margins, 2 * FACTOR**0.5 * noise)
+    numbers = {"kl": kl, "twin": floor, "limit": limit, "quantization": change, "text": float(equal)}
+    problems = []
+    plain = case.result(f"{client} plain").with_suffix(".error")
+    if needs_option(case, client) and not (plain.exists() and WITHOUT_OPTION in plain.read_text()):
+        problems.append("without the option it was read, or failed in another way")
+    if not kl <= limit:
+        problems.append(f"KL {kl:.2g} > {limit:.2g}")
+    if not limit <= change / 4:
+        problems.append(f"limit {limit:.2g}, but quantizing changed no more than {change:.2g}")
+    if equal < 0:
+        problems.append(f"text differs at token {-equal - 1}, and that is no tie")
+    how = case.result(client).with_suffix(".how").read_text()
+    text = f"{max(kl, 0):.0e}" + ("" if equal == NEW_TOKENS else f" ({equal})")
+    if problems:
+        return Cell(case, client, "bad", f"bad: {text}", f"{'; '.join(problems)} ({how})", numbers)
+    return Cell(case, client, "ok", text, how, numbers)
+
+
+def _kl(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean over positions of KL(ours || theirs) in nats; nan if any logit is."""
+    p, q = (_log_softmax(x.astype(np.float64)) for x in (ours, theirs))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _centred_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest error of a logit, but for what is common to all of its position."""
+    difference = ours.astype(np.float64) - theirs
+    return float(np.abs(difference - difference.mean(-1, keepdims=True)).max())
+
+
+def _equal_text(ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray, tie: float) -> int:
+    """How many tokens are equal before one that was a tie for us; -1 - n if it was none."""
+    different = np.flatnonzero(ours != theirs)
+    if not len(different):
+        return len(ours)
+    first = int(different[0])
+    return first if margins[first] <= tie else -1 - first
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def table_of(cells: list[Cell]) -> str:
+    """Markdown: a row per format, scheme and client, a column per model, and footnotes."""
+    models = list(dict.fromkeys(cell.case.model for cell in cells))
+    rows: dict[tuple[str, str, str], dict[str, Cell]] = {}
+    order = {name: i for i, name in enumerate((*FORMATS, GOLDEN))}
+    for cell in sorted(cells, key=lambda cell: order[cell.case.format]):
+        rows.setdefault((cell.case.format, cell.case.scheme, cell.client), {})[cell.case.model] = cell
+    notes: dict[str, int] = {}
+    lines = [f"| format | scheme | client | {' | '.join(models)} |", "|---" * (3 + len(models)) + "|"]
+    for (layout, scheme, client), by_model in rows.items():
+        texts = [_cell_text(by_model.get(model), notes) for model in models]
+        lines.append(f"| {layout} | {scheme} | {client} | {' | '.join(texts)} |")
+    lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
+    return "\n".join(lines)
+
+
+def _cell_text(cell: Cell | None, notes: dict[str, int]) -> str:
+    if cell is None:
+        return ""
+    if cell.status in ("refused", "unread"):
+        who = "fewbits refuses" if cell.status == "refused" else "the client"
+        return f"{cell.status} {notes.setdefault(f'{who}: {cell.detail}', len(notes) + 1)}"
+    if needs_option(cell.case, cell.client):
+        note = "with `CompressedTensorsConfig(dequantize=True)`, which rounds weights to bfloat16"
+        return f"{cell.text} ({notes.setdefault(note, len(notes) + 1)})"
+    return cell.text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
