@@ -325,7 +325,9 @@ def test_every_module_has_its_scheme_by_the_clients_rule_and_by_ours():
     by_kind = {m: kinds[m.split(".", 3)[3]] for m in modules}
     by_block = {m: odd if ".layers.1." in m else None if ".layers.11." in m else LOW for m in modules}
     one_float = dict.fromkeys(modules, LOW) | {"model.layers.1.mlp.1": None}
-    for given_ in (by_kind, by_block, one_float):
+    prefixes = {m: HIGH if m.endswith(("mlp.1", "q_proj")) else LOW for m in modules}
+    assert config_of(placed(prefixes))["bits"] == LOW.bits  # the commonest
+    for given_ in (by_kind, by_block, one_float, prefixes):
         floats = [m for m, scheme in given_.items() if scheme is None] + ["lm_head", "model.gate"]
         quantized = {m: scheme for m, scheme in given_.items() if scheme is not None}
         config = config_of(placed(quantized), floats)
@@ -365,6 +367,8 @@ def test_experts_have_their_schemes_though_the_model_has_one_module_for_all():
     for name, placement in placements.items():
         assert SECOND.scheme_of(config, name, place) == placement.scheme
         assert told_by_gptqmodel(config, name.removesuffix(".weight"))["bits"] == placement.scheme.bits
+    routed = config_of(placements, ["model.layers.0.mlp.gate"])
+    assert "modules_in_block_to_quantize" not in routed  # optimum knows no experts
 
 
 def told_by_optimum(config, module):
