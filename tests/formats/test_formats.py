@@ -43,7 +43,7 @@ def test_the_tensors_on_disk_are_as_documented():
 
 
 def test_a_symmetric_zero_point_is_not_stored():
-    for layout in FORMATS.values():
+    for layout in (CompressedTensors(), Own()):
         tensors = layout.write("X.weight", random_weight(QuantScheme(4), (5, 16)))
         assert "X.weight_zero_point" not in tensors
 
@@ -155,10 +155,11 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_beats_the_class():
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        ("group", {"format": "int-quantized"}), ("group", {"input_activations": {"num_bits": 8}}),
-        ("weights", {"type": "float"}), ("weights", {"actorder": "group"}),
-        ("weights", {"actorder": "weight"}), ("weights", {"num_bits": 5}),
-        ("weights", {"strategy": "block"}),
+        ("group", {"format": "float-quantized"}), ("group", {"format": "marlin-24"}),
+        ("group", {"input_activations": {"num_bits": 8}}), ("group", {"weights": None}),
+        ("group", {"output_activations": {"num_bits": 8}}), ("weights", {"type": "float"}),
+        ("weights", {"dynamic": True}), ("weights", {"num_bits": 5}),
+        ("weights", {"strategy": "block"}), ("weights", {"strategy": "tensor_group"}),
     ],
 )  # fmt: skip
 def test_a_layout_that_is_not_ours_is_refused(place, change):
