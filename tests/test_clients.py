@@ -249,6 +249,12 @@ def test_a_quantized_head_asks_for_a_vocabulary_that_its_client_can_pad(layout, 
     assert refusal(dataclasses.replace(head, head=None)) is None  # any other weight of this shape
 
 
+def test_a_head_is_padded_before_kernels_see_it():
+    head = one("lm_head", "w8-channel", (100, 128), head=True)
+    assert remarks(head, "vllm==0.23") == []  # Marlin wants multiples of 64 rows, and gets 128
+    assert len(remarks(dataclasses.replace(head, head=None), "vllm==0.23")) == 1
+
+
 # -- tensor parallel -----------------------------------------------------------------------------------
 
 
@@ -337,6 +343,20 @@ def test_only_what_a_split_breaks_is_named(checkpoint):
     assert refusal(facts_of(planned(checkpoint(), "w4-channel")), devices=2) is None
 
 
+@pytest.mark.parametrize(
+    ("layout", "scheme", "columns", "devices", "loads"),
+    [
+        ("awq", "w4-g128-asym", 29568, 2, False),  # vllm issue 21695
+        ("awq", "w4-g128-asym", 29696, 4, True),  # QwenLM/Qwen3-VL issue 231: padded for it
+        ("gptq", "w4-g128", 11008, 2, True),  # vllm issue 2419, of 2024-01-12
+        ("gptq", "w4-g128", 11008, 4, False),
+    ],
+)
+def test_what_users_reported_of_down_projections_is_foretold(layout, scheme, columns, devices, loads):
+    facts = one(DOWN, scheme, (4096, columns), layout)
+    assert (refusal(facts, "vllm", devices) is None) == loads
+
+
 def test_heads_are_divided_and_pairs_copied(checkpoint):
     facts = facts_of(planned(checkpoint(), "w8-channel"))  # 4 heads, 2 of keys and values
     assert refusal(facts, devices=4) is None
@@ -347,6 +367,10 @@ def test_heads_are_divided_and_pairs_copied(checkpoint):
         facts, config=SimpleNamespace(num_attention_heads=12, num_key_value_heads=4)
     )
     assert "4 key-value heads on 6 devices" in str(refusal(many, devices=6))
+    # Each of 4 devices has one of 2 pairs, here of 8 rows: a whole word of zero points, not half of one.
+    pair = one("model.layers.0.self_attn.k_proj", "w4-channel-asym", (16, 64))
+    assert refusal(pair, devices=4) is None
+    assert refusal(one(UP, "w4-channel-asym", (16, 64)), devices=4) is not None
 
 
 def test_devices_alone_ask_for_the_clients_that_divide(checkpoint):

@@ -353,7 +353,7 @@ def check_clients(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int 
             notes.append(Note("skip", label, "not checked on several devices: no rules are known"))
         found = _find(facts, client.name, _version(version or "0"), devices)
         refused = [_told(names, *finding) for finding, names in found.refused.items()]
-        problems += [f"{label} would not load {text}" for text in refused]
+        problems += [f"{label} would not load {'; nor '.join(refused)}"] if refused else []
         if promised:
             notes += [
                 Note("fact", label, f"would load {_told(names, *finding)}")
