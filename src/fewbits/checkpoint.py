@@ -129,7 +129,7 @@ class Checkpoint:
 
 
 def resolve(model: str | Path) -> Path:
-    """A local folder, or the local snapshot of a hub id, downloaded if needed.
+    """A local folder or GGUF file, or the local snapshot of a hub id, downloaded if needed.
 
     Raises:
         InputError: neither exists.
@@ -137,8 +137,12 @@ def resolve(model: str | Path) -> Path:
     path = Path(model)
     if str(model) and path.is_dir():
         return path
+    if path.exists() and path.suffix == ".gguf":
+        return path
     if path.exists():
-        raise InputError(f"{model} is a file; accepted are a folder and a hub id like owner/name")
+        raise InputError(
+            f"{model} is a file; accepted are a folder, a .gguf file and a hub id like owner/name"
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
         raise InputError(f"{model}: no such folder; accepted are a folder and a hub id like owner/name")
     return _download(str(model))
@@ -315,6 +319,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}; accepted is a JSON object")
     return value
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights of a kind that `open_checkpoint` reads, or what says so."""
+    names = (SAFETENSORS, SAFETENSORS_INDEX, TORCH, TORCH_INDEX)
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -17,7 +17,6 @@ from fewbits.checkpoint import (
     TensorInfo,
     Written,
     hash_tensor,
-    open_checkpoint,
     resolve,
 )
 from fewbits.errors import InputError
@@ -25,7 +24,7 @@ from fewbits.formats import FORMATS, Format, Placement, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, plain
-from fewbits.load import config_dtype, quantization_of, quantized_matrices, read_matrix
+from fewbits.load import config_dtype, open_model, quantization_of, quantized_matrices, read_matrix
 from fewbits.memory import watch_memory
 from fewbits.methods import RTN, round_held
 from fewbits.pipeline import Quantized, check_out, describe_source, finish, reuse, throw_away
@@ -53,7 +52,7 @@ def convert(
     All codes, scales and zero points are the source's, bit for bit; what cannot be held is refused.
 
     Args:
-        source: folder of a quantized checkpoint, or a hub id.
+        source: folder of a quantized checkpoint, a GGUF file, or a hub id.
         out: folder to be made, as in `fewbits.quantize`.
         format: one of `FORMATS`.
         requantize: round what the format cannot hold to what it can; notes say with which loss.
@@ -78,7 +77,12 @@ def convert(
             throw_away(out)
         asked = {
             "fewbits": version("fewbits"),
-            "request": {"method": "convert", "format": format, "requantize": requantize},
+            "request": {
+                "method": "convert",
+                "format": format,
+                "requantize": requantize,
+                "scheme": ", ".join(sorted({scheme.label for scheme in view.schemes.values()})),
+            },
             "source": plain(describe_source(source, view.stored)),
             "made_with": {},
         }
@@ -136,7 +140,7 @@ def open_quantized(folder: Path) -> Dequantized:
     Raises:
         InputError: it is in float, or its quantization is not read.
     """
-    stored = open_checkpoint(folder)
+    stored = open_model(folder)
     if quantization_of(stored) is None:
         raise InputError(f"{folder} is in float; accepted are quantized checkpoints")
     network = skeleton(stored.config)

@@ -4,6 +4,7 @@ Hashes of codes, scales and zero points are taken before packing, so that whoeve
 through a decoder of their own can prove that the integers are those that were chosen.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -70,6 +71,13 @@ class Entry:
     origin: str | None = None
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of the weight: where its source held codes, `shape` is that of their words."""
+        if self.quantized is None or "float" in self.dtype:
+            return self.shape
+        return self.quantized.shape
+
+    @property
     def part_of_another(self) -> bool:
         """Its values are in what was written for another entry, or nowhere."""
         return self.outcome in ("converted", "dropped")
@@ -126,6 +134,14 @@ class Ledger:
             "quantized_source_bytes": sum(e.size_bytes for e in linears),
             "quantized_written_bytes": sum(w.size_bytes for e in linears for w in e.written),
         }
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights of the source, whatever it held them in."""
+        entries = [e for e in self.tensors.values() if not e.part_of_another]
+        codes = [e for e in entries if e.quantized is not None and "float" not in e.dtype]
+        floats = [e for e in entries if "float" in e.dtype and e.origin is None]
+        return sum(math.prod(entry.matrix_shape) for entry in codes + floats)
 
     def to_json(self) -> dict[str, Any]:
         """Ready to be written; holds a hash of itself."""

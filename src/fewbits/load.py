@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint import Checkpoint, open_checkpoint, resolve
+from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format, format_of
+from fewbits.gguf_file import open_gguf
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
 from fewbits.structure import (
@@ -46,7 +47,7 @@ def load(
     """A transformers model, quantized or not, ready for `generate()`.
 
     Args:
-        model: folder of a checkpoint, or a hub id.
+        model: folder of a checkpoint, a GGUF file or a folder with one, or a hub id.
         dtype: of activations and of what is not quantized; the checkpoint's by default, but bfloat16
             where a quantized one in float16 runs on a CPU: its kernels are fast in that alone.
         device: where it runs.
@@ -62,9 +63,23 @@ def load(
     torch.Size([1, 5])
     """
     folder = resolve(model)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model(folder)
     with _one_line(folder):
         return _load(checkpoint, dtype, device)
+
+
+def open_model(path: Path) -> Checkpoint:
+    """Headers of a folder, of a GGUF file, or of the one that lies in a folder without other weights.
+
+    Raises:
+        InputError: as `open_checkpoint` and `open_gguf`, or several GGUF files.
+    """
+    if path.is_dir() and has_weights(path):
+        return open_checkpoint(path)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise InputError(f"{path} holds {', '.join(f.name for f in files)}; accepted is one of them")
+    return open_gguf(files[0]) if files else open_checkpoint(path)
 
 
 @contextmanager

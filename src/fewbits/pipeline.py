@@ -1,6 +1,7 @@
 """quantize(): from a float checkpoint to a verified quantized one."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,10 @@ from fewbits.checkpoint import (
     MAX_SHARD_BYTES,
     RUN,
     Checkpoint,
+    TensorInfo,
+    Written,
     carried_files,
+    dtype_of,
     hash_file,
     hash_json,
     read_json,
@@ -30,6 +34,8 @@ from fewbits.checkpoint import (
 from fewbits.disk import disk_errors
 from fewbits.errors import InputError, VerificationError
 from fewbits.evaluate import read_calibration_of
+from fewbits.formats import GgufLayout
+from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, differences, discard, remove_at_once
 from fewbits.ledger import Ledger, plain, read_ledger
 from fewbits.memory import Memory, watch_memory
@@ -178,9 +184,14 @@ def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> 
     """
     plan, journal = steps.plan, steps.journal
     ledger = steps.take()
-    journal.write_shards(max_shard_bytes)
-    quantization = plan.format.config(plan.placements, plan.floats)
-    journal.write_json(CONFIG, plan.config | {"quantization_config": quantization})
+    quantization = {"quantization_config": plan.format.config(plan.placements, plan.floats)}
+    if isinstance(plan.format, GgufLayout):
+        write = partial(_write_gguf, plan, quantization, ledger)
+        journal.write_container(GGUF, write)
+        quantization = {}  # the file says it
+    else:
+        journal.write_shards(max_shard_bytes)
+    journal.write_json(CONFIG, plan.config | quantization)
     journal.carry_over(plan.checkpoint.folder)
     ledger.notes += plan.checkpoint.notes + steps.check_forward()
     ledger.files = _describe_files(journal.result)
@@ -191,6 +202,19 @@ def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> 
     journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
     journal.commit()
     return _result(journal.out, plan, ledger, verification)
+
+
+def _write_gguf(
+    plan: Plan,
+    quantization: dict[str, Any],
+    ledger: Ledger,
+    path: Path,
+    written: list[Written],
+    read: Callable[[str], Tensor],
+) -> None:
+    infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, path.name) for w in written]
+    folder = plan.checkpoint.folder
+    ledger.notes += write_gguf(path, folder, plan.config | quantization, infos, read)
 
 
 def _verify(journal: Journal, progress: Progress | None) -> Verification:
@@ -255,7 +279,9 @@ def _static_or_not(
 def _result(
     out: Path, plan: Plan, ledger: Ledger, verification: Verification, reused: bool = False
 ) -> Quantized:
-    weights = sum(f["size_bytes"] for n, f in ledger.files.items() if n.endswith(".safetensors"))
+    weights = sum(
+        f["size_bytes"] for n, f in ledger.files.items() if n.endswith((".safetensors", ".gguf"))
+    )
     source = sum(plan.checkpoint.file_bytes.values())
     run = read_json(out / RUN) if (out / RUN).is_file() else {}  # no part of what was promised
     return Quantized(out, ledger, verification, weights, source, plan.parameters, run, reused)

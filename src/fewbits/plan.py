@@ -10,7 +10,8 @@ import torch
 
 from fewbits.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from fewbits.errors import InputError
-from fewbits.formats import FORMATS, Format, Placement
+from fewbits.formats import FORMATS, Format, GgufLayout, Placement
+from fewbits.gguf_file import unsupported
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.structure import (
@@ -169,7 +170,9 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
     if not placements:
         raise InputError(f"{folder}: nothing to quantize; the recipe leaves every weight in float")
     _check_fit(checkpoint, matrices, placements, origins)
-    layout, why = _choose_format(format_name, placements, _some_experts_float(matrices, placements))
+    layout, why = _choose_format(
+        format_name, config, placements, _some_experts_float(matrices, placements)
+    )
     floats = sorted(_float_modules(seen, matrices, placements))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
     plan = Plan(
@@ -299,7 +302,10 @@ def _some_experts_float(matrices: dict[str, Matrix], placements: dict[str, Place
 
 
 def _choose_format(
-    format_name: str | None, placements: dict[str, Placement], some_experts_float: str | None
+    format_name: str | None,
+    config: dict[str, Any],
+    placements: dict[str, Placement],
+    some_experts_float: str | None,
 ) -> tuple[Format, list[Note]]:
     """The one asked for; by default compressed-tensors, or our own where that one refuses."""
     if format_name is not None and format_name not in FORMATS:
@@ -313,6 +319,9 @@ def _choose_format(
         reason = reasons_of[id(placement)]
         if reason is not None:
             refused.setdefault(reason, []).append(name)
+    no_place = unsupported(config) if isinstance(chosen, GgufLayout) else None
+    if no_place is not None:
+        refused[no_place] = list(placements)
     if some_experts_float is not None and chosen.name != "fewbits":
         refused["its clients load all experts of a model alike"] = [some_experts_float]
     if not refused:

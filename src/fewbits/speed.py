@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint import LEDGER, open_checkpoint
+from fewbits.checkpoint import LEDGER
 from fewbits.errors import InputError, ResourceError
 from fewbits.estimate import Estimate, mean_estimate
 from fewbits.ledger import read_ledger
 from fewbits.linear import QuantizedLinear
+from fewbits.load import open_model
 from fewbits.memory import STATUS
 from fewbits.structure import skeleton
 
@@ -43,14 +44,12 @@ class Size:
 
 def measure_size(folder: Path) -> Size:
     """Size of a checkpoint, by its own ledger where it has one."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model(folder)
     weight_bytes = sum(checkpoint.file_bytes.values())
     if (folder / LEDGER).is_file():
         ledger = read_ledger(folder)
-        own = [e for e in ledger.tensors.values() if e.origin is None and "float" in e.dtype]
-        parameters = sum(torch.Size(entry.shape).numel() for entry in own)
         scheme = ledger.request["scheme"]
-        return Size(weight_bytes, parameters, f"{ledger.request['method']} {scheme}")
+        return Size(weight_bytes, ledger.parameters, f"{ledger.request['method']} {scheme}")
     parameters = sum(p.numel() for p in skeleton(checkpoint.config).parameters())
     quantization = checkpoint.config.get("quantization_config")
     float_name = str(checkpoint.dtype).removeprefix("torch.")
@@ -217,12 +216,11 @@ def measure_resident(folder: Path, dtype: torch.dtype | None = None) -> int | No
 
 _RESIDENT = """
 import sys, torch
-from fewbits.checkpoint import open_checkpoint
-from fewbits.load import load
+from fewbits.load import load, open_model
 from fewbits.memory import status_bytes
 from fewbits.structure import skeleton
 from pathlib import Path
-skeleton(open_checkpoint(Path(sys.argv[1])).config)  # the model's code does not count
+skeleton(open_model(Path(sys.argv[1])).config)  # the model's code does not count
 dtype = getattr(torch, sys.argv[2]) if sys.argv[2] else None
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 before = status_bytes("VmRSS")

@@ -23,19 +23,20 @@ from fewbits.checkpoint import (
     hash_json,
     hash_tensor,
     hash_tensors,
-    open_checkpoint,
     read_header,
     read_json,
 )
 from fewbits.errors import InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.formats.packed import on_disk
+from fewbits.gguf_file import open_gguf
 from fewbits.ledger import Codes, Entry, Ledger, read_ledger
+from fewbits.load import open_model
 from fewbits.scheme import QuantScheme
 from fewbits.structure import find_head, find_matrices, skeleton
 from fewbits.untrusted import check_file
 
-_READ_BY_CLIENTS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".tiktoken")
+_READ_BY_CLIENTS = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model", ".tiktoken")
 
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 
@@ -111,6 +112,12 @@ class _Tensors:
 
     def add(self, path: Path) -> None:
         """Open one file."""
+        if path.suffix == ".gguf":
+            opened = open_gguf(path)
+            for name, info in opened.tensors.items():
+                self.dtype_shape[name] = (str(info.dtype).removeprefix("torch."), info.shape)
+                self._files[name] = opened
+            return
         infos, _ = read_header(path)
         handle = safe_open(path, framework="pt")
         for info in infos:
@@ -118,7 +125,8 @@ class _Tensors:
             self._files[info.name] = handle
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        file = self._files[name]
+        tensor: Tensor = file.read(name) if isinstance(file, Checkpoint) else file.get_tensor(name)
         return tensor
 
 
@@ -140,7 +148,7 @@ def _check_files(out: Path, ledger: Ledger, result: Verification) -> list[str]:
             result.problems.append(f"{name} has {size} bytes instead of {stated['size_bytes']}")
         elif hash_file(path) != stated["sha256"]:
             result.problems.append(f"{name} was changed")
-        if name.endswith(".safetensors"):
+        if name.endswith((".safetensors", ".gguf")):
             found.append(name)
     listed = set(ledger.files) | {LEDGER, RUN}
     for path in sorted(out.iterdir()):  # clients read such files, ours or not; cards are for people
@@ -171,6 +179,8 @@ def _check_sums(out: Path, ledger: Ledger, files: list[str], problems: list[str]
     totals = ledger.totals
     headers = 0
     for name in files:
+        if name.endswith(".gguf"):
+            return  # a container that has floats in other dtypes; its hash is in the ledger
         try:
             headers += read_header(out / name)[1]
         except InputError:
@@ -259,7 +269,7 @@ def _once(values: Tensor, scheme: QuantScheme) -> Tensor | None:
 def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
     """What config.json tells a client about each weight must be what the ledger says."""
     try:
-        config = read_json(out / CONFIG)
+        config = open_model(out).config
         layout = FORMATS[ledger.request["format"]]
         quantization = config["quantization_config"]
         if not layout.reads(quantization):
@@ -267,7 +277,7 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
             return
         model = skeleton(config)
         entries = ledger.tensors.items()
-        shapes = {name: _matrix_shape(entry) for name, entry in entries if not entry.part_of_another}
+        shapes = {name: entry.matrix_shape for name, entry in entries if not entry.part_of_another}
         modules = {name: m.module for name, m in find_matrices(model, shapes)[0].items()}
         head = find_head(model)
         if head is not None and head not in modules.values():  # tied: it has no tensor of its own
@@ -283,20 +293,13 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
         problems.append(f"{CONFIG}: {type(error).__name__} {first_line(error)}")
 
 
-def _matrix_shape(entry: Entry) -> tuple[int, ...]:
-    """Of the weight: where its source held codes, the header speaks of their words."""
-    if entry.quantized is None or "float" in entry.dtype:
-        return entry.shape
-    return entry.quantized.shape
-
-
 def _told(layout: Format, quantization: dict[str, Any], name: str, module: str) -> str:
     scheme = layout.scheme_of(quantization, name, module)
     return "float" if scheme is None else scheme.label
 
 
 def _check_source(source: Path, ledger: Ledger, result: Verification, progress: Progress | None) -> None:
-    checkpoint: Checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source)
     if hash_json(checkpoint.config) != ledger.source.get("config_sha256"):
         result.problems.append(f"the source's {CONFIG} is another than when it was read")
     entries = {name: e for name, e in ledger.tensors.items() if e.origin is None}

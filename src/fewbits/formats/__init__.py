@@ -7,6 +7,7 @@ from typing import Any
 
 from fewbits.formats.awq import AwqLayout
 from fewbits.formats.compressed_tensors import CompressedTensors
+from fewbits.formats.gguf import GgufLayout
 from fewbits.formats.gptq import GptqLayout
 from fewbits.formats.layout import Format, Integers, Names, ScaleRange
 from fewbits.formats.own import Own
@@ -17,6 +18,7 @@ _LAYOUTS: tuple[Format, ...] = (
     GptqLayout(1),
     GptqLayout(2),
     AwqLayout(),
+    GgufLayout(),
     Own(),
 )
 FORMATS: dict[str, Format] = {layout.name: layout for layout in _LAYOUTS}
@@ -32,6 +34,7 @@ __all__ = [
     "AwqLayout",
     "CompressedTensors",
     "Format",
+    "GgufLayout",
     "GptqLayout",
     "Integers",
     "Names",
