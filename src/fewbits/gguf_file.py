@@ -20,6 +20,7 @@ number in a file is trusted: each is compared with the size of the file before a
 """
 
 import json
+import logging
 import mmap
 import re
 import struct
@@ -490,8 +491,7 @@ def _describe(
     common = sizes.most_common(1)[0][0]
     whole = "ALL_F32" if common == "F32" else f"MOSTLY_{common}"
     writer.add_file_type(int(gguf.LlamaFileType[whole]))
-    if not set(sizes) <= set(_FLOATS):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_array(_DTYPES, [str(tensor.dtype).removeprefix("torch.") for tensor in stored])
     if _prefix(model, names):
         writer.add_string(_PREFIX, model.optional)
@@ -623,7 +623,13 @@ def _add_special(writer: Any, folder: Path) -> None:
         if (folder / name).is_file():
             read_json(folder / name)  # strictly, before the library does
     by_merges = "tokenizer.ggml.scores" not in writer.kv_data[0]
-    gguf.SpecialVocab(folder, load_merges=by_merges).add_to_gguf(writer, quiet=True)
+    logger = logging.getLogger(gguf.vocab.__name__)  # of pairs of texts, which nobody asks for
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        gguf.SpecialVocab(folder, load_merges=by_merges).add_to_gguf(writer, quiet=True)
+    finally:
+        logger.setLevel(level)
 
 
 # -- reading: the header ----------------------------------------------------------------------------
