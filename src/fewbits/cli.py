@@ -104,6 +104,18 @@ Format = Annotated[
 ]
 
 
+Client = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="That must load the result: vllm, vllm==0.24, transformers, gptqmodel or llama.cpp. May be "
+        "repeated.  [default: what some would not load is a note]"
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option(min=1, help="Devices that a client divides the model between.")
+]
+
+
 def _command(function: Callable[..., None]) -> Callable[..., None]:
     """A command of the app; every failure on purpose is one line and an exit code."""
 
@@ -223,6 +235,8 @@ def plan(
     override: Override = None,
     head: Head = False,
     format: Format = None,
+    client: Client = None,
+    tensor_parallel: TensorParallel = 1,
     memory: Annotated[str | None, typer.Option(help="That it shall run in, like 4GB.")] = None,
     device: Annotated[str, typer.Option(help="It shall run on: cpu or cuda.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Sequences at a time, for the KV cache.")] = 1,
@@ -267,6 +281,8 @@ def plan(
         overrides=tuple(override or ()),
         head=head,
         format=format,
+        clients=tuple(client or ()),
+        tensor_parallel=tensor_parallel,
         memory_bytes=_bytes(memory, "--memory"),
         device=device,
         batch=batch,
@@ -306,6 +322,8 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
     max_memory: MaxMemory = None,
     format: Format = None,
+    client: Client = None,
+    tensor_parallel: TensorParallel = 1,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -342,6 +360,8 @@ def quantize(
             seed=seed,
             max_memory=_bytes(max_memory),
             format=format,
+            clients=tuple(client or ()),
+            tensor_parallel=tensor_parallel,
             restart=restart,
             progress=progress,
         )

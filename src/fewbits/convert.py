@@ -1,6 +1,8 @@
 """convert(): a quantized checkpoint in another format, its integers as they are."""
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
-from fewbits.formats import FORMATS, Format, Placement, ScaleRange
+from fewbits.formats import FORMATS, Format, GgufLayout, Placement, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, plain
@@ -120,8 +122,11 @@ class Dequantized(Checkpoint):
         return torch.stack(pieces) if matrix.stacked else pieces[0].contiguous()
 
     def weights(self, name: str) -> list[QuantizedTensor]:
-        """The codes of a matrix, or of all in a stack; symmetric where all zero points say so."""
-        found, scheme = read_matrix(self.stored, self.quantized[name]), self.schemes[name]
+        """The codes of a matrix, or of all in a stack, in the scheme that they are seen in."""
+        scheme, found = self.schemes[name], read_matrix(self.stored, self.quantized[name])
+        if isinstance(_layout(self.stored), GgufLayout):
+            size = scheme.group_size
+            found = [w.coarsest() if size is None else w.coarsest().regrouped(size) for w in found]
         return [replace(weight, scheme=scheme) for weight in found]
 
     def parts(self, name: str) -> list[str]:
@@ -168,7 +173,10 @@ def _layout(stored: Checkpoint) -> Format:
 
 
 def _schemes(stored: Checkpoint, matrices: dict[str, Matrix]) -> dict[str, QuantScheme]:
-    """As config.json says; symmetric where every zero point of the model is in the middle."""
+    """As config.json says; symmetric where every zero point of the model is in the middle.
+
+    GGUF repeats the scales of larger groups: then the largest that all weights are made of count.
+    """
     found = quantization_of(stored)
     assert found is not None
     layout, quantization = found
@@ -180,7 +188,26 @@ def _schemes(stored: Checkpoint, matrices: dict[str, Matrix]) -> dict[str, Quant
         schemes[name] = scheme
     if any(not scheme.symmetric for scheme in schemes.values()) and _all_in_middle(stored, matrices):
         schemes = {name: replace(scheme, symmetric=True) for name, scheme in schemes.items()}
-    return schemes
+    return _unrepeated(stored, matrices, schemes) if isinstance(layout, GgufLayout) else schemes
+
+
+def _unrepeated(
+    stored: Checkpoint, matrices: dict[str, Matrix], schemes: dict[str, QuantScheme]
+) -> dict[str, QuantScheme]:
+    sizes: dict[int, set[int | None]] = defaultdict(set)  # by bits
+    for name, matrix in matrices.items():
+        for weight in read_matrix(stored, matrix):
+            sizes[schemes[name].bits].add(weight.coarsest().scheme.group_size)
+    found = {}
+    for name, scheme in schemes.items():
+        own, columns = sizes[scheme.bits], matrices[name].rows_columns[1]
+        size = None if own == {None} else math.gcd(*(n or columns for n in own))
+        found[name] = (
+            replace(scheme, granularity="channel", group_size=None)
+            if size is None
+            else replace(scheme, group_size=size)
+        )
+    return found
 
 
 def _all_in_middle(stored: Checkpoint, matrices: dict[str, Matrix]) -> bool:

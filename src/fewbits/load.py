@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
-from fewbits.formats import FORMATS, Format, format_of
+from fewbits.formats import FORMATS, Format, GgufLayout, format_of
 from fewbits.gguf_file import open_gguf
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
@@ -117,6 +117,8 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
         pieces = read_parameter(checkpoint, parts)
         whole = network.get_submodule(module).get_parameter(parameter)
         check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
+        if found is not None and isinstance(found[0], GgufLayout):
+            pieces = [piece.coarsest() for piece in pieces]  # kernels are faster in larger groups
         put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take

@@ -82,6 +82,8 @@ def look_ahead(
     overrides: tuple[str, ...] = (),
     head: bool = False,
     format: str | None = None,
+    clients: tuple[str, ...] = (),
+    tensor_parallel: int = 1,
     memory_bytes: int | None = None,
     device: str = "cpu",
     batch: int = 1,
@@ -101,7 +103,8 @@ def look_ahead(
         scheme: asked for; None: the default, in smaller groups where 128 columns do not fit.
         symmetric: of the table's schemes.
         bits: of the table's rows in groups; None: 4 and 3.
-        overrides, head, format: as for `fewbits.quantize`; overrides as PATTERN=SCHEME.
+        overrides, head, format, clients, tensor_parallel: as for `fewbits.quantize`; overrides as
+            PATTERN=SCHEME.
         memory_bytes, device, batch, context: that the result shall run in; see `forecast`.
         task: see `advise`.
         measured: result of `fewbits compare`; where it is None that of this model, if there is one.
@@ -125,7 +128,8 @@ def look_ahead(
         chosen, why = _scheme(seen, scheme)
         transforms, rounder = parse_method("rtn" if method in (None, "int8") else str(method))
         parsed = tuple(map(parse_override, overrides))
-        made = make_plan(seen, Recipe(rounder, chosen, parsed, head, transforms), format)
+        rounding = Recipe(rounder, chosen, parsed, head, transforms)
+        made = make_plan(seen, rounding, format, clients, tensor_parallel)
         label, notes = chosen.label, [*notes, *why, *made.notes]
         wanted = _wanted(method, chosen, scheme, symmetric, bits)
         hand_back_memory()  # of headers and imports; a run does so too before it is watched

@@ -107,6 +107,8 @@ def quantize(
     seed: int = 0,
     max_memory: int | None = None,
     format: str | None = None,
+    clients: tuple[str, ...] = (),
+    tensor_parallel: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     restart: bool = False,
     progress: Progress | None = None,
@@ -133,6 +135,9 @@ def quantize(
             it stays below. Refused where that cannot be done.
         format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
             model that it cannot hold.
+        clients: that must be able to load the result: "vllm", "vllm==0.24", "transformers", ...; what
+            others would not load is a note.
+        tensor_parallel: devices that a client divides the model between.
         max_shard_bytes: of a weight file.
         restart: throw away what `out` and the unfinished work beside it hold.
         progress: called with (what, done, total).
@@ -156,7 +161,7 @@ def quantize(
     recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
     check_out(out)
-    plan = make_plan(resolve(model), recipe, format)
+    plan = make_plan(resolve(model), recipe, format, clients, tensor_parallel)
     with watch_memory() as memory:
         read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
         if restart:  # after all that may be refused

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fewbits.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from fewbits.clients import Facts, check_clients
 from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, GgufLayout, Placement
 from fewbits.gguf_file import unsupported
@@ -145,17 +146,24 @@ def survey(checkpoint: Checkpoint) -> Survey:
     return Survey(checkpoint, model, targets, matrices, notes, parameter_names, blocks)
 
 
-def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = None) -> Plan:
+def make_plan(
+    source: Path | Survey,
+    recipe: Recipe,
+    format_name: str | None = None,
+    clients: tuple[str, ...] = (),
+    tensor_parallel: int = 1,
+) -> Plan:
     """Decide what becomes of every tensor, from config and headers alone.
 
     Args:
         source: a folder, or what is known of it already.
         recipe: method and schemes.
-        format_name: see `fewbits.quantize`.
+        format_name, clients, tensor_parallel: see `fewbits.quantize`.
 
     Raises:
         InputError: the folder is no checkpoint, the model is quantized already, a scheme fits some
-            modules not (all are named), or the format cannot hold a weight (the reason is given).
+            modules not (all are named), the format cannot hold a weight, or a client that was named
+            would not load it (the reason is given).
     """
     seen = source if isinstance(source, Survey) else survey(open_checkpoint(source))
     checkpoint, model, folder = seen.checkpoint, seen.model, seen.checkpoint.folder
@@ -175,6 +183,8 @@ def make_plan(source: Path | Survey, recipe: Recipe, format_name: str | None = N
     )
     floats = sorted(_float_modules(seen, matrices, placements))
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
+    facts = Facts(placements, floats, layout.name, text_config(model), find_head(model))
+    notes += check_clients(facts, clients, tensor_parallel)
     plan = Plan(
         checkpoint, config, matrices, placements, origins, layout, floats, notes,
         seen.parameter_names, seen.blocks, text_config(model).hidden_size,

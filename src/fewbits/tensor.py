@@ -103,6 +103,46 @@ class QuantizedTensor:
             scheme=replace(self.scheme, granularity="channel"),
         )
 
+    def coarsest(self) -> Self:
+        """The same weights in the largest groups that share a scale: some formats repeat them."""
+        size, columns = self.scheme.group_size, self.shape[1]
+        if size is None:
+            return self
+        count = columns // size
+        for times in range(count, 1, -1):
+            if count % times == 0 and all(
+                bool((part.view(len(part), -1, times) == part[:, ::times, None]).all())
+                for part in (self.scale.contiguous(), self.zero_point.contiguous())
+            ):
+                return self._with_groups(times * size, slice(None, None, times))
+        return self
+
+    def regrouped(self, size: int | None) -> Self:
+        """The same weights in smaller groups, their scales repeated; None: as they are.
+
+        Args:
+            size: columns, a divisor of a group's.
+        """
+        own = self.scheme.group_size or self.shape[1]
+        if size is None or size == self.scheme.group_size:
+            return self
+        return self.per_row()._with_groups(
+            size, torch.arange(self.shape[1] // own).repeat_interleave(own // size)
+        )
+
+    def _with_groups(self, size: int, which: slice | Tensor) -> Self:
+        whole = size == self.shape[1]
+        return replace(
+            self,
+            scale=self.scale[:, which].contiguous(),
+            zero_point=self.zero_point[:, which].contiguous(),
+            scheme=replace(
+                self.scheme,
+                granularity="channel" if whole else "group",
+                group_size=None if whole else size,
+            ),
+        )
+
     def rows(self, which: slice | Tensor) -> Self:
         """Some of its rows; with granularity "tensor" they have its one scale."""
         own = slice(None) if self.scheme.granularity == "tensor" else which
