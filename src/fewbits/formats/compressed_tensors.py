@@ -232,8 +232,7 @@ class CompressedTensors:
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """By exact name first, then by pattern, then by the class "Linear", as its clients do."""
         names = {module, name.removesuffix(".weight")}
-        ignored = setting(config, ("ignore",), list[str], [])
-        if any(_match(target, names) is not None for target in ignored):
+        if any(_match(target, names) is not None for target in _targets(config, "ignore")):
             return None
         group = _group(config, names)
         return None if group is None else _scheme(group, config)
@@ -264,7 +263,10 @@ def _codes(name: str, tensors: Mapping[str, Tensor], bits: int) -> Tensor:
 
 
 def _unpack(name: str, packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """Packed along the second axis without gaps; until May 2026 (0.18) only whole codes in each word."""
+    """Packed along the second axis without gaps; until May 2026 (0.18) only whole codes in each word.
+
+    The number of words tells them apart, for 3 bits of any multiple of 32 and from 160 columns on.
+    """
     (rows, columns), in_word = shape, 32 // bits
     words = packing.packed_columns(columns, bits)
     if packed.dtype != torch.int32 or tuple(packed.shape) not in (
@@ -438,7 +440,7 @@ def _group(config: Mapping[str, Any], names: set[str]) -> Mapping[str, Any] | No
     """The group of the best target: an exact name, a pattern, the class; the first by the alphabet."""
     best: dict[str, tuple[int, Mapping[str, Any]]] = {}  # the last group that names a target has it
     for group in setting(config, ("config_groups",), dict[str, dict[str, Any]], {}).values():
-        for target in setting(group, ("targets",), list[str], []):
+        for target in _targets(group, "targets"):
             rank = _match(target, names)
             if rank is not None:
                 best[target] = rank, group
@@ -481,6 +483,14 @@ def _input_scheme(inputs: _Args) -> InputScheme:
             "accepted are 8 bits of type 'int', symmetric, dynamic, by 'token' or 'tensor'"
         )
     return InputScheme("token" if shared == "token" else "tensor", threshold=0)
+
+
+def _targets(owner: Mapping[str, Any], key: str) -> list[str]:
+    found = owner.get(key)
+    if isinstance(found, list) and all(isinstance(target, str) for target in found):
+        return found  # thousands, asked for each of thousands of weights
+    targets: list[str] = setting(owner, (key,), list[str], [])
+    return targets
 
 
 def _match(target: str, names: set[str]) -> int | None:
