@@ -96,7 +96,6 @@ def test_gptqmodel_packs_the_same_bytes(case):
         (QuantScheme(8), {}, "it holds 4 bits, not 8"),
         (QuantScheme(8, inputs=InputScheme()), {}, "inputs in 8 bits"),
         (ODD, {"stacked": True}, "fused"),
-        (ODD, {"transposed": True}, "(in, out)"),
         (ODD, {"shape": (12, 32)}, "out is 12; accepted are multiples of 8"),
     ],
 )
@@ -227,8 +226,17 @@ def test_several_schemes_and_heads_are_refused():
     both = placed(["h.0.a"]) | placed(["h.0.b"], LOW)  # the same on disk
     assert config_of(both)["zero_point"] is True
     assert LAYOUT.remarks(both) == []
-    [remark] = LAYOUT.remarks({"x": Placement("h.0.experts", LOW, expert=True)})
-    assert "experts" in remark
+
+
+def test_what_not_all_clients_load_is_remarked():
+    placements = {
+        "experts": Placement("h.0.experts", LOW, expert=True),
+        "stored (in, out)": Placement("h.0.fc", LOW, transposed=True),
+        "outside of the blocks": Placement("model.in", LOW),
+    }
+    for what, placement in placements.items():
+        [remark] = LAYOUT.remarks({"x": placement})
+        assert what in remark
 
 
 def test_configurations_of_other_tools_are_read():

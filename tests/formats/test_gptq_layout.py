@@ -186,7 +186,6 @@ def test_another_order_is_no_decoding_of_what_fewbits_wrote():
         (FIRST, QuantScheme(4, symmetric=False), {}, "gptq-v2"),
         (SECOND, QuantScheme(8, inputs=InputScheme()), {}, "inputs in 8 bits"),
         (SECOND, LOW, {"stacked": True}, "fused"),
-        (SECOND, LOW, {"transposed": True}, "(in, out)"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_with_the_reason(layout, scheme, changes, reason):
@@ -399,6 +398,8 @@ def test_what_plain_transformers_does_not_load_is_remarked():
     [several] = SECOND.remarks(placed(given_))
     [head] = SECOND.remarks(placed({"model.layers.0.a": LOW, "lm_head": LOW}))
     [experts] = SECOND.remarks({"x": Placement("model.layers.0.experts", LOW, expert=True)})
+    [stored] = SECOND.remarks({"x": Placement("h.0.fc", LOW, transposed=True)})
+    assert "(in, out)" in stored
     assert "several schemes" in several
     assert "head" in head
     assert "experts" in experts

@@ -26,6 +26,7 @@ from torch import Tensor
 from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.formats.gptq import (
+    EXPERTS,
     base_of,
     check_shapes,
     float_rules,
@@ -85,7 +86,7 @@ class AwqLayout:
         return float16_scales(dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """Other bits than 4, rounded inputs, transposed or stacked weights, ragged outputs."""
+        """Other bits than 4, rounded inputs, stacked weights, outputs that fill no words."""
         reason = refuses_placement(placement, scheme)
         if reason is not None:
             return reason
@@ -188,10 +189,18 @@ class AwqLayout:
         }
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
-        """What of it only some clients read (2026-11, by their sources)."""
-        if any(placement.expert for placement in placements.values()):
-            return ["experts: plain transformers replaces linears only and loads none; gptqmodel does"]
-        return []
+        """What of it only some clients load (tried as in fewbits.formats.gptq)."""
+        values = placements.values()
+        found = {
+            f"experts: {EXPERTS}": any(p.expert for p in values),
+            "weights stored (in, out): plain transformers does not load them, gptqmodel does": any(
+                p.transposed for p in values
+            ),
+            "matrices outside of the blocks: gptqmodel makes them noise, not plain transformers": any(
+                not is_inside(p.module) for p in values
+            ),
+        }
+        return [remark for remark, here in found.items() if here]
 
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """The one scheme, of all modules but heads and those that are named as floats."""

@@ -10,11 +10,11 @@ r"""GPTQ: the layout of AutoGPTQ and GPTQModel, read by more clients than any ot
       "pack_dtype": "int32", "dynamic": {"-:^model\\.layers\\.\\d+\\.mlp\\.gate$": {}},
       "meta": {"quantizer": ["fewbits:0.1"]}}
 
-All is (in, out), the transpose of ours. Granularity "channel" is group_size -1. Version 1
-(checkpoint_format "gptq") stores `zero_point - 1`: a 0 becomes -1 there, which old writers spilled into
-the neighbours and clients read as they please. So it holds symmetric weights only here, and version 2
-("gptq_v2"), which stores the zero point as it is, all. Groups of neighbouring columns are written; read
-are also those of `desc_act`, where `g_idx` gives a group to columns that are no neighbours.
+All is (in, out), the transpose of ours, however the source stores it; granularity "channel" is a group
+size of -1. Version 1 (checkpoint_format "gptq") stores `zero_point - 1`: a 0 becomes -1 there, which old
+writers spilled into the neighbours and clients read as they please. So it holds symmetric weights only
+here, and version 2 ("gptq_v2"), which stores the zero point as it is, all. Groups of neighbouring columns
+are written; those of `desc_act` are read too, where `g_idx` gives a group to columns that are scattered.
 
 What clients honour of the configuration (gptqmodel 7.6.0, optimum 2.3.0 under transformers 5.23, read
 2026-11-26): GPTQModel and vLLM take the first pattern of `dynamic` that matches the start of a module's
@@ -43,7 +43,12 @@ from fewbits.tensor import QuantizedTensor
 from fewbits.untrusted import check_types, shown
 
 _ENDS = (".qweight", ".qzeros", ".scales", ".g_idx")
-_ELSEWHERE = "plain transformers (optimum 2.3) does not load that; gptqmodel does"
+# Tried on tiny models, 2026-11-26: gptqmodel 7.6.0, transformers 5.24 with optimum 2.3.0.
+_WRONG = (
+    "plain transformers (optimum 2.3) fills in noise and says so in a warning only; gptqmodel loads it"
+)
+_REFUSED = "plain transformers (optimum 2.3) does not load that; gptqmodel does"
+EXPERTS = f"{_WRONG} where it calls experts as the source does"
 _LAYOUTS = {1: "gptq", 2: "gptq_v2"}
 
 
@@ -90,7 +95,7 @@ class GptqLayout:
         return float16_scales(dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """Rounded inputs, transposed or stacked weights, sides that fill no words, and zero points."""
+        """Rounded inputs, stacked weights, sides that fill no words; version 1 also zero points."""
         reason = refuses_placement(placement, scheme)
         if reason is not None:
             return reason
@@ -182,7 +187,7 @@ class GptqLayout:
         if len(heads) > 1:
             raise InputError(
                 f"{self.name}: its clients look for codes in the blocks and in the head, not in "
-                f"{' and '.join(sorted(heads))}; accepted is one matrix outside of the blocks"
+                f"{' and '.join(sorted(heads))}; accepted is to leave them in float"
             )
         usual = schemes.most_common(1)[0][0]
         names = _names_by_scheme(placements)
@@ -207,15 +212,18 @@ class GptqLayout:
         }
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
-        """What of it only some clients read (2026-11, by their sources)."""
+        """What of it only some clients load."""
         values = placements.values()
         found = {
-            "several schemes": len({on_disk(p.scheme) for p in values}) > 1,
-            "a head that is quantized": any(not is_inside(p.module) for p in values),
-            "experts": any(p.expert for p in values),
-            "other matrices in float in one block than in the next": _blocks_differ(placements),
+            f"several schemes: {_REFUSED}": len({on_disk(p.scheme) for p in values}) > 1,
+            f"weights stored (in, out): {_REFUSED}": any(p.transposed for p in values),
+            f"a head that is quantized: {_WRONG}": any(not is_inside(p.module) for p in values),
+            f"experts: {EXPERTS}": any(p.expert for p in values),
+            f"other matrices in float in one block than in the next: {_WRONG}": _blocks_differ(
+                placements
+            ),
         }
-        return [f"{what}: {_ELSEWHERE}" for what, here in found.items() if here]
+        return [remark for remark, here in found.items() if here]
 
     def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
         """By the first rule of `dynamic` that matches, as GPTQModel does; heads as `lm_head` says."""
@@ -306,8 +314,6 @@ def refuses_placement(placement: Placement, scheme: QuantScheme) -> str | None:
         return "inputs in 8 bits, and columns in 16 bits, have no layout in it"
     if placement.stacked:
         return "experts that are fused in one tensor on disk have no layout in it"
-    if placement.transposed:
-        return "weights stored (in, out) have no layout in it"
     return None
 
 
