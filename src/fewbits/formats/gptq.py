@@ -13,8 +13,8 @@ r"""GPTQ: the layout of AutoGPTQ and GPTQModel, read by more clients than any ot
 All is (in, out), the transpose of ours, however the source stores it; granularity "channel" is a group
 size of -1. Version 1 (checkpoint_format "gptq") stores `zero_point - 1`: a 0 becomes -1 there, which old
 writers spilled into the neighbours and clients read as they please. So it holds symmetric weights only
-here, and version 2 ("gptq_v2"), which stores the zero point as it is, all. Groups of neighbouring columns
-are written; those of `desc_act` are read too, where `g_idx` gives a group to columns that are scattered.
+here; version 2 ("gptq_v2") stores the zero point as it is, and holds all. Groups are written of
+neighbours; those of `desc_act` are read too, where `g_idx` gives a group to columns that are scattered.
 
 What clients honour of the configuration (gptqmodel 7.6.0, optimum 2.3.0 under transformers 5.23, read
 2026-11-26): GPTQModel and vLLM take the first pattern of `dynamic` that matches the start of a module's
