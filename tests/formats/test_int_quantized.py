@@ -421,6 +421,15 @@ def test_targets_and_ignored_modules_are_names_patterns_and_classes(tmp_path):
                 )
 
 
+@pytest.mark.parametrize(("target", "is_class"), [
+    ("Linear", True), ("FalconLinear", True), ("Conv1D", False), ("my.Linear", False), ("linear", False),
+])  # fmt: skip
+def test_a_class_of_linears_is_a_target(target, is_class):
+    config = config_of({"X": LOW})
+    config["config_groups"]["group_0"]["targets"] = [target]
+    assert LAYOUT.scheme_of(config, "model.a.weight", "model.a") == (LOW if is_class else None)
+
+
 def test_a_config_that_names_no_format_is_read_by_its_tensors(tmp_path):
     theirs = save_by_the_library(tmp_path / "out", {"group_0": group_of("w8a8")})
     config = read(tmp_path / "out")
@@ -642,6 +651,7 @@ def test_shapes_come_from_headers_and_what_has_none_is_refused():
         ({"X.weight_scale": torch.ones(1)}, "none is there"),
         ({k: t for k, t in low.items() if not k.endswith("_shape")}, "no tensor 'X.weight_shape'"),
         (low | {"X.weight_shape": torch.ones(3)}, "two numbers"),
+        (eight | {"X.weight": eight["X.weight"].flatten()}, "accepted is a matrix"),
     ):
         with pytest.raises(InputError, match=message):
             LAYOUT.shape(config, "X.weight", Stored(wrong))

@@ -160,7 +160,10 @@ class CompressedTensors:
         if by_group and f"{name}_g_idx" not in stored.tensors:
             raise InputError(f"{name} has actorder 'group', but {name}_g_idx is missing")
         if codes == [name]:
-            return stored.tensors[name].shape
+            shape = stored.tensors[name].shape
+            if len(shape) != 2:
+                raise InputError(f"{name} is {shape}; accepted is a matrix of int8")
+            return shape
         return rows_columns(name, {f"{name}_shape": _small(f"{name}_shape", stored)})
 
     def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
@@ -501,7 +504,9 @@ def _match(target: str, names: set[str]) -> int | None:
             return 1 if any(re.match(target[3:], name) for name in names) else None
         except re.error as error:
             raise InputError(f"quantization_config: {shown(target)} is no pattern: {error}") from None
-    return 2 if target == "Linear" else None
+    # A class, which the library asks the module for. Those of linears with a forward of their own are
+    # named after it, as FalconLinear.
+    return 2 if target.isidentifier() and target.endswith("Linear") else None
 
 
 def _patterns(members: set[str], others: set[str]) -> list[str]:
