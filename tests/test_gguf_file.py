@@ -17,6 +17,7 @@ from fewbits.checkpoint import TensorInfo, open_checkpoint
 from fewbits.errors import InputError
 from fewbits.formats import Placement
 from fewbits.formats.gguf import BLOCKS, GgufLayout
+from fewbits.formats.gguf_k import LABEL, Q4K, dequantize_k
 from fewbits.gguf_file import open_gguf, unsupported, write_gguf
 from fewbits.gguf_models import rotary
 from fewbits.scheme import QuantScheme
@@ -135,6 +136,22 @@ def test_names_of_a_source_without_its_prefix_come_back(sources, tmp_path):
     checkpoint = open_gguf(tmp_path / "model.gguf")
     assert set(checkpoint.tensors) == set(bare) - {"h.0.attn.bias"}
     assert torch.equal(checkpoint.read("wpe.weight"), bare["wpe.weight"])
+
+
+def test_blocks_of_q4_k_are_written_and_read_as_floats(tmp_path):
+    config, tensors, _ = quantized(REFERENCE, None)
+    names = [name for name in tensors if name.endswith("q_proj.weight")]
+    blocks = {name: Q4K()(tensors[name]) for name in names}
+    config["quantization_config"] = {"weights": dict.fromkeys(names, LABEL)}
+    mixed = {f"{n}_blocks" if n in blocks else n: blocks.get(n, t) for n, t in tensors.items()}
+    assert not write(tmp_path / "model.gguf", REFERENCE, config, mixed)
+    shutil.copy(REFERENCE / "config.json", tmp_path / "config.json")
+    checkpoint = open_gguf(tmp_path / "model.gguf")
+    assert set(checkpoint.tensors) == set(tensors)
+    assert [note.what.rpartition(": ")[2] for note in checkpoint.notes] == [f"{len(names)} of Q4_K"]
+    for name, tensor in tensors.items():
+        wanted = dequantize_k(blocks[name]).to(torch.bfloat16) if name in blocks else tensor
+        assert torch.equal(checkpoint.read(name), wanted), name
 
 
 # -- what is in the file ---------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _describe(
     for tensor in stored:
         sizes[tensor.kind] += product(tensor.shape)
     common = sizes.most_common(1)[0][0]
-    whole = "ALL_F32" if common == "F32" else f"MOSTLY_{common}"
+    whole = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}.get(common, f"MOSTLY_{common}")
     writer.add_file_type(int(gguf.LlamaFileType[whole]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     widened = [t for t in stored if t.kind == "F32" and t.dtype != torch.float32]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbits.checkpoint import CONFIG, TensorInfo, check_config
 from fewbits.errors import InputError, first_line
+from fewbits.formats import gguf_k
 from fewbits.formats.gguf import BLOCKS
 from fewbits.gguf_header import MAX_TENSORS, block_sizes, product
 from fewbits.untrusted import shown
@@ -23,6 +24,8 @@ from fewbits.untrusted import shown
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 END = "_blocks"
+# The types of blocks that are written. What is in Q4_K is read as floats: it holds no integers of ours.
+_BY_LABEL = {block.label: block.kind for block in BLOCKS} | {gguf_k.LABEL: gguf_k.KIND}
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +290,10 @@ def left_out(model: Model, names: list[str]) -> str:
 
 def _kind(info: TensorInfo, label: str | None, place: Place) -> str:
     if label is not None:
-        block = next((block for block in BLOCKS if block.label == label), None)
-        if block is None:
-            raise InputError(f"tensor {info.name} is {shown(label)}; accepted are blocks of GGUF")
-        return block.kind
+        if label not in _BY_LABEL:
+            accepted = ", ".join(_BY_LABEL)
+            raise InputError(f"tensor {info.name} is {shown(label)}; accepted are {accepted}")
+        return _BY_LABEL[label]
     if info.dtype not in KINDS:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in KINDS)
         raise InputError(f"tensor {info.name} is {info.dtype}; GGUF takes {accepted}")
