@@ -249,12 +249,12 @@ class GgufLayout:
         """
         stored, block = _stored(name, tensors, scheme)
         blocks = stored.reshape(-1, block.size_bytes).clone()
-        none, one = (_elsewhere(_with_codes(blocks, block, code), block)[:, 0] for code in (0, 1))
+        none, one = (_elsewhere(_with_codes(blocks, block, code), block, shape)[:, 0] for code in (0, 1))
         scale = one - none
         points = (-none / scale).round()
         blocks[:, : block.head_bytes] = 0
         blocks[:, 1] = 0x3C  # 1 in float16
-        codes = _elsewhere(blocks, block)
+        codes = _elsewhere(blocks, block, shape)
         if scheme.symmetric:
             codes, points = codes + scheme.middle, torch.full(scale.shape, float(scheme.middle))
         rows, columns = shape
@@ -370,9 +370,10 @@ def _with_codes(blocks: Tensor, block: Block, code: int) -> Tensor:
     return changed
 
 
-def _elsewhere(blocks: Tensor, block: Block) -> Tensor:
-    """(n, 32) float32 values by the gguf library."""
+def _elsewhere(blocks: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+    """(n, 32) float32 values by the gguf library, which takes rows of a matrix at a time."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[block.kind]
-    return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), kind))
+    rows = blocks.reshape(shape[0], -1)
+    return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind)).reshape(-1, BLOCK)
