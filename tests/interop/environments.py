@@ -15,7 +15,10 @@ HF = ["transformers==5.23.0", "safetensors==0.8.0", "tokenizers==0.23.3"]
 # Calls of pip, one after the other: torch first, lest an open range fetches another.
 RECIPES: dict[str, list[list[str]]] = {
     "llama-cpp": [["numpy==2.2.6"], ["llama-cpp-python==0.3.36", "gguf==0.19.0"]],
-    "transformers-ct": [TORCH, [*HF, "compressed-tensors==0.20.0", "psutil==7.2.2", "gguf==0.19.0"]],
+    "transformers-ct": [
+        TORCH,
+        [*HF, "compressed-tensors==0.20.0", "psutil==7.2.2", "gguf==0.19.0", "accelerate==1.15.0"],
+    ],
     "transformers-ct-0.17": [TORCH, [*HF, "compressed-tensors==0.17.0", "psutil==7.2.2"]],
     "gptqmodel": [
         TORCH,

@@ -14,6 +14,8 @@ class Rule(NamedTuple):
     message: str
 
 
+GARBAGE = "loads it without an exception, and computes something else"
+
 REFUSED = [
     # fewbits has a format of its own for these, which no other client reads.
     Rule("fewbits", "compressed-tensors", "*", "gpt2", "weights stored (in, out) have no layout in it"),
@@ -21,11 +23,18 @@ REFUSED = [
         "fewbits", "compressed-tensors", "* asymmetric", "mixtral",
         "its clients do not load asymmetric experts",
     ),
+    Rule("fewbits", "gptq", "* asymmetric", "*", "version 1 cannot hold a zero point of 0"),
+    Rule("fewbits", "awq", "int8", "*", "it holds 4 bits, not 8"),
 ]  # fmt: skip
 WITHOUT_OPTION = "You set `ignore_mismatched_sizes` to `False`"  # of asymmetric ones
 UNREAD = [
     # 3-bit codes lie across words since 0.18.
     Rule("*0.17", "compressed-tensors", "int3", "*", "You set `ignore_mismatched_sizes` to `False`"),
+    # Experts have the source's names, as vLLM reads them; here modules of other names are looked for,
+    # and what is not found is random.
+    Rule("gptqmodel", "gptq*", "*", "mixtral", "Missing required quantized weights in checkpoint"),
+    Rule("gptqmodel", "awq", "*", "mixtral", GARBAGE),
+    Rule("transformers, gptqmodel", "*", "*", "mixtral", GARBAGE),
 ]
 
 

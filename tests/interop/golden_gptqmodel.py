@@ -23,7 +23,9 @@ CONFIGS = {
         bits=4, group_size=group_size, sym=False, format=FORMAT.GPTQ_V2, device="cpu"
     ),
     "gptq-3bit": lambda: GPTQConfig(bits=3, group_size=group_size, sym=True, device="cpu"),
-    "gptq-8bit": lambda: GPTQConfig(bits=8, group_size=-1, sym=True, device="cpu"),
+    "gptq-8bit": lambda: GPTQConfig(
+        bits=8, group_size=-1, sym=True, act_group_aware=False, device="cpu"
+    ),
     "awq": lambda: AWQConfig(bits=4, group_size=group_size, format=FORMAT.GEMM, device="cpu"),
 }
 tokenizer = AutoTokenizer.from_pretrained(model)

@@ -60,31 +60,38 @@ def path(name: str, work: Path) -> Path:
     return work / "golden" / GOLDEN[name].kind
 
 
-def make(name: str, work: Path) -> Path:
-    """Folder of a golden checkpoint, made unless it is there."""
+def prepare(name: str, work: Path) -> None:
+    """Make its tool and its source."""
+    environments.build(GOLDEN[name].environment, work / GOLDEN[name].environment)
+    checkpoints.write("golden", "llama", TINY, work / "models")
+
+
+def make(name: str, work: Path) -> str:
+    """Make one, unless it is there; why its tool did not."""
     golden, folder = GOLDEN[name], path(name, work)
     marker = folder.with_suffix(".made")
     recipe = json.dumps([environments.RECIPES[golden.environment], golden.kind, TINY])
     if marker.exists() and marker.read_text() == recipe:
-        return folder
-    environments.build(golden.environment, work / golden.environment)
-    checkpoints.write("golden", "llama", TINY, work / "models")
-    samples = work / "samples.npy"
-    np.save(samples, np.random.default_rng(1).integers(TINY["vocab_size"], size=SAMPLES))
+        return ""
+    prepare(name, work)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
+    samples = folder.with_suffix(".npy")
+    np.save(samples, np.random.default_rng(1).integers(TINY["vocab_size"], size=SAMPLES))
     more = [str(samples), golden.kind, str(GROUP_SIZE)] if golden.tiny else [golden.kind]
     script = HERE / ("golden_gptqmodel.py" if golden.tiny else "golden_llamacpp.py")
     python = work / golden.environment / "bin" / "python"
     with folder.with_suffix(".log").open("w") as log:
-        subprocess.run(
+        done = subprocess.run(
             [str(python), str(script), str(source_of(name, work)), str(folder), *more],
-            check=True, stdout=log, stderr=log, env=os.environ | environments.QUIET,
+            check=False, stdout=log, stderr=log, env=os.environ | environments.QUIET,
         )  # fmt: skip
+    if done.returncode:
+        return f"its tool fails, see {folder.with_suffix('.log').relative_to(checkpoints.ROOT)}"
     marker.write_text(recipe)
-    return folder
+    return ""
 
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or GOLDEN:
-        print(make(chosen, checkpoints.ROOT / "build" / "interop"))
+        print(chosen, make(chosen, checkpoints.ROOT / "build" / "interop") or "is there")
