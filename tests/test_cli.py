@@ -217,7 +217,7 @@ def test_an_interrupted_run_exits_130_and_keeps_what_is_finished(model, tmp_path
     assert run(*command).exit_code == 130
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    monkeypatch.setattr("fewbits.steps._round", interrupt)  # the first block: one step is finished
+    monkeypatch.setattr("fewbits.steps.round_held", interrupt)  # the first block: one step is finished
     assert run(*command).exit_code == 130
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
     monkeypatch.undo()
@@ -230,7 +230,7 @@ def test_unfinished_work_of_other_arguments_is_refused_until_it_is_thrown_away(
     model, tmp_path, monkeypatch
 ):
     command = ("quantize", model, tmp_path / "out", "--group-size", "32")
-    monkeypatch.setattr("fewbits.steps._round", interrupt)
+    monkeypatch.setattr("fewbits.steps.round_held", interrupt)
     assert run(*command).exit_code == 130
     monkeypatch.undo()
     words = ("another unfinished run", "'w4-g32'", "'w3-g32'", "--restart")

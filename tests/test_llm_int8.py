@@ -107,9 +107,8 @@ def test_without_a_large_input_it_is_plain_w8a8_and_says_so(source, tmp_path):
     assert not any("outlier" in name for name in tensors(tmp_path / "out"))
     assert any("leave out that inputs" in note.what for note in result.ledger.notes)
     assert any("plain W8A8" in note.what for note in result.ledger.notes)
-    plain = quantize(
-        source, tmp_path / "plain", method="llm-int8", scheme=QuantScheme.parse("w8-channel-a8-token")
-    )
+    scheme = QuantScheme.parse("w8-channel-a8-token")
+    plain = quantize(source, tmp_path / "plain", method="llm-int8", scheme=scheme, format="fewbits")
     ours, theirs = tensors(tmp_path / "out"), tensors(plain.out)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -241,7 +241,7 @@ def test_our_own_format_is_written_when_asked_for(checkpoint):
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(checkpoint):
-    with pytest.raises(InputError, match="'gguf7' is unknown; accepted are compressed-tensors, fewbits"):
+    with pytest.raises(InputError, match="'gguf7' is unknown; accepted are compressed-tensors, gptq, "):
         make_plan(checkpoint("llama"), Recipe(RTN(), G32), "gguf7")
 
 
