@@ -229,6 +229,7 @@ def tokenizer_json(**changes):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "its way to split text"),
         ({"model": {"type": "Unigram", "vocab": []}}, "tokenizers of type 'Unigram'"),
         ({"pre_tokenizer": None}, "its way to split text"),
+        ({"normalizer": {"type": "Lowercase"}}, "its normalizer"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_follow_otherwise_is_left_out_with_a_note(
@@ -265,6 +266,15 @@ def test_byte_fallback_is_written_with_scores_in_the_order_of_merges(tmp_path):
     assert fields["tokenizer.ggml.token_type"] == [2, 3, 6, 1, 1, 1, 1, 1, 4, 5]
     scores = fields["tokenizer.ggml.scores"]
     assert scores[6] > scores[7] > scores[3] == scores[4]
+
+
+def test_half_a_character_in_a_token_is_refused(tmp_path):
+    text = tokenizer_json()
+    text["added_tokens"][0]["content"] = "\ud800"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    config, tensors, _ = quantized(REFERENCE, None)
+    with pytest.raises(InputError, match=r"tokenizer\.json is not understood"):
+        write(tmp_path / "model.gguf", tmp_path, config, tensors)
 
 
 def test_more_tokens_than_the_embedding_has_are_refused(tmp_path):

@@ -23,10 +23,14 @@ def add_tokenizer(writer: Any, folder: Path, size: int) -> list[Note]:
             reason = _add_vocabulary(writer, tokenizer, size)
             if reason is None:
                 _add_special(writer, folder)
+                _check_text(writer.kv_data[0])
         except InputError:
             raise
         except Exception as error:  # of a stranger's JSON, whatever is in it
             raise InputError(f"{path} is not understood: {first_line(error)}") from None
+    if reason is None and _is_metaspace(tokenizer) and _prefix_space(tokenizer):
+        what = "llama.cpp puts a space before every text, this tokenizer not before one that has its own"
+        return [Note("fact", path.name, what)]
     if reason is None:
         return []
     writer.add_tokenizer_model("no_vocab")
@@ -39,9 +43,11 @@ def _add_vocabulary(writer: Any, tokenizer: dict[str, Any], size: int) -> str | 
     model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
     if model.get("type") != "BPE":
         return f"tokenizers of type {shown(model.get('type'))} are not written"
-    splits = _splits(tokenizer.get("pre_tokenizer"))
+    splits, normalizer = _splits(tokenizer.get("pre_tokenizer")), tokenizer.get("normalizer")
     by_bytes = bool(model.get("byte_fallback"))
     if not by_bytes:
+        if normalizer is not None and normalizer.get("type") != "NFC":
+            return f"its normalizer, {shown(normalizer)}, is none that llama.cpp has"
         known = table()["tokenizers"].items()
         ignores = bool(model.get("ignore_merges"))
         pre = next(
@@ -111,7 +117,7 @@ def _splits(pre: dict[str, Any] | None) -> list[str]:
 def _prefix_space(tokenizer: dict[str, Any]) -> bool | None:
     """Whether a space is put before a text; None where spaces become something else than "▁"."""
     normalizer, pre = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
-    if pre is not None and pre.get("type") == "Metaspace" and normalizer is None:
+    if pre is not None and _is_metaspace(tokenizer) and normalizer is None:
         plain = pre.get("replacement") == "▁" and not pre.get("split", True)
         return pre.get("prepend_scheme") != "never" if plain else None
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
@@ -120,6 +126,23 @@ def _prefix_space(tokenizer: dict[str, Any]) -> bool | None:
     if pre is not None or replace not in steps or any(s not in (replace, prepend) for s in steps):
         return None
     return prepend in steps
+
+
+def _is_metaspace(tokenizer: dict[str, Any]) -> bool:
+    return (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+
+
+def _check_text(keys: dict[str, Any]) -> None:
+    """Whether all of it is UTF-8: JSON may hold halves of characters.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for key in keys.values():
+        texts = key.value if isinstance(key.value, list) else [key.value]
+        for text in texts:
+            if isinstance(text, str):
+                text.encode()
 
 
 def _add_special(writer: Any, folder: Path) -> None:
@@ -134,6 +157,8 @@ def _add_special(writer: Any, folder: Path) -> None:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        gguf.SpecialVocab(folder, load_merges=by_merges).add_to_gguf(writer, quiet=True)
+        special = gguf.SpecialVocab(folder, load_merges=by_merges)
+        special.add_special_token.setdefault("bos", False)  # llama.cpp's own default depends
+        special.add_to_gguf(writer, quiet=True)
     finally:
         logger.setLevel(level)
