@@ -18,8 +18,9 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 _TINY: dict[str, dict[str, Any]] = {
-    "qwen3": _COMMON | {"head_dim": 64},  # q_proj is (512, 256)
-    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 256, "n_inner": 768, "n_head": 8, "n_positions": 128}
+    # Heads are wider than hidden / heads; of GGUF, transformers takes their width to be 128.
+    "qwen3": _COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 256, "n_head": 8, "n_positions": 128}
     | {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
     "opt": {key: value for key, value in _COMMON.items() if key != "intermediate_size"}
     | {"ffn_dim": 768, "word_embed_proj_dim": 256, "tie_word_embeddings": True},

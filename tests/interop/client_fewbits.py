@@ -21,7 +21,9 @@ from fewbits.linear import ExpertLinears
 
 def run(job: dict[str, Any], tokens: np.ndarray, prompt: np.ndarray) -> Answer:
     model = fewbits.load(job["checkpoint"], dtype=torch.float32)
-    if job["rounded_inputs"]:
+    if job.get("table"):
+        round_gelu(model)
+    elif job["rounded_inputs"]:
         round_inputs(model, Path(job["checkpoint"]) / "model.gguf")
     else:
         source = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32)
@@ -63,6 +65,14 @@ def round_inputs(model: nn.Module, file: Path) -> None:
                 raise ValueError(f"{path} is {name} there, which is not among {sorted(kinds)}")
             how = _INPUTS[kind]
             module.register_forward_pre_hook(lambda _, inputs, how=how: (how(inputs[0]), *inputs[1:]))
+
+
+def round_gelu(model: nn.Module) -> None:
+    """llama.cpp looks GELU up in a table of float16."""
+    for module in model.modules():
+        if "GELU" in type(module).__name__:
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(),))
+            module.register_forward_hook(lambda *given: given[2].half().float())
 
 
 def _eight_bits(x: Tensor) -> Tensor:

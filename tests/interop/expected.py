@@ -25,6 +25,7 @@ REFUSED = [
     ),
     Rule("fewbits", "gptq", "* asymmetric", "*", "version 1 cannot hold a zero point of 0"),
     Rule("fewbits", "awq", "int8", "*", "it holds 4 bits, not 8"),
+    Rule("fewbits", "gguf", "*", "opt", "llama.cpp does not know this architecture"),
 ]  # fmt: skip
 WITHOUT_OPTION = "You set `ignore_mismatched_sizes` to `False`"  # of asymmetric ones
 UNREAD = [
@@ -35,6 +36,12 @@ UNREAD = [
     Rule("gptqmodel", "gptq*", "*", "mixtral", "Missing required quantized weights in checkpoint"),
     Rule("gptqmodel", "awq", "*", "mixtral", GARBAGE),
     Rule("transformers, gptqmodel", "*", "*", "mixtral", GARBAGE),
+    Rule("transformers", "gguf", "*", "mixtral", GARBAGE),  # as a llama, without experts
+    # It looks for nn.Linear where gpt2 has Conv1D.
+    Rule("transformers, gptqmodel", "gptq*", "int4*", "gpt2", "has no attribute 'weight'"),
+    Rule(
+        "transformers, gptqmodel", "awq", "*", "gpt2", "cannot access local variable 'has_been_replaced'"
+    ),
 ]
 
 
