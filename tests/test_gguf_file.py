@@ -26,9 +26,22 @@ from fewbits.tensor import quantize_tensor
 from models import tiny_checkpoint
 
 LAYOUT = GgufLayout()
-KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gpt2")
+ALONE = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gpt2",
+)  # read without config.json
+KINDS = (*ALONE, "gemma2", "gemma3_text")
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
-SPECIAL = {"mixtral": {"rms_norm_eps": 1e-5}, "qwen3_moe": {"norm_topk_prob": True}}
+SPECIAL = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention"] * 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +101,10 @@ def test_a_model_comes_back_bit_for_bit(kind, label, sources, tmp_path):
     for beside in (False, True):  # a config.json
         if beside:
             (tmp_path / "config.json").write_text(json.dumps(config))
+        elif kind not in ALONE:
+            with pytest.raises(InputError, match=r"config\.json beside"):
+                open_gguf(tmp_path / "model.gguf")
+            continue
         checkpoint = open_gguf(tmp_path / "model.gguf")
         assert not checkpoint.notes
         assert checkpoint.dtype == torch.bfloat16
@@ -106,7 +123,7 @@ def test_a_model_comes_back_bit_for_bit(kind, label, sources, tmp_path):
         checkpoint.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALONE)
 def test_a_config_is_made_of_the_keys_of_the_file(kind, sources, tmp_path):
     config, tensors, _ = quantized(sources(kind), None)
     write(tmp_path / "model.gguf", sources(kind), config, tensors)
@@ -302,6 +319,31 @@ def test_models_and_settings_that_llama_cpp_does_not_compute_are_refused(sources
     assert "hidden_act is 'gelu'" in unsupported(llama | {"hidden_act": "gelu"})
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rope_type 'dynamic'" in unsupported(llama | {"rope_parameters": dynamic})
+
+
+def test_windows_and_scales_of_attention_that_llama_cpp_does_not_have_are_refused(sources):
+    config = open_checkpoint(sources("gemma2")).config
+    full = ["full_attention", "sliding_attention"]
+    assert "one block in 2" in unsupported(config | {"layer_types": full})
+    assert "query_pre_attn_scalar is 256" in unsupported(config | {"query_pre_attn_scalar": 256})
+    assert "use_bidirectional" in unsupported(config | {"use_bidirectional_attention": True})
+    twice = open_checkpoint(sources("gemma3_text")).config
+    rope = twice["rope_parameters"] | {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    assert "rope_type 'linear' of windows" in unsupported(twice | {"rope_parameters": rope})
+
+
+def test_norms_that_add_1_are_stored_with_it_or_refused(sources, tmp_path):
+    config, tensors, _ = quantized(sources("gemma3_text"), None)
+    write(tmp_path / "model.gguf", sources("gemma3_text"), config, tensors)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    for ours, theirs in (("norm", "output_norm"), ("layers.1.self_attn.q_norm", "blk.1.attn_q_norm")):
+        assert torch.equal(found[f"{theirs}.weight"], tensors[f"model.{ours}.weight"].float() + 1)
+    assert reader.fields["gemma3.rope.freq_base_swa"].contents() == 10000
+    assert reader.fields["gemma3.attention.sliding_window"].contents() == 4
+    tensors["model.norm.weight"] = torch.full((64,), 1e-9, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"model\.norm\.weight has values that are lost beside the 1"):
+        write(tmp_path / "model.gguf", sources("gemma3_text"), config, tensors)
 
 
 def test_llama_3_s_frequencies_are_those_of_transformers():

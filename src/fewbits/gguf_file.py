@@ -59,6 +59,7 @@ __all__ = ["GGUF", "GgufCheckpoint", "ignored", "open_gguf", "unsupported", "wri
 GGUF = "model.gguf"
 # Keys of our own: tensors made float32, what they were, and what the source's names leave out.
 _WIDENED, _DTYPES, _PREFIX = f"{OWN}widened", f"{OWN}dtypes", f"{OWN}prefix"
+_REALS = "epsilon", "freq", "softcapping"  # parts of keys that are float32, not uint32
 _ROPE = "rope_freqs.weight"
 _TRIED = 2**12  # blocks of Q4_1 that are looked at, before the others are taken to be alike; not tuned
 _SLICE = 2**22  # values converted at a time; not tuned
@@ -152,10 +153,10 @@ def _describe(
     writer = gguf.GGUFWriter(None, model.architecture)
     writer.add_type("model")
     fields = dict(rotary(settings)[0])
-    for key, options in table()["keys"].items():
+    for key, options in (table()["keys"] | model.keys).items():
         value = next((settings[name] for name in options if settings.get(name) is not None), None)
         if value is not None:
-            fields[key] = float(value) if "epsilon" in key or "freq" in key else int(value)
+            fields[key] = float(value) if any(part in key for part in _REALS) else int(value)
     for key, value in fields.items():
         kinds: dict[type, Any] = {
             str: writer.add_string, float: writer.add_float32, int: writer.add_uint32,
@@ -349,6 +350,8 @@ def _made_config(path: Path, header: Header, kinds: list[str]) -> dict[str, Any]
             f"{path} stretches its rotary embedding; accepted is one with a {CONFIG} beside"
         )
     kind = fitting[0]
+    if models()[kind].full_every > 1:
+        raise InputError(f"{path} has two rotary embeddings; accepted is one with a {CONFIG} beside")
     config: dict[str, Any] = {"model_type": kind}
     usual = AutoConfig.for_model(kind).to_dict()
     for key, options in table()["keys"].items():

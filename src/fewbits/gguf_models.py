@@ -44,6 +44,12 @@ class Model:
     looked_up: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     requires: dict[str, Any] = field(default_factory=dict)
+    unset: list[str] = field(default_factory=list)
+    full_every: int = 1
+    scale: str | None = None
+    by_width: list[int] = field(default_factory=list)
+    plus_one: list[str] = field(default_factory=list)
+    keys: dict[str, list[str]] = field(default_factory=dict)
     ignores: list[str] = field(default_factory=list)
 
 
@@ -74,13 +80,32 @@ def unsupported(config: dict[str, Any]) -> str | None:
         settings = filled_in(config)
     except InputError as error:
         return str(error)
-    for key, value in models()[kind].requires.items():
-        if key in settings and settings[key] != value:
-            return f"{key} is {shown(settings[key])}; llama.cpp computes {shown(value)} only"
     try:
         rotary(settings)
+        return _differs(models()[kind], settings)
     except InputError as error:
         return str(error)
+
+
+def _differs(model: Model, settings: dict[str, Any]) -> str | None:
+    """The first setting with which llama.cpp would compute something else."""
+    for key, value in model.requires.items():
+        if key in settings and settings[key] != value:
+            return f"{key} is {shown(settings[key])}; llama.cpp computes {shown(value)} only"
+    for key in model.unset:
+        if settings.get(key):
+            return f"{key} is {shown(settings[key])}; llama.cpp does nothing about it"
+    blocks, every = _count(settings, "block_count"), model.full_every
+    if every > 1:
+        full = [kind == "full_attention" for kind in settings.get("layer_types") or []]
+        if full != [i % every == every - 1 for i in range(blocks)]:
+            return f"layer_types do not have one block in {every} in full attention, the last, as llama.cpp does"
+    if model.scale is not None:
+        wide = blocks in model.by_width
+        width = settings["hidden_size"] // settings["num_attention_heads"]
+        wanted = width if wide else settings["head_dim"]
+        if settings[model.scale] != wanted:
+            return f"{model.scale} is {shown(settings[model.scale])}; llama.cpp takes {wanted}"
     return None
 
 
@@ -109,7 +134,16 @@ def filled_in(config: dict[str, Any]) -> dict[str, Any]:
             settings["head_dim"] = hidden // heads
         if "n_inner" in settings and settings["n_inner"] is None:
             settings["n_inner"] = 4 * settings["n_embd"]
-        settings["rope_theta"] = (settings.get("rope_parameters") or {}).get("rope_theta")
+        rope = settings.get("rope_parameters") or {}
+        if "full_attention" in rope:  # one for each kind of block
+            windows = rope.get("sliding_attention") or {}
+            if windows.get("rope_type", "default") != "default":
+                raise InputError(f"rope_type {shown(windows['rope_type'])} of windows is not written")
+            settings["rope_theta_of_windows"] = windows.get("rope_theta")
+            settings["rope_parameters"] = rope = rope["full_attention"]
+        settings["rope_theta"] = rope.get("rope_theta")
+    except InputError:
+        raise
     except Exception as error:  # configs fail in as many ways as there are architectures
         raise InputError(f"config.json is not understood by transformers: {first_line(error)}") from None
     return settings
@@ -165,7 +199,7 @@ class Place:
         target: name in the container, without ".weight" or ".bias".
         heads: in which its rows are reordered; 0: they are not.
         stack: which expert it is, of how many; None: it is none.
-        transposed, single, looked_up: as gguf_models.toml has them.
+        transposed, single, looked_up, plus_one: as gguf_models.toml has them.
     """
 
     target: str
@@ -174,6 +208,7 @@ class Place:
     transposed: bool = False
     single: bool = False
     looked_up: bool = False
+    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +264,7 @@ def places_of(kind: str, settings: dict[str, Any]) -> dict[str, Place]:
                 transposed=short in model.transposed,
                 single=short in model.single,
                 looked_up=short in model.looked_up,
+                plus_one=short in model.plus_one,
             )
 
     for module in model.outside:
@@ -336,7 +372,13 @@ def to_disk(stored: Stored, tensor: Tensor) -> Tensor:
     if stored.kind in FLOATS:
         if stored.place.transposed and tensor.ndim == 2:
             tensor = tensor.t()
-        tensor = tensor.to(FLOATS[stored.kind])
+        exact, tensor = tensor, tensor.to(FLOATS[stored.kind])
+        if stored.place.plus_one:
+            tensor = tensor + 1
+            if not torch.equal(from_disk(stored, tensor, exact.dtype), exact):
+                raise InputError(
+                    f"{stored.sources[0]} has values that are lost beside the 1 that GGUF adds to them"
+                )
     return _reorder(tensor, stored.place.heads).contiguous()
 
 
@@ -345,5 +387,5 @@ def from_disk(stored: Stored, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = _reorder(tensor, stored.place.heads, back=True)
     if tensor.dtype == torch.uint8:
         return tensor
-    tensor = tensor.to(dtype)
+    tensor = (tensor - 1 if stored.place.plus_one else tensor).to(dtype)
     return tensor.t() if stored.place.transposed and tensor.ndim == 2 else tensor

@@ -123,7 +123,18 @@ def _prefix_space(tokenizer: dict[str, Any]) -> bool | None:
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = {"type": "Prepend", "prepend": "▁"}
-    if pre is not None or replace not in steps or any(s not in (replace, prepend) for s in steps):
+    # Spaces are none any more where it would split.
+    idle = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    if (
+        pre not in (None, idle)
+        or replace not in steps
+        or any(s not in (replace, prepend) for s in steps)
+    ):
         return None
     return prepend in steps
 
