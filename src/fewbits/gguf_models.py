@@ -99,7 +99,7 @@ def _differs(model: Model, settings: dict[str, Any]) -> str | None:
     if every > 1:
         full = [kind == "full_attention" for kind in settings.get("layer_types") or []]
         if full != [i % every == every - 1 for i in range(blocks)]:
-            return f"layer_types do not have one block in {every} in full attention, the last, as llama.cpp does"
+            return f"layer_types: llama.cpp has one block in {every} in full attention, the last of them"
     if model.scale is not None:
         wide = blocks in model.by_width
         width = settings["hidden_size"] // settings["num_attention_heads"]
