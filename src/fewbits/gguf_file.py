@@ -13,6 +13,8 @@ their source under keys of our own, which clients do not look at, so that readin
 written, bit for bit.
 
 Of files that others wrote, blocks that hold our integers are given as they are, all else as floats.
+Blocks of Q4_K (`formats.gguf_k`, called "q4_k" in quantization_config) are written too, and read as
+floats: they hold no integers of ours.
 """
 
 import io

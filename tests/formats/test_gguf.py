@@ -99,6 +99,7 @@ def test_scales_below_zero_multiply_as_they_are():
     exact = x.double() @ read.dequantize(torch.float64).t()
     size = x.double().abs() @ read.dequantize(torch.float64).abs().t()
     for kernel in (Reference, Int4Pack):
+        assert kernel.refuses(read, torch.bfloat16, torch.device("cpu")) is None
         made = kernel(read, torch.bfloat16, torch.device("cpu"))
         error = (made(x).double() - exact).abs()
         # of an operand, and of the result: half a step of bfloat16 each; sums are float32
