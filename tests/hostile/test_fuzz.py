@@ -25,8 +25,10 @@ from fewbits.advice import read_measured
 from fewbits.calibration import read_calibration
 from fewbits.checkpoint import hash_json, open_checkpoint, read_header
 from fewbits.comparison import read_comparison
+from fewbits.convert import open_quantized
 from fewbits.evaluate import load_tokenizer
 from fewbits.ledger import read_ledger
+from fewbits.load import open_model
 from fewbits.plan import make_plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
@@ -167,6 +169,19 @@ def header(raw: bytes) -> st.SearchStrategy[bytes]:
     )
 
 
+def head_of_gguf(raw: bytes) -> st.SearchStrategy[bytes]:
+    """A GGUF file of which the keys, the list of tensors or a little of each is changed."""
+    middle = raw.index(b"tokenizer.ggml.tokens") + 100  # what follows is names, most of the header
+    names = raw.rindex(b"token_embd.weight")
+    return st.one_of(
+        changed_bytes(raw[:middle]).map(lambda head: head + raw[middle:]),
+        changed_bytes(raw[names - 2000 : names + 200]).map(
+            lambda part: raw[: names - 2000] + part + raw[names + 200 :]
+        ),
+        changed_bytes(raw),
+    )
+
+
 def ledgers(raw: bytes) -> st.SearchStrategy[bytes]:
     """A ledger whose own hash is right, or not."""
 
@@ -184,7 +199,7 @@ def ledgers(raw: bytes) -> st.SearchStrategy[bytes]:
 
 def read_tensors(folder: Path) -> None:
     """Headers, and every tensor that they promise."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model(folder)
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
@@ -230,6 +245,12 @@ READERS = {
     "index": Reader("sharded", INDEX, either, read_tensors),
     "config": Reader("whole", "config.json", either, plan_or_skeleton),
     "load": Reader("result", "config.json", either, fewbits.load),
+    "gptq": Reader("gptq", "config.json", either, fewbits.load),
+    "awq": Reader("awq", "config.json", either, fewbits.load),
+    "w8a8": Reader("w8a8", "config.json", either, fewbits.load),
+    "gguf": Reader("gguf", "model.gguf", head_of_gguf, read_tensors),
+    "gguf_config": Reader("gguf", "config.json", either, fewbits.load),
+    "convert": Reader("gptq", "config.json", either, lambda f: open_quantized(f).schemes),
     "generation": Reader("whole", "generation_config.json", either, fewbits.load),
     "tokenizer": Reader("whole", "tokenizer.json", either, tokens),
     "tokenizer_config": Reader("whole", "tokenizer_config.json", either, tokens),
@@ -272,12 +293,19 @@ def bases(whole, tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
     made = {
         name: root / name
-        for name in ("whole", "result", "pickled", "sharded", "compared", "tasks", "task_txt")
-    }
+        for name in (
+            "whole", "result", "pickled", "sharded", "compared", "tasks", "task_txt",
+            "gptq", "awq", "gguf", "w8a8",
+        )
+    }  # fmt: skip
     copied(whole, made["whole"])
     (made["whole"] / "text.jsonl").write_text(ROWS)
     (made["whole"] / "text.txt").write_text("one\n<|endoftext|>\ntwo\n")
     fewbits.quantize(made["whole"], made["result"], scheme=QuantScheme(4, "group", 32))
+    for name in ("gptq", "awq", "gguf"):
+        scheme = QuantScheme(4, "group", 32, symmetric=name == "gptq")
+        fewbits.quantize(made["whole"], made[name], scheme=scheme, format=name)
+    fewbits.quantize(made["whole"], made["w8a8"], scheme=QuantScheme.parse("w8-channel-a8-token"))
     checkpoint = open_checkpoint(whole)
     for name in ("pickled", "sharded"):
         copied(whole, made[name])
