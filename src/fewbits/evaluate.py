@@ -19,7 +19,8 @@ from fewbits.calibration import SELF, Calibration, read_calibration
 from fewbits.checkpoint import CONFIG, carried_files, check_config, read_json, resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
-from fewbits.load import load
+from fewbits.gguf_header import read_header
+from fewbits.load import find_gguf, load
 from fewbits.structure import quiet_transformers, skeleton, text_config
 from fewbits.text import Text, read_text, windows
 from fewbits.untrusted import check_file
@@ -27,6 +28,7 @@ from fewbits.untrusted import check_file
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 
 DEFAULT_LENGTH = 2048
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _MAX_TOKENIZER = 2**28  # bytes of a file; vocabularies of 260,000 tokens take 3 * 10**7
 _LOGITS = 2**26  # logits held at a time for one model: 256 MB in float32; not tuned
 _TOKENS = 2**12  # run at a time, at least one window; not tuned
@@ -208,7 +210,7 @@ def check_windows(length: int | None, limit: int | None) -> None:
 
 
 def load_tokenizer(model: str | Path | Any) -> Any:
-    """The tokenizer beside a model. Code that it brings is never run.
+    """The tokenizer beside a model, or in its GGUF file. Code that it brings is never run.
 
     Raises:
         InputError: there is none, it needs code of its own, or a file of it is a link out of the folder.
@@ -216,12 +218,17 @@ def load_tokenizer(model: str | Path | Any) -> Any:
     from transformers import AutoTokenizer
 
     where = model if isinstance(model, str | Path) else model.config.name_or_path
-    folder = resolve(where)
+    path = resolve(where)
+    folder = path if path.is_dir() else path.parent
     _check_tokenizer(folder)
+    file, more = find_gguf(path), {}
+    if file is not None and not any((folder / name).is_file() for name in _TOKENIZERS):
+        read_header(file)  # strictly, before transformers does
+        more = {"gguf_file": file.name}
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
+                folder, trust_remote_code=False, local_files_only=True, **more
             )
         size = len(tokenizer)
     except Exception as error:  # a missing tokenizer shows itself in many ways

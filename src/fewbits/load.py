@@ -74,12 +74,22 @@ def open_model(path: Path) -> Checkpoint:
     Raises:
         InputError: as `open_checkpoint` and `open_gguf`, or several GGUF files.
     """
+    file = find_gguf(path)
+    return open_checkpoint(path) if file is None else open_gguf(file)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the one in a folder without other weights.
+
+    Raises:
+        InputError: there are several.
+    """
     if path.is_dir() and has_weights(path):
-        return open_checkpoint(path)
+        return None
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if len(files) > 1:
         raise InputError(f"{path} holds {', '.join(f.name for f in files)}; accepted is one of them")
-    return open_gguf(files[0]) if files else open_checkpoint(path)
+    return files[0] if files else None
 
 
 @contextmanager
