@@ -18,11 +18,12 @@ from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
-from fewbits.tensor import Note, QuantizedTensor
+from fewbits.tensor import Levels, Note, QuantizedTensor
 from fewbits.transforms import Transform
 from fewbits.wiring import Wiring, find_wiring
 from oracles import half_step
 
+TWO_LEVEL = QuantScheme.parse("w4-g32-asym-k")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,6 +36,8 @@ def schemes(*granularities: str | int) -> list[QuantScheme]:
 
 
 def fits(scheme: QuantScheme, columns: int) -> bool:
+    if scheme.two_level:
+        return columns % 256 == 0
     return scheme.group_size is None or columns % scheme.group_size == 0
 
 
@@ -47,12 +50,26 @@ def random_weight(
     """Codes and zero points anywhere on the grid; scales from 0.5 to 1.5, or drawn from `scales`."""
     grid = (1, 1) if scheme.granularity == "tensor" else (shape[0], scheme.groups(shape[1]))
     codes = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    if scheme.two_level:
+        return _random_two_level(codes, small=scales is not None)
     scale = torch.rand(grid) + 0.5 if scales is None else scales[torch.randint(len(scales), grid)]
     if scheme.symmetric:
         zero_point = torch.full(grid, 2 ** (scheme.bits - 1), dtype=torch.uint8)
     else:
         zero_point = torch.randint(0, 2**scheme.bits, grid, dtype=torch.uint8)
     return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme)
+
+
+def _random_two_level(codes: Tensor, small: bool) -> QuantizedTensor:
+    """Any counts; or with `small` a half as both steps, and scales of a half and 1."""
+    rows, columns = codes.shape
+    steps = torch.rand(rows, columns // 256, 2) / 64
+    counts = torch.randint(0, 64, (rows, columns // 32, 2), dtype=torch.uint8)
+    if small:
+        steps, counts[..., 0] = torch.full_like(steps, 0.5), counts[..., 0] % 2 + 1
+    levels = Levels(steps.half(), counts)
+    points = torch.zeros(rows, columns // 32, dtype=torch.uint8)
+    return QuantizedTensor(codes, levels.scale, points, TWO_LEVEL, levels=levels)
 
 
 def assert_same(result: QuantizedTensor, expected: QuantizedTensor) -> None:
@@ -62,6 +79,12 @@ def assert_same(result: QuantizedTensor, expected: QuantizedTensor) -> None:
         ours, theirs = getattr(result, field), getattr(expected, field)
         assert ours.dtype == theirs.dtype, field
         assert torch.equal(ours, theirs), field
+    assert (result.levels is None) == (expected.levels is None)
+    if result.levels is not None and expected.levels is not None:
+        for name in ("steps", "counts"):
+            ours, theirs = getattr(result.levels, name), getattr(expected.levels, name)
+            assert ours.dtype == theirs.dtype, name
+            assert torch.equal(ours, theirs), name
 
 
 def assert_within_half_a_step(weight: Tensor, quantized: QuantizedTensor) -> None:
@@ -336,7 +359,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_kernel(kernel_class: type[Kernel], device: str = "cpu") -> None:
     """`x @ W.T` within the rounding of operands, sums and result; exact on small integers."""
     held = 0
-    for scheme, shape in product(schemes("tensor", "channel", 4, 32, 96, 256, 512), KERNEL_SHAPES):
+    tried = [*schemes("tensor", "channel", 4, 32, 96, 256, 512), TWO_LEVEL]
+    for scheme, shape in product(tried, KERNEL_SHAPES):
         if not fits(scheme, shape[1]):
             continue
         for dtype, scale_dtype in ((t, s) for t in DTYPES for s in {t, torch.float32}):
@@ -378,7 +402,7 @@ def _check_exact_product(
     if kernel_class.refuses(weight, torch.float32, torch.device(device)) is not None:
         return False
     kernel = kernel_class(weight, torch.float32, torch.device(device))
-    # Multiples of 1/2 below 1024 columns * 8 * 255: 22 bits, of float32's 24.
+    # Multiples of 1/2 below 1024 columns * 8 * 255: 22 bits, of float32's 24. Two levels: below 47.
     x = torch.randint(-8, 9, (3, 2, shape[1])).float().transpose(0, 1)  # not contiguous
     before = x.clone()
     result = kernel(x.to(device)).cpu()
@@ -389,7 +413,16 @@ def _check_exact_product(
 
 def weights(weight: QuantizedTensor) -> Tensor:
     """`oracles.dequantized`, for the larger shapes of the kernels."""
-    return _spread(weight.scale, weight) * (weight.codes.double() - _spread(weight.zero_point, weight))
+    codes = weight.codes.double() - _spread(weight.zero_point, weight)
+    return _spread(weight.scale, weight) * codes - _offset(weight)
+
+
+def _offset(weight: QuantizedTensor) -> Tensor:
+    """What is subtracted from each weight, from the definition."""
+    levels = weight.levels
+    if levels is None:
+        return torch.zeros(())
+    return _spread(levels.steps[..., 1], weight) * _spread(levels.counts[..., 1], weight)
 
 
 def _spread(values: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -413,14 +446,15 @@ def product_and_bound(
     codes, middle, w = weight.codes.double(), weight.scheme.middle, weights(weight)
     exact, size = x.double() @ w.t(), x.double().abs()
     # `terms` are the magnitudes that are summed, `operands` how far rounding moves each weight.
-    terms = (scale * (codes - middle)).abs() + (scale * (point - middle)).abs()
+    zero = scale * (middle - point) - _offset(weight)
+    terms = (scale * (codes - middle)).abs() + zero.abs()
     if kernel_class is Reference:
         terms, operands = w.abs(), half_step(w, dtype)
     elif kernel_class is Int8Pack:  # q * scale
         operands = half_step(scale, dtype) * (codes - middle).abs()
     else:  # (c - 8) * scale + zero, with both rounded
         operands = half_step(scale, dtype) * (codes - middle).abs()
-        operands += half_step(scale * (point - middle), dtype) * (point != middle)
+        operands += half_step(zero, dtype) * (zero != 0)
         if kernel_class is Int4PackCuda:  # tensor cores multiply weights of the dtype
             operands += half_step(w.abs() + operands, dtype)
         else:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fewbits.errors import InputError
-from fewbits.methods import GPTQ, RTN, WeightedRTN
+from fewbits.methods import GPTQ, Q4K, RTN, WeightedRTN
 from fewbits.recipe import Recipe, parse_method, parse_override
 from fewbits.scheme import QuantScheme
 from fewbits.structure import Matrix
@@ -32,6 +32,18 @@ EXPERT = Matrix(
 
 def caught(scheme, schemes):
     return {name.removesuffix(".weight") for name, given in schemes.items() if given == scheme}
+
+
+def test_two_levels_of_scales_go_with_their_method_alone():
+    two = QuantScheme.parse("w4-g32-asym-k")
+    assert Recipe(Q4K(), two, overrides=(("*", QuantScheme(8)),)).name == "q4_k"
+    for method in (RTN(), GPTQ()):
+        with pytest.raises(InputError, match="accepted with it is q4_k"):
+            Recipe(method, overrides=(("*", two),))
+    with pytest.raises(InputError, match="q4_k with scheme w8-channel; accepted is w4-g32-asym-k"):
+        Recipe(Q4K(), QuantScheme(8))
+    with pytest.raises(InputError, match="without transforms"):
+        Recipe(Q4K(), two, transforms=(AWQ(),))
 
 
 def test_every_matrix_but_the_head_gets_the_scheme():
@@ -137,7 +149,7 @@ def test_a_name_stands_for_transforms_and_a_method_and_back(name, transforms, me
     "name", ["", "gptqq", "gptq+awq", "gptq+gptq", "awq+awq", "awq+", "+gptq", "int8"]
 )
 def test_another_name_is_refused_with_those_there_are(name):
-    with pytest.raises(InputError, match="accepted are rtn, weighted-rtn, gptq, llm-int8, awq"):
+    with pytest.raises(InputError, match="accepted are rtn, weighted-rtn, gptq, llm-int8, q4_k, awq"):
         parse_method(name)
 
 

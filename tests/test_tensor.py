@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import oracles
-from checks import FLOATS, assert_same, random_weight, schemes
+from checks import FLOATS, TWO_LEVEL, assert_same, random_weight, schemes
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
-from fewbits.tensor import Note, QuantizedTensor, dequantize, quantize_tensor
+from fewbits.tensor import Levels, Note, QuantizedTensor, dequantize, quantize_tensor
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -104,6 +106,44 @@ def test_quantize_tensor_reproduces_a_weight_that_lies_on_its_grid():
 def test_two_equal_weights_are_quantized_alike():
     weight = torch.randn(5, 16)
     assert_same(quantize_tensor(weight, QuantScheme(4)), quantize_tensor(weight.clone(), QuantScheme(4)))
+
+
+def test_two_levels_subtract_in_float32_whatever_they_are_given_in():
+    weight = random_weight(TWO_LEVEL, (5, 512))
+    steps, counts = (t.double() for t in (weight.levels.steps, weight.levels.counts))
+    scale, offset = ((steps[..., i, None] * counts.unflatten(1, (2, 8))[..., i]) for i in (0, 1))
+    codes = weight.codes.unflatten(1, (2, 8, 32)).double()
+    exact = (scale[..., None] * codes - offset[..., None]).reshape(5, 512)
+    assert torch.equal(weight.scale.double(), scale.reshape(5, 16))
+    assert torch.equal(weight.offset.double(), offset.reshape(5, 16))
+    assert torch.equal(weight.dequantize(), exact.float())  # both products are exact: one rounding
+    assert torch.equal(weight.dequantize(torch.float64), exact.float().double())
+    assert torch.equal(weight.dequantize(torch.bfloat16), exact.float().bfloat16())
+
+
+def test_two_levels_stay_through_rows_and_joins_and_have_no_other_groups():
+    weight = random_weight(TWO_LEVEL, (5, 512))
+    parts = [weight.rows(slice(0, 2)), weight.rows(torch.tensor([2, 3, 4]))]
+    assert torch.equal(parts[1].dequantize(), weight.dequantize()[2:])
+    assert_same(QuantizedTensor.concatenate(parts), weight)
+    assert weight.per_row() is weight
+    assert weight.coarsest() is weight
+    assert weight.regrouped(32) is weight
+    with pytest.raises(InputError, match="no groups of 64"):
+        weight.regrouped(64)
+
+
+def test_levels_go_with_their_scheme_alone():
+    weight = random_weight(TWO_LEVEL, (5, 512))
+    for scheme in (TWO_LEVEL, QuantScheme(4, "group", 32, symmetric=False)):
+        levels = None if scheme.two_level else weight.levels
+        with pytest.raises(InputError, match="levels of scales"):
+            QuantizedTensor(weight.codes, weight.scale, weight.zero_point, scheme, levels=levels)
+    short = Levels(weight.levels.steps[:, :1], weight.levels.counts)
+    with pytest.raises(InputError, match="levels of scales"):
+        replace(weight, levels=short)
+    with pytest.raises(InputError, match="method q4_k alone"):
+        quantize_tensor(torch.randn(5, 512), TWO_LEVEL)
 
 
 def test_a_note_reads_as_one_line():

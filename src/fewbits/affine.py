@@ -42,6 +42,10 @@ def choose_qparams(
     low, high = low.to(working_dtype(weight)), high.to(working_dtype(weight))
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise InputError("the weight contains NaN or infinity; accepted are finite weights")
+    if scheme.two_level:
+        raise InputError(
+            f"{scheme.label} is rounded to by method q4_k alone; accepted are other schemes"
+        )
     absmax = torch.maximum(low.abs(), high.abs())
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid
     if scheme.symmetric:
@@ -87,11 +91,17 @@ def dequantize(
     zero_point: Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype = torch.float32,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """`scale * (code - zero_point)`, computed in float32 and then rounded to `dtype`: (out, in)."""
-    working = torch.float64 if dtype == torch.float64 else torch.float32
+    """`scale * (code - zero_point)`, computed in float32 and then rounded to `dtype`: (out, in).
+
+    With an offset (out, groups), that is subtracted in float32, whatever `dtype`: as llama.cpp does.
+    """
+    working = torch.float64 if dtype == torch.float64 and offset is None else torch.float32
     parts = parts_of(codes, scheme).to(working, copy=True)
     parts.sub_(zero_point.to(working)[..., None]).mul_(scale.to(working)[..., None])
+    if offset is not None:
+        parts.sub_(offset.to(working)[..., None])
     return parts.reshape(codes.shape).to(dtype)
 
 

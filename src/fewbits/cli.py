@@ -50,7 +50,8 @@ Method = Annotated[
     str,
     typer.Option(
         help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. llm-int8: inputs "
-        "in 8 bits too, but for outlier columns. With --calibration: gptq, awq, awq+gptq, weighted-rtn."
+        "in 8 bits too, but for outlier columns. q4_k: Q4_K of llama.cpp. With --calibration: gptq, "
+        "awq, awq+gptq, weighted-rtn."
     ),
 ]
 Calibration = Annotated[
@@ -99,7 +100,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         help="compressed-tensors, gptq, gptq-v2, awq, gguf or fewbits.  [default: the first, or the "
-        "last where it cannot hold the model]"
+        "last where it cannot hold the model; q4_k: gguf]"
     ),
 ]
 
@@ -203,6 +204,13 @@ def _scheme(
         )
     if threshold is not None and last != "llm-int8":
         raise InputError(f"--threshold with --method {method}; accepted is --method llm-int8")
+    if last == "q4_k":
+        for option, given, fine in (("bits", bits, 4), ("group-size", group_size, "32")):
+            if given not in (None, fine):
+                raise InputError(f"--method q4_k with --{option} {given}; accepted is {fine}")
+        if per_tensor:
+            raise InputError("--method q4_k with --per-tensor; accepted is --method rtn")
+        return QuantScheme(4, "group", 32, symmetric=False, two_level=True)
     if last == "llm-int8":
         limit = 6.0 if threshold is None else threshold
         inputs = InputScheme("tensor" if per_tensor else "token", limit, calibrated and limit > 0)

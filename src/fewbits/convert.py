@@ -250,6 +250,10 @@ def _recipe(view: Dequantized, target: Format, requantize: bool) -> Recipe:
 
 def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> QuantScheme:
     """The scheme itself if the format holds it, else the first that loses little."""
+    if scheme.two_level:
+        if target.refuses(_placement(matrix, scheme), scheme) is None:
+            return scheme
+        scheme = replace(scheme, two_level=False)
     columns = matrix.rows_columns[1]
     sizes = [scheme.group_size, *(size for size in (128, 64, 32) if columns % size == 0), None]
     more = sorted(bits for bits in BITS if bits >= scheme.bits)
@@ -260,13 +264,16 @@ def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> Quan
                 granularity = "channel" if size is None else "group"
                 other = QuantScheme(bits, granularity, size, symmetric)  # type: ignore[arg-type]
                 kept = scheme if other == on_disk(replace(scheme, inputs=None)) else other
-                place = Placement(
-                    matrix.module, kept, matrix.kind == "expert", matrix.stacked, matrix.transposed,
-                    matrix.own_forward, matrix.rows_columns,
-                )  # fmt: skip
-                if target.refuses(place, kept) is None:
+                if target.refuses(_placement(matrix, kept), kept) is None:
                     return kept
     return scheme  # the plan says why not
+
+
+def _placement(matrix: Matrix, scheme: QuantScheme) -> Placement:
+    return Placement(
+        matrix.module, scheme, matrix.kind == "expert", matrix.stacked, matrix.transposed,
+        matrix.own_forward, matrix.rows_columns,
+    )  # fmt: skip
 
 
 class _Conversion(Steps):
@@ -284,9 +291,8 @@ class _Conversion(Steps):
         scales = target.scales(self.plan.info(name).dtype)
         done = []
         for weight in self.view.weights(name):
-            exact = (
-                _in_dtype(weight, scales.stored) if on_disk(weight.scheme) == on_disk(scheme) else None
-            )
+            same = on_disk(weight.scheme) == on_disk(scheme)
+            exact = _in_dtype(weight, scales.stored) if same else None
             if exact is not None and weight.order is None:
                 done.append(exact)
                 continue
@@ -328,7 +334,9 @@ class _Conversion(Steps):
 
 
 def _in_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor | None:
-    """The same with its scales in `dtype`; None if that would round them."""
+    """The same with its scales in `dtype`; None if that would round them. Two levels have their own."""
+    if weight.levels is not None:
+        return weight
     scale = weight.scale.to(dtype)
     same = torch.equal(scale.to(torch.float64), weight.scale.to(torch.float64))
     return replace(weight, scale=scale) if same else None

@@ -258,9 +258,9 @@ def _as_floats(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 def open_gguf(path: Path) -> GgufCheckpoint:
     """Read config and headers of a file.
 
-    The config is that of a config.json beside it, else what the file's keys say. Matrices in Q8_0, Q4_0
-    and Q4_1 are `X.weight_blocks`, and `quantization_config` names their schemes; what is in another
-    type, or no matrix, is given as floats, and a note says how many of which.
+    The config is that of a config.json beside it, else what the file's keys say. Matrices in Q8_0, Q4_0,
+    Q4_1 and Q4_K are `X.weight_blocks`, and `quantization_config` names their schemes; what is in
+    another type, or no matrix, is given as floats, and a note says how many of which.
 
     Raises:
         InputError: a header that is not as it should be, an architecture or a tensor that is not known.
@@ -444,7 +444,7 @@ def _label(
         file.seek(begin)
         data = bytearray(file.read(count * block.size_bytes))
     try:
-        block.unpack(torch.frombuffer(data, dtype=torch.uint8).reshape(count, -1))
+        block.read(torch.frombuffer(data, dtype=torch.uint8).reshape(count, -1))
     except InputError:
         return None
     return block.label

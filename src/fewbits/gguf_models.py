@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fewbits.checkpoint import CONFIG, TensorInfo, check_config
 from fewbits.errors import InputError, first_line
-from fewbits.formats import gguf_k
 from fewbits.formats.gguf import BLOCKS
 from fewbits.gguf_header import MAX_TENSORS, block_sizes, product
 from fewbits.untrusted import shown
@@ -24,8 +23,7 @@ from fewbits.untrusted import shown
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 END = "_blocks"
-# The types of blocks that are written. What is in Q4_K is read as floats: it holds no integers of ours.
-_BY_LABEL = {block.label: block.kind for block in BLOCKS} | {gguf_k.LABEL: gguf_k.KIND}
+_BY_LABEL = {block.label: block.kind for block in BLOCKS}  # the types that are written
 
 
 @dataclass(frozen=True, slots=True)

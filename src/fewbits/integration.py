@@ -567,6 +567,10 @@ def give_back(linear: QuantizedLinear) -> QuantizedTensor:
     """
     if linear.order is not None:
         raise InputError("a weight whose groups are not of neighbouring columns cannot be saved")
+    if linear.scheme.two_level:
+        raise InputError(
+            f"a weight in {linear.scheme.label} cannot be saved: kernels do not keep its levels"
+        )
     kernel = linear.kernel
     weight = _from_kernel(linear)
     device = next(kernel.buffers()).device

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from torch import Tensor
+
 from fewbits.checkpoint import (
     LEDGER,
     TensorInfo,
@@ -18,7 +20,7 @@ from fewbits.checkpoint import (
     read_json,
 )
 from fewbits.errors import InputError
-from fewbits.tensor import Note, QuantizedTensor
+from fewbits.tensor import Levels, Note, QuantizedTensor
 from fewbits.untrusted import check_types, counts, shown
 
 Outcome = Literal["quantized", "copied", "folded", "converted", "dropped"]
@@ -46,9 +48,14 @@ class Codes:
             (len(weights), *weights[0].shape) if stacked else weights[0].shape,
             hash_tensors([w.codes for w in weights]),
             hash_tensors([w.scale for w in weights]),
-            hash_tensors([w.zero_point for w in weights]),
+            hash_tensors([t for w in weights for t in points(w.zero_point, w.levels)]),
             hash_tensors([t for o in kept for t in (o.columns, o.weight)]) if kept else None,
         )
+
+
+def points(zero_point: Tensor, levels: Levels | None) -> list[Tensor]:
+    """What is hashed as zero points: with two levels of scales also what those are made of."""
+    return [zero_point] if levels is None else [zero_point, levels.steps, levels.counts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,9 +39,9 @@ from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, differences, discard, remove_at_once
 from fewbits.ledger import Ledger, plain, read_ledger
 from fewbits.memory import Memory, watch_memory
-from fewbits.methods import RTN, LLMInt8, Method
+from fewbits.methods import Q4K, RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
-from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Recipe, parse_method
+from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.steps import Steps
 from fewbits.stream import fast_dtype
@@ -125,7 +125,8 @@ def quantize(
         method: rounds each matrix; round to nearest by default. A name like "gptq" or "awq+gptq"
             stands for a method and the transforms before it.
         scheme: 4 bits in groups of 128 by default; for "llm-int8" 8 bits by channel, inputs by token,
-            with the outlier columns that calibration finds, or without it those of each call.
+            with the outlier columns that calibration finds, or without it those of each call; for "q4_k"
+            its own.
         overrides: (pattern, scheme or None for float); see `Recipe`.
         head: quantize the output head too.
         transforms: rewrite each block before it is rounded, like `AWQ()`.
@@ -134,7 +135,7 @@ def quantize(
         max_memory: bytes of anonymous memory that the process may take; the work is divided so that
             it stays below. Refused where that cannot be done.
         format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
-            model that it cannot hold.
+            model that it cannot hold; "gguf" for method "q4_k".
         clients: that must be able to load the result: "vllm", "vllm==0.24", "transformers", ...; what
             others would not load is a note.
         tensor_parallel: devices that a client divides the model between.
@@ -268,6 +269,8 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _default_scheme(method: Method, calibrated: bool) -> QuantScheme:
+    if isinstance(method, Q4K):
+        return Q4_K_SCHEME
     if not isinstance(method, LLMInt8):
         return DEFAULT_SCHEME
     return replace(LLM_INT8_SCHEME, inputs=InputScheme(static=calibrated))

@@ -14,7 +14,7 @@ from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, GgufLayout, Placement
 from fewbits.gguf_file import unsupported
 from fewbits.recipe import Recipe
-from fewbits.scheme import QuantScheme
+from fewbits.scheme import LEVELS, QuantScheme
 from fewbits.structure import (
     Matrix,
     block_number,
@@ -292,15 +292,22 @@ def _check_fit(
         if info.dtype not in _QUANTIZABLE or info.count == 0:
             offenders.append(f"{name} (shape {info.shape}, {info.dtype})")
             continue
-        size, columns = placement.scheme.group_size, matrices[name].rows_columns[1]
+        scheme, columns = placement.scheme, matrices[name].rows_columns[1]
+        size = LEVELS if scheme.two_level else scheme.group_size
         if size is not None and columns % size:
-            offenders.append(f"{name} ({columns} columns, groups of {size})")
+            what = "blocks" if scheme.two_level else "groups"
+            offenders.append(f"{name} ({columns} columns, {what} of {size})")
     if offenders:
         common = math.gcd(*(matrices[name].rows_columns[1] for name in placements))
+        accepted = f"divisors of {common}, or --group-size none"
+        if any(placement.scheme.two_level for placement in placements.values()):
+            accepted = (
+                f"multiples of {LEVELS} columns; --override gives others another scheme, as w8-g32"
+            )
         raise InputError(
             f"{len(offenders)} of {len(placements)} weights do not fit their scheme: "
             + ", ".join(offenders)
-            + f"; accepted for all of them are divisors of {common}, or --group-size none"
+            + f"; accepted for all of them are {accepted}"
         )
 
 
@@ -317,7 +324,12 @@ def _choose_format(
     placements: dict[str, Placement],
     some_experts_float: str | None,
 ) -> tuple[Format, list[Note]]:
-    """The one asked for; by default compressed-tensors, or our own where that one refuses."""
+    """The one asked for; by default compressed-tensors, or our own where that one refuses.
+
+    Two levels of scales are held by gguf alone.
+    """
+    if format_name is None and any(p.scheme.two_level for p in placements.values()):
+        format_name = "gguf"
     if format_name is not None and format_name not in FORMATS:
         raise InputError(f"format {format_name!r} is unknown; accepted are {', '.join(FORMATS)}")
     chosen = FORMATS[format_name or "compressed-tensors"]

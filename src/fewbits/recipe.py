@@ -7,13 +7,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, RTN, LLMInt8, Method, WeightedRTN
+from fewbits.methods import METHODS, Q4K, RTN, LLMInt8, Method, WeightedRTN
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import Matrix
 from fewbits.transforms import TRANSFORMS, Transform
 
 DEFAULT_SCHEME = QuantScheme(4, "group", 128)
 LLM_INT8_SCHEME = QuantScheme(8, "channel", inputs=InputScheme())
+Q4_K_SCHEME = QuantScheme(4, "group", 32, symmetric=False, two_level=True)
 FLOAT = "float"  # in place of a scheme: leave it alone
 
 
@@ -52,6 +53,18 @@ class Recipe:
             raise InputError(
                 f"static columns in {self.scheme.label} are found by calibration, for method llm-int8; "
                 "accepted with others are columns that are found in each call"
+            )
+
+        two = next((scheme for scheme in schemes if scheme is not None and scheme.two_level), None)
+        if isinstance(self.method, Q4K) and (two is None or self.transforms):
+            what = f"scheme {self.scheme.label}" if two is None else "transforms before it"
+            raise InputError(
+                f"method q4_k with {what}; accepted is {Q4_K_SCHEME.label} without transforms"
+            )
+        if two is not None and not isinstance(self.method, Q4K):
+            raise InputError(
+                f"scheme {two.label} with method {self.name}; accepted with it is q4_k, which "
+                "finds two levels of scales"
             )
 
     @property

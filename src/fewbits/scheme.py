@@ -10,9 +10,10 @@ Granularity = Literal["tensor", "channel", "group"]
 
 BITS = (2, 3, 4, 8)
 _LABEL = re.compile(
-    r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?"
+    r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?(?P<levels>-k)?"
     r"(?:-(?P<inputs>a8-.*))?"
 )
+LEVELS = 256  # columns that share the upper of two levels of scales
 _INPUTS = re.compile(r"a8-(?P<name>token|tensor)(?:-t(?P<threshold>[0-9.e+-]+?)(?P<static>-static)?)?")
 
 
@@ -86,14 +87,17 @@ class QuantScheme:
         symmetric: the zero point is fixed at mid-range and not stored.
         inputs: how the matrix's inputs are rounded; None: they are not. Goes with 8 bits, symmetric,
             and one scale per channel or tensor: what products of integers can be made of.
+        two_level: scales and least values of groups are themselves integers, of 6 bits, times two
+            numbers that 256 columns share, as in Q4_K of llama.cpp. Goes with 4 bits in groups of 32,
+            asymmetric.
 
     Raises:
         InputError: bits outside 2, 3, 4, 8, or what does not go together.
 
     >>> QuantScheme(4, "group", 128).label
     'w4-g128'
-    >>> QuantScheme.parse("w8-channel-asym")
-    QuantScheme(bits=8, granularity='channel', group_size=None, symmetric=False, inputs=None)
+    >>> QuantScheme.parse("w8-channel-asym") == QuantScheme(8, symmetric=False)
+    True
     """
 
     bits: int
@@ -101,6 +105,7 @@ class QuantScheme:
     group_size: int | None = None
     symmetric: bool = True
     inputs: InputScheme | None = None
+    two_level: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -122,13 +127,20 @@ class QuantScheme:
                 f"inputs in 8 bits do not go with {self.bits} bits by {self.granularity}"
                 f"{'' if self.symmetric else ', asymmetric'}; accepted are 8 bits by channel or tensor"
             )
+        fine = (self.bits, self.group_size, self.symmetric) == (4, 32, False)
+        if self.two_level and not fine:
+            raise InputError(
+                f"two levels of scales do not go with {replace(self, two_level=False).label}; "
+                "accepted is w4-g32-asym-k"
+            )
 
     @property
     def label(self) -> str:
-        """Short name, as in reports: `w4-g128`, `w8-tensor-asym`, `w8-channel-a8-token-t6`."""
+        """Short name, as in reports: `w4-g128`, `w4-g32-asym-k`, `w8-channel-a8-token-t6`."""
         shared = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         inputs = "" if self.inputs is None else f"-{self.inputs.label}"
-        return f"w{self.bits}-{shared}" + ("" if self.symmetric else "-asym") + inputs
+        asymmetric = "" if self.symmetric else "-asym"
+        return f"w{self.bits}-{shared}{asymmetric}{'-k' if self.two_level else ''}{inputs}"
 
     @classmethod
     def parse(cls, label: str) -> Self:
@@ -141,13 +153,14 @@ class QuantScheme:
         if match is None:
             raise InputError(
                 f"{label!r} names no scheme; accepted are labels like 'w4-g128', 'w8-channel', "
-                "'w8-tensor', each with an optional '-asym', and 'w8-channel-a8-token-t6'"
+                "'w8-tensor', each with an optional '-asym', 'w8-channel-a8-token-t6', 'w4-g32-asym-k'"
             )
         size = match["size"]
         granularity: Granularity = "group" if size else match["name"]  # type: ignore[assignment]
         group_size = int(size) if size else None
         inputs = None if match["inputs"] is None else InputScheme.parse(match["inputs"])
-        return cls(int(match["bits"]), granularity, group_size, match["asym"] is None, inputs)
+        levels = match["levels"] is not None
+        return cls(int(match["bits"]), granularity, group_size, match["asym"] is None, inputs, levels)
 
     @property
     def middle(self) -> int:
@@ -170,10 +183,12 @@ class QuantScheme:
         """How many scales one row of `columns` inputs has.
 
         Raises:
-            InputError: the group size does not divide `columns`.
+            InputError: the group size, or what two levels of scales take, does not divide `columns`.
         """
         if self.group_size is None:
             return 1
+        if self.two_level and columns % LEVELS:
+            raise InputError(f"two levels of scales take multiples of {LEVELS} columns, not {columns}")
         if columns % self.group_size:
             raise InputError(f"group_size {self.group_size} does not divide {columns} columns")
         return columns // self.group_size

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewbits import affine
 from fewbits.errors import InputError
-from fewbits.scheme import QuantScheme
+from fewbits.scheme import LEVELS, QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,36 @@ class Outliers:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Levels:
+    """Two levels of scales: what scales are made of, and least values, which zero points do not say.
+
+    Args:
+        steps: (out, in / 256, 2) float16: d of the scales, d of the least values.
+        counts: (out, groups, 2) uint8, 0 to 63: how many of each.
+    """
+
+    steps: Tensor
+    counts: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """(out, groups) float32, exactly."""
+        return self._product(0)
+
+    @property
+    def offset(self) -> Tensor:
+        """(out, groups) float32, exactly: `w = scale * code - offset`."""
+        return self._product(1)
+
+    def _product(self, which: int) -> Tensor:
+        counts = self.counts[..., which].float()
+        times = counts.shape[1] // max(1, self.steps.shape[1])
+        return self.steps[..., which].float().repeat_interleave(times, 1) * counts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class QuantizedTensor:
-    """A weight on its grid: `w ~ scale * (codes - zero_point)`.
+    """A weight on its grid: `w ~ scale * (codes - zero_point)`, less the offset of two levels.
 
     Args:
         codes: (out, in) uint8, 0 <= code < 2**bits. Packed only inside formats and kernels.
@@ -47,6 +75,7 @@ class QuantizedTensor:
         outliers: columns that are not on the grid; their codes stand for 0.
         order: (in,) int64, the input that each column of `codes` belongs to, where groups are not of
             neighbours: other tools write such weights. None: as they come.
+        levels: of a scheme with two levels of scales; `scale` is what they give, zero points are 0.
 
     Raises:
         InputError: shapes that do not belong together.
@@ -58,6 +87,7 @@ class QuantizedTensor:
     scheme: QuantScheme
     outliers: Outliers | None = None
     order: Tensor | None = None
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -67,6 +97,10 @@ class QuantizedTensor:
                 f"scale {tuple(self.scale.shape)} and zero point {tuple(self.zero_point.shape)} do "
                 f"not fit codes {(rows, columns)} in {self.scheme.label}; accepted is {grid}"
             )
+        upper, lower = (rows, columns // LEVELS, 2), (*grid, 2)
+        found = self.levels and (tuple(self.levels.steps.shape), tuple(self.levels.counts.shape))
+        if found != ((upper, lower) if self.scheme.two_level else None):
+            raise InputError(f"levels of scales {found} do not fit {self.scheme.label}")
         if self.outliers is not None:
             kept, count = tuple(self.outliers.weight.shape), len(self.outliers.columns)
             if kept != (rows, count):
@@ -80,10 +114,15 @@ class QuantizedTensor:
         rows, columns = self.codes.shape
         return rows, columns
 
+    @property
+    def offset(self) -> Tensor | None:
+        """(out, groups) float32, what two levels of scales subtract; None: nothing."""
+        return None if self.levels is None else self.levels.offset
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights that the codes stand for, (out, in), in the scale's dtype by default."""
         weight = affine.dequantize(
-            self.codes, self.scale, self.zero_point, self.scheme, dtype or self.scale.dtype
+            self.codes, self.scale, self.zero_point, self.scheme, dtype or self.scale.dtype, self.offset
         )
         if self.outliers is not None:
             weight[:, self.outliers.columns] = self.outliers.weight.to(weight.dtype)
@@ -106,7 +145,7 @@ class QuantizedTensor:
     def coarsest(self) -> Self:
         """The same weights in the largest groups that share a scale: some formats repeat them."""
         size, columns = self.scheme.group_size, self.shape[1]
-        if size is None:
+        if size is None or self.levels is not None:
             return self
         count = columns // size
         for times in range(count, 1, -1):
@@ -126,6 +165,8 @@ class QuantizedTensor:
         own = self.scheme.group_size or self.shape[1]
         if size is None or size == self.scheme.group_size:
             return self
+        if self.levels is not None:
+            raise InputError(f"{self.scheme.label} has no groups of {size}; accepted are those it has")
         return self.per_row()._with_groups(
             size, torch.arange(self.shape[1] // own).repeat_interleave(own // size)
         )
@@ -149,12 +190,16 @@ class QuantizedTensor:
         outliers = self.outliers
         if outliers is not None:
             outliers = replace(outliers, weight=outliers.weight[which])
+        levels = self.levels
+        if levels is not None:
+            levels = Levels(levels.steps[which], levels.counts[which])
         return replace(
             self,
             codes=self.codes[which],
             scale=self.scale[own],
             zero_point=self.zero_point[own],
             outliers=outliers,
+            levels=levels,
         )
 
     @classmethod
@@ -173,6 +218,7 @@ class QuantizedTensor:
         orders = {None if part.order is None else tuple(part.order.tolist()) for part in rows}
         if len(orders) > 1:
             raise InputError("matrices whose columns are in different orders cannot be joined")
+        levels = [part.levels for part in rows if part.levels is not None]
         return cls(
             torch.cat([part.codes for part in rows]),
             torch.cat([part.scale for part in rows]),
@@ -180,6 +226,9 @@ class QuantizedTensor:
             rows[0].scheme,
             Outliers(found[0].columns, torch.cat([o.weight for o in found])) if found else None,
             rows[0].order,
+            Levels(torch.cat([x.steps for x in levels]), torch.cat([x.counts for x in levels]))
+            if levels
+            else None,
         )
 
 

@@ -30,7 +30,7 @@ from fewbits.errors import InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format
 from fewbits.formats.packed import on_disk
 from fewbits.gguf_file import open_gguf
-from fewbits.ledger import Codes, Entry, Ledger, read_ledger
+from fewbits.ledger import Codes, Entry, Ledger, points, read_ledger
 from fewbits.load import open_model
 from fewbits.scheme import QuantScheme
 from fewbits.structure import find_head, find_matrices, skeleton
@@ -233,11 +233,12 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
     for i in range(stated.matrices):
         piece = {tensor: values[i] for tensor, values in whole.items()} if stacked else whole
         found = layout.decode(name, piece, scheme, (rows, columns))
-        scale, points = _once(found.scale, scheme), _once(found.zero_point, scheme)
-        if scale is None or points is None:
+        scale, zero_point = _once(found.scale, scheme), _once(found.zero_point, scheme)
+        if scale is None or zero_point is None:
             return [f"{name}: its one scale is not the same in every row"]
-        for part, value in zip(parts.values(), (found.codes, scale, points), strict=True):
-            part.append(value)
+        parts["codes"].append(found.codes)
+        parts["scale"].append(scale)
+        parts["zero_point"] += points(zero_point, found.levels)
     hashes: dict[str, str | None] = {part: hash_tensors(values) for part, values in parts.items()}
     hashes["outliers"] = _hash_outliers(name, tensors)
     return [

@@ -68,6 +68,9 @@ def test_the_reference_refuses_nothing():
     ("label", "dtype", "device", "expected"),
     [
         ("w4-g32", torch.bfloat16, "cpu", "int4pack"),
+        ("w4-g32-asym-k", torch.bfloat16, "cpu", "int4pack"),
+        ("w4-g32-asym-k", torch.float32, "cpu", "reference"),
+        ("w4-g32-asym-k", torch.bfloat16, "cuda", "int4pack-cuda"),
         ("w3-g32-asym", torch.bfloat16, "cpu", "int4pack"),
         ("w2-channel", torch.bfloat16, "cpu", "int4pack"),
         ("w4-g32", torch.float16, "cpu", "reference"),
@@ -85,7 +88,7 @@ def test_the_reference_refuses_nothing():
     ],
 )
 def test_the_first_kernel_that_takes_the_weight_is_chosen(label, dtype, device, expected):
-    weight = random_weight(QuantScheme.parse(label), (16, 128))
+    weight = random_weight(QuantScheme.parse(label), (16, 256))
     name, refusals = choose_kernel(weight, dtype, torch.device(device))
     assert name == expected
     names = list(KERNELS)

@@ -1,17 +1,19 @@
-"""GGUF: the blocks of llama.cpp that hold our integers as they are: Q8_0, Q4_0 and Q4_1.
+"""GGUF: the blocks of llama.cpp that hold our integers as they are: Q8_0, Q4_0, Q4_1 and Q4_K.
 
     X.weight_blocks   uint8 (out, in / 32 * bytes of a block)   each row: its blocks, one after the other
 
     config.json  "quantization_config": {"quant_method": "gguf", "version": 1,
                                          "weights": {"X.weight": "w4-g32", ...}}
 
-A block is 32 columns of one row. Larger groups of a multiple of 32 columns, and whole rows, are held
-exactly by repeating their scale; they are read back as groups of 32. The tensors are those that the
-container reads and writes by the source's names (see fewbits.gguf_file), (out, in) whatever the source's
-orientation; the configuration stands in no file, but is made from the types of the tensors.
+A block is 32 columns of one row, or 256 in Q4_K (see fewbits.formats.gguf_k). Larger groups of a
+multiple of 32 columns, and whole rows, are held exactly by repeating their scale; they are read back as
+groups of 32. The tensors are those that the container reads and writes by the source's names (see
+fewbits.gguf_file), (out, in) whatever the source's orientation; the configuration stands in no file, but
+is made from the types of the tensors.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
+from fewbits.formats.gguf_k import Q4KBlock, as_bytes, as_halves, elsewhere
 from fewbits.formats.layout import Integers, Names, ScaleRange, Stored, as_float16, float16_scales
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
@@ -31,7 +34,7 @@ _END = "_blocks"
 
 
 class Block(Protocol):
-    """One type of block: n of them are (n, `size_bytes`) uint8."""
+    """One type of block, of `size_bytes`; rows of them are (out, in / columns * size_bytes)."""
 
     @property
     def kind(self) -> str:
@@ -42,16 +45,48 @@ class Block(Protocol):
         """Of the scheme that it holds."""
 
     @property
+    def columns(self) -> int:
+        """Of a weight, in one block."""
+
+    @property
     def size_bytes(self) -> int:
         """Of the whole."""
 
-    @property
-    def head_bytes(self) -> int:
-        """What comes before the codes."""
+    def write(self, weight: QuantizedTensor) -> Tensor:
+        """Rows of blocks of a weight, as `GgufLayout.held` gives it.
 
+        Raises:
+            InputError: a number that it does not hold.
+        """
+
+    def read(self, stored: Tensor) -> QuantizedTensor:
+        """The inverse.
+
+        Raises:
+            InputError: a zero point is no integer.
+        """
+
+    def decode(self, stored: Tensor, rows: int) -> Integers:
+        """What `read` gives, by the gguf library, whose float32 values are exact."""
+
+
+class _One(ABC):
+    """Blocks of 32 columns with one scale: n of them are (n, `size_bytes`) uint8.
+
+    `head_bytes` come before the codes.
+    """
+
+    kind: str
+    label: str
+    columns = BLOCK
+    size_bytes: int
+    head_bytes: int
+
+    @abstractmethod
     def pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Blocks of (n, 32) codes, (n,) float16 scales and (n,) zero points."""
 
+    @abstractmethod
     def unpack(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inverse.
 
@@ -59,8 +94,45 @@ class Block(Protocol):
             InputError: a zero point is no integer.
         """
 
+    def write(self, weight: QuantizedTensor) -> Tensor:
+        """Rows of blocks."""
+        codes = weight.codes.reshape(-1, BLOCK)
+        blocks = self.pack(codes, weight.scale.reshape(-1), weight.zero_point.reshape(-1))
+        return blocks.reshape(weight.shape[0], -1)
 
-class Q80:
+    def read(self, stored: Tensor) -> QuantizedTensor:
+        """The inverse."""
+        parts = self.unpack(stored.reshape(-1, self.size_bytes))
+        codes, scale, zero_point = (part.reshape(len(stored), -1) for part in parts)
+        return QuantizedTensor(codes, scale, zero_point, QuantScheme.parse(self.label))
+
+    def decode(self, stored: Tensor, rows: int) -> Integers:
+        """By the gguf library, whose float32 values are exact: they need 19 bits at most.
+
+        A scale is what code 1 has above code 0; codes are what blocks with a scale of 1 and no m give.
+        """
+        blocks = stored.reshape(-1, self.size_bytes).clone()
+        changed, values = blocks.clone(), []
+        for code in (0, 1):
+            changed[:, self.head_bytes :] = code
+            values.append(elsewhere(changed, self.kind, rows, BLOCK)[:, 0])
+        none, one = values
+        scale = one - none
+        points = (-none / scale).round()
+        blocks[:, : self.head_bytes] = 0
+        blocks[:, 1] = 0x3C  # 1 in float16
+        codes = elsewhere(blocks, self.kind, rows, BLOCK)
+        scheme = QuantScheme.parse(self.label)
+        if scheme.symmetric:
+            codes, points = codes + scheme.middle, torch.full(scale.shape, float(scheme.middle))
+        return Integers(
+            codes.to(torch.uint8).reshape(rows, -1),
+            scale.to(torch.float16).reshape(rows, -1),
+            points.to(torch.uint8).reshape(rows, -1),
+        )
+
+
+class Q80(_One):
     """Q8_0: 8 bits, symmetric; `w = d * q`.
 
         byte    0-1          2      3     ...   33
@@ -83,7 +155,7 @@ class Q80:
         return blocks[:, 2:] ^ 128, scale, torch.full(scale.shape, 128, dtype=torch.uint8)
 
 
-class Q40:
+class Q40(_One):
     """Q4_0: 4 bits, symmetric; `w = d * (code - 8)`.
 
         byte    0-1          2                   ...   17
@@ -110,7 +182,7 @@ class Q40:
         return _double(blocks[:, 2:]), scale, torch.full(scale.shape, 8, dtype=torch.uint8)
 
 
-class Q41:
+class Q41(_One):
     """Q4_1: 4 bits, asymmetric; `w = d * code + m`.
 
         byte    0-1          2-3          4                   ...   19
@@ -146,12 +218,13 @@ class Q41:
         return _double(blocks[:, 4:]), scale, zero_point
 
 
-BLOCKS: tuple[Block, ...] = (Q80(), Q40(), Q41())
+BLOCKS: tuple[Block, ...] = (Q80(), Q40(), Q41(), Q4KBlock())
 
 
 def block_of(scheme: QuantScheme) -> Block | None:
     """The block that holds a scheme's integers, whatever its groups; None if none does."""
-    wanted = QuantScheme(scheme.bits, "group", BLOCK, scheme.symmetric).label
+    levels = scheme.two_level
+    wanted = QuantScheme(scheme.bits, "group", BLOCK, scheme.symmetric, two_level=levels).label
     return next((block for block in BLOCKS if block.label == wanted), None)
 
 
@@ -178,24 +251,30 @@ class GgufLayout:
         return float16_scales(dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """What has no block: other bits, 8 bits asymmetric, groups that are no multiple of 32."""
+        """What has no block: other bits, 8 bits asymmetric, groups that are no multiple of a block."""
         if scheme.inputs is not None:
             return "inputs in 8 bits, and columns in 16 bits, have no block in it"
         if placement.stacked:
             return "experts that are fused in one tensor on disk have no place in it yet"
-        if block_of(scheme) is None:
+        block = block_of(scheme)
+        if block is None:
             kind = f"{scheme.bits} bits" + ("" if scheme.symmetric else ", asymmetric")
             return f"{kind}: no block holds these integers; accepted are 4 bits, and 8 bits symmetric"
         if scheme.group_size is not None and scheme.group_size % BLOCK:
             return (
                 f"groups of {scheme.group_size} are no whole blocks; accepted are multiples of {BLOCK}"
             )
-        if placement.shape is not None and placement.shape[1] % BLOCK:
-            return f"rows of {placement.shape[1]} are no whole blocks; accepted are multiples of {BLOCK}"
+        if placement.shape is not None and placement.shape[1] % block.columns:
+            return (
+                f"rows of {placement.shape[1]} are no whole blocks; accepted are multiples of "
+                f"{block.columns}"
+            )
         return None
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
-        """In groups of 32, with scales in float16."""
+        """In groups of 32, with scales in float16; two levels of scales as they are."""
+        if weight.levels is not None:
+            return weight
         weight = weight.per_row()
         columns = weight.shape[1]
         group = weight.scheme.group_size or columns
@@ -221,48 +300,27 @@ class GgufLayout:
             raise InputError(f"{name}: {self.name}: {reason}")
         held = self.held(weight)
         try:
-            blocks = block.pack(
-                held.codes.reshape(-1, BLOCK), held.scale.reshape(-1), held.zero_point.reshape(-1)
-            )
+            return {name + _END: block.write(held)}
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        return {name + _END: blocks.reshape(weight.shape[0], -1)}
 
     def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         """The inverse of `write`; of other tools' blocks too."""
         stored, block = _stored(name, tensors, scheme)
-        rows = stored.shape[0]
         try:
-            codes, scale, zero_point = block.unpack(stored.reshape(-1, block.size_bytes))
+            return block.read(stored)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        return QuantizedTensor(
-            codes.reshape(rows, -1), scale.reshape(rows, -1), zero_point.reshape(rows, -1), scheme
-        )
 
     def decode(
         self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> Integers:
-        """By the gguf library, whose float32 values are exact: they need 19 bits at most.
-
-        A scale is what code 1 has above code 0; codes are what blocks with a scale of 1 and no m give.
-        """
+        """By the gguf library."""
         stored, block = _stored(name, tensors, scheme)
-        blocks = stored.reshape(-1, block.size_bytes).clone()
-        none, one = (_elsewhere(_with_codes(blocks, block, code), block, shape)[:, 0] for code in (0, 1))
-        scale = one - none
-        points = (-none / scale).round()
-        blocks[:, : block.head_bytes] = 0
-        blocks[:, 1] = 0x3C  # 1 in float16
-        codes = _elsewhere(blocks, block, shape)
-        if scheme.symmetric:
-            codes, points = codes + scheme.middle, torch.full(scale.shape, float(scheme.middle))
-        rows, columns = shape
-        return Integers(
-            codes.to(torch.uint8).reshape(rows, columns),
-            scale.to(torch.float16).reshape(rows, -1),
-            points.to(torch.uint8).reshape(rows, -1),
-        )
+        found = block.decode(stored, shape[0])
+        if found.codes.shape != shape:
+            raise InputError(f"{name} is {tuple(found.codes.shape)} instead of {shape}")
+        return found
 
     def tensors(self, name: str) -> Names:
         """The one."""
@@ -274,13 +332,13 @@ class GgufLayout:
         block = None if scheme is None else block_of(scheme)
         if block is None or len(shape) != 2 or shape[1] % block.size_bytes:
             raise InputError(f"{name}{_END} {shape} holds no rows of blocks")
-        return shape[0], shape[1] // block.size_bytes * BLOCK
+        return shape[0], shape[1] // block.size_bytes * block.columns
 
     def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
         """Of its blocks."""
         block = block_of(scheme)
         assert block is not None, "refused before"
-        return rows * (columns // BLOCK) * block.size_bytes
+        return rows * (columns // block.columns) * block.size_bytes
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """Every weight by name, as it is read."""
@@ -301,7 +359,8 @@ class GgufLayout:
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
         """What a client computes otherwise."""
-        if any(not placement.scheme.symmetric for placement in placements.values()):
+        schemes = [placement.scheme for placement in placements.values()]
+        if any(not scheme.symmetric and not scheme.two_level for scheme in schemes):
             return [
                 "asymmetric weights: its clients have -scale * zero_point in float16, which moves a "
                 "weight by up to 15/2048 of a step"
@@ -334,19 +393,9 @@ def _stored(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> tu
     if stored.dtype != torch.uint8 or stored.ndim != 2 or stored.shape[1] % block.size_bytes:
         raise InputError(
             f"{name}{_END} is {tuple(stored.shape)} of {stored.dtype}; accepted in {scheme.label} are "
-            f"rows of {block.size_bytes} bytes for each {BLOCK} columns"
+            f"rows of {block.size_bytes} bytes for each {block.columns} columns"
         )
     return stored, block
-
-
-def as_bytes(values: Tensor) -> Tensor:
-    """(n,) float16 -> (n, 2) uint8."""
-    return values.contiguous().view(torch.uint8).reshape(-1, 2)
-
-
-def as_halves(stored: Tensor) -> Tensor:
-    """The inverse of `as_bytes`."""
-    return stored.contiguous().view(torch.float16).reshape(-1)
 
 
 def _halve(codes: Tensor) -> Tensor:
@@ -361,19 +410,3 @@ def _double(stored: Tensor) -> Tensor:
 def _least(scale: Tensor, zero_point: Tensor) -> Tensor:
     """m of Q4_1; the product of 11 and 4 bits is exact before it is rounded. 0 has no sign."""
     return (0 - scale.float() * zero_point.float()).to(torch.float16)
-
-
-def _with_codes(blocks: Tensor, block: Block, code: int) -> Tensor:
-    """The same blocks with every byte of codes replaced."""
-    changed = blocks.clone()
-    changed[:, block.head_bytes :] = code
-    return changed
-
-
-def _elsewhere(blocks: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
-    """(n, 32) float32 values by the gguf library, which takes rows of a matrix at a time."""
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[block.kind]
-    rows = blocks.reshape(shape[0], -1)
-    return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind)).reshape(-1, BLOCK)

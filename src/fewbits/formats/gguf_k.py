@@ -1,8 +1,7 @@
-"""Q4_K: 4 bits in blocks of 256 with scales of 6 bits; no grid of ours, so a rounding of its own.
+"""Q4_K: 4 bits in blocks of 256 columns, with two levels of scales.
 
 A block has eight parts of 32 columns. Part j has `w = d * s[j] * q - dmin * m[j]`, with s and m from 0
-to 63 and d, dmin in float16: two levels of scales, so no scale in float16 with an integer zero point
-says the same.
+to 63 and d, dmin in float16: no scale in float16 with an integer zero point says the same.
 
     byte   0-1   2-3    4-15            16-47               48-79   ...
            d     dmin   s and m         parts 0, 1          parts 2, 3
@@ -11,236 +10,113 @@ says the same.
       j 0-3      [hi] [ s[j]   ]          hi: bits 4 and 5 of s[4 + j]
       j 4-7      [hi] [ m[j-4] ]          hi: bits 4 and 5 of m[j]
       j 8-11     [m[j-4]][s[j-4]]         their bits 0 to 3
-
-How d, dmin, s, m and q are found: each part's best scale and least value from a row of candidate
-ranges, each followed by a least-squares fit; then, for given d and dmin, the best of nine neighbouring
-pairs of (s, m) of each part; then d and dmin by least squares over the block; the last two a few times,
-keeping the best. Errors are weighted by what the inputs of a column have in them, if that is given.
-
-Beside llama.cpp's quantizer (llama-cpp-python 0.3.36) the error is 0.97 to 0.99 times as large on random
-weights and 0.98 on the reference model's; with importance 0.94 to 0.99, and 0.96 (2026-11-26).
 """
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from fewbits.errors import InputError
-from fewbits.formats.gguf import as_bytes, as_halves
+from fewbits.formats.layout import Integers
+from fewbits.scheme import LEVELS, QuantScheme
+from fewbits.tensor import Levels, QuantizedTensor
 
-BLOCK, PART, BYTES = 256, 32, 144
-KIND, LABEL = "Q4_K", "q4_k"
-_PARTS = BLOCK // PART
-_MOST, _LEVELS = 63, 15
-_SLICE = 2**20  # weights rounded at a time; not tuned
-# Widths of the range that a part is first rounded on, in steps: 15 is from its least to its largest
-# value. Below that it clips. Not tuned beyond random normal weights, 2026-11-26.
-_WIDTHS = tuple(15 + 0.3 * i for i in range(-3, 13))
-_ROUNDS = 4  # of neighbours and least squares; the fifth gains less than 1e-4 of the error
+KIND, LABEL, BYTES = "Q4_K", "w4-g32-asym-k", 144
+_PART = 32
+_PARTS = LEVELS // _PART
+_HEAD = 16  # bytes before the codes
+_ONE = (0x00, 0x3C)  # in float16
+_S, _M = [1] * 4 + [0] * 4 + [1] * 4, [0] * 4 + [1] * 4 + [16] * 4  # every s is 1; every m
 
 
-@dataclass(frozen=True, slots=True)
-class Q4K:
-    """Rounds matrices to blocks of Q4_K.
+class Q4KBlock:
+    """Blocks of Q4_K, in rows.
 
-    Args:
-        rounds: how often neighbours are tried, and d and dmin fitted.
-
-    >>> weight = torch.linspace(-1, 1, 256)[None]
-    >>> blocks = Q4K()(weight)  # a part of large values has its range from 0: m is not negative
-    >>> blocks.shape
-    torch.Size([1, 144])
-    >>> bool((dequantize_k(blocks) - weight).abs().max() <= 1 / 30)  # half a step of 1 / 15
-    True
+    >>> weight = Q4KBlock().read(torch.arange(144, dtype=torch.uint8)[None])
+    >>> weight.levels.counts[0, :, 0].tolist()  # s
+    [4, 5, 6, 7, 12, 13, 14, 15]
+    >>> Q4KBlock().write(weight)[0, :5].tolist()
+    [0, 1, 2, 3, 4]
     """
 
-    rounds: int = _ROUNDS
+    kind, label, columns, size_bytes = KIND, LABEL, LEVELS, BYTES
 
-    def __call__(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Blocks of a matrix.
-
-        Args:
-            weight: (out, in), in a multiple of 256. Not modified.
-            importance: (in,) from 0, by which squared errors of a column count: the mean of its
-                squared inputs. All alike by default.
-
-        Returns:
-            (out, in / 256 * 144) uint8.
-
-        Raises:
-            InputError: the shape does not fit, or values are not finite or beyond float16.
-        """
-        rows, columns = weight.shape
-        if columns % BLOCK:
-            raise InputError(f"rows of {columns} are no whole blocks; accepted are multiples of {BLOCK}")
-        weight = weight.detach().float()
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError("the weight is not finite; accepted are finite numbers")
-        counts = torch.ones(columns) if importance is None else importance.float()
-        if counts.shape != (columns,) or not bool((counts >= 0).all()):
-            raise InputError(
-                f"importance is {tuple(counts.shape)}; accepted are {columns} numbers from 0"
-            )
-        # A column that no input has still gets its nearest code: it may not go anywhere.
-        counts = counts + counts.mean() * 1e-6 + torch.finfo(torch.float32).tiny
-        counts = (counts / counts.mean()).reshape(-1, _PARTS, PART)
-        step = max(1, _SLICE // columns)
-        parts = [
-            self._blocks(weight[i : i + step].reshape(-1, _PARTS, PART), counts)
-            for i in range(0, rows, step)
-        ]
-        return torch.cat(parts).reshape(rows, -1)
-
-    def _blocks(self, x: Tensor, counts: Tensor) -> Tensor:
-        """(n, 8, 32) weights -> (n, 144)."""
-        counts = counts.repeat(len(x) // len(counts), 1, 1)
-        scale, least = _fit_parts(x, counts)
-        d, dmin = (_halves(v.amax(1) / _MOST) for v in (scale, least))
-        best = _neighbours(x, counts, d, dmin, _near(scale, d), _near(least, dmin))
-        for _ in range(self.rounds):
-            d, dmin = _fit_blocks(x, counts, best)
-            found = _neighbours(x, counts, d, dmin, _near(scale, d), _near(least, dmin))
-            again = _neighbours(x, counts, d, dmin, best.s, best.m)
-            best = best.or_better(found).or_better(again)
-        return _pack(best)
-
-
-@dataclass(slots=True)
-class _Rounded:
-    """n blocks: d, dmin (n,); s, m (n, 8); q (n, 8, 32), all float32; error (n,)."""
-
-    d: Tensor
-    dmin: Tensor
-    s: Tensor
-    m: Tensor
-    q: Tensor
-    error: Tensor
-
-    def or_better(self, other: "_Rounded") -> "_Rounded":
-        """Block by block the one with the smaller error."""
-        better = other.error < self.error
-        fields = ("d", "dmin", "s", "m", "q", "error")
-        chosen = {}
-        for name in fields:
-            mine, its = getattr(self, name), getattr(other, name)
-            chosen[name] = torch.where(better.reshape(-1, *[1] * (mine.ndim - 1)), its, mine)
-        return _Rounded(**chosen)
-
-
-def _fit_parts(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and least value (n, 8) of each part, not yet on any grid; the least is given from 0."""
-    low, high = x.amin(2).clamp(max=0), x.amax(2)
-    span = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    best = torch.full_like(low, torch.inf)
-    scale, least = torch.zeros_like(low), torch.zeros_like(low)
-    for width in _WIDTHS:
-        step = span / width
-        q = ((x - low[..., None]) / step[..., None]).round_().clamp_(0, _LEVELS)
-        s, m = _least_squares(x, counts, q)
-        error = (counts * (s[..., None] * q - m[..., None] - x).square()).sum(2)
-        better = (error < best) & (s > 0)
-        best = torch.where(better, error, best)
-        scale, least = torch.where(better, s, scale), torch.where(better, m, least)
-    return scale, least
-
-
-def _least_squares(x: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """What minimizes `counts * (s * q - m - x)**2` over the last axis, with m from 0."""
-    n, nq, nqq = counts.sum(2), (counts * q).sum(2), (counts * q * q).sum(2)
-    nx, nqx = (counts * x).sum(2), (counts * q * x).sum(2)
-    det = n * nqq - nq * nq
-    s, m = (n * nqx - nq * nx) / det, (nq * nqx - nqq * nx) / det
-    alone = nqx / nqq
-    use = (det > 0) & (m >= 0)
-    return torch.where(use, s, alone).nan_to_num(0), torch.where(use, m, 0)
-
-
-def _fit_blocks(x: Tensor, counts: Tensor, now: _Rounded) -> tuple[Tensor, Tensor]:
-    """d and dmin (n,) by least squares over each block, in float16; as they were if there is no fit."""
-    a, b = now.s[..., None] * now.q, now.m[..., None].expand_as(now.q)
-    aa, ab, bb = ((counts * u * v).sum((1, 2)) for u, v in ((a, a), (a, b), (b, b)))
-    ax, bx = ((counts * u * x).sum((1, 2)) for u in (a, b))
-    det = aa * bb - ab * ab
-    d, dmin = (bb * ax - ab * bx) / det, (ab * ax - aa * bx) / det
-    alone = ax / aa
-    both = (det > 1e-6 * aa * bb) & (dmin >= 0) & (d > 0)
-    d = torch.where(both, d, torch.where((bb == 0) & (alone > 0), alone, now.d))
-    dmin = torch.where(both, dmin, now.dmin)
-    d, dmin = (torch.where(v.isfinite(), v, 0) for v in (d, dmin))
-    return _halves(d), _halves(dmin)
-
-
-def _neighbours(x: Tensor, counts: Tensor, d: Tensor, dmin: Tensor, s: Tensor, m: Tensor) -> _Rounded:
-    """For given d and dmin the best codes, part by part: with s and m, or one more or less of each."""
-    best = torch.full_like(s, torch.inf)
-    chosen_s, chosen_m = s, m
-    codes = torch.zeros_like(x)
-    for more_s, more_m in product((0, -1, 1), repeat=2):
-        one, other = (s + more_s).clamp(0, _MOST), (m + more_m).clamp(0, _MOST)
-        scale, least = (d[:, None] * one)[..., None], (dmin[:, None] * other)[..., None]
-        q = ((x + least) / scale).nan_to_num(0, _LEVELS, 0).round_().clamp_(0, _LEVELS)
-        error = (counts * (scale * q - least - x).square()).sum(2)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen_s, chosen_m = torch.where(better, one, chosen_s), torch.where(better, other, chosen_m)
-        codes = torch.where(better[..., None], q, codes)
-    return _Rounded(d, dmin, chosen_s, chosen_m, codes, best.sum(1))
-
-
-def _near(values: Tensor, step: Tensor) -> Tensor:
-    """The nearest multiples of the steps, from 0 to 63."""
-    return (values / step[:, None]).nan_to_num(0, 0, 0).round().clamp(0, _MOST)
-
-
-def _halves(values: Tensor) -> Tensor:
-    """What float16 makes of them, in float32."""
-    halves = values.to(torch.float16)
-    if not bool(torch.isfinite(halves).all()):
-        raise InputError("a weight's scale is beyond float16, which Q4_K has for it")
-    return halves.float()
-
-
-def _pack(found: _Rounded) -> Tensor:
-    s, m, q = (v.to(torch.uint8) for v in (found.s, found.m, found.q))
-    small = torch.cat(
-        [
-            s[:, :4] | (s[:, 4:] >> 4) << 6,
-            m[:, :4] | (m[:, 4:] >> 4) << 6,
-            (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4,
-        ],
-        1,
-    )
-    pairs = q[:, 0::2] | q[:, 1::2] << 4
-    heads = [as_bytes(v.to(torch.float16)) for v in (found.d, found.dmin)]
-    return torch.cat([*heads, small, pairs.reshape(len(q), -1)], 1)
-
-
-def dequantize_k(blocks: Tensor) -> Tensor:
-    """The weights (out, in) in float32 of (out, in / 256 * 144) uint8; as llama.cpp computes them.
-
-    Raises:
-        InputError: no rows of blocks.
-    """
-    if blocks.dtype != torch.uint8 or blocks.ndim != 2 or blocks.shape[1] % BYTES:
-        raise InputError(
-            f"blocks are {tuple(blocks.shape)} of {blocks.dtype}; accepted are rows of {BYTES} bytes"
+    def write(self, weight: QuantizedTensor) -> Tensor:
+        """(out, in / 256 * 144)."""
+        assert weight.levels is not None, "its scheme has them"
+        steps, counts = weight.levels.steps, weight.levels.counts.reshape(-1, _PARTS, 2)
+        s, m = counts.unbind(-1)
+        small = torch.cat(
+            [
+                s[:, :4] | (s[:, 4:] >> 4) << 6,
+                m[:, :4] | (m[:, 4:] >> 4) << 6,
+                (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4,
+            ],
+            1,
         )
-    step = max(1, _SLICE // (blocks.shape[1] // BYTES * BLOCK))
-    return torch.cat(list(_rows(blocks, step)))
+        q = weight.codes.reshape(-1, _PARTS, _PART)
+        pairs = q[:, 0::2] | q[:, 1::2] << 4
+        heads = as_bytes(steps).reshape(-1, 4)
+        return torch.cat([heads, small, pairs.reshape(len(q), -1)], 1).reshape(len(steps), -1)
 
-
-def _rows(blocks: Tensor, step: int) -> Iterator[Tensor]:
-    for start in range(0, max(1, len(blocks)), step):
-        rows = blocks[start : start + step]
-        some = rows.reshape(-1, BYTES)
-        d, dmin = as_halves(some[:, :2]).float(), as_halves(some[:, 2:4]).float()
-        low, middle, high = some[:, 4:16].reshape(-1, 3, 4).unbind(1)
+    def read(self, stored: Tensor) -> QuantizedTensor:
+        """The inverse."""
+        rows, blocks = len(stored), stored.reshape(-1, BYTES)
+        steps = as_halves(blocks[:, :4]).reshape(rows, -1, 2)
+        low, middle, high = blocks[:, 4:_HEAD].reshape(-1, 3, 4).unbind(1)
         s = torch.cat([low & 63, (high & 15) | (low >> 6) << 4], 1)
         m = torch.cat([middle & 63, (high >> 4) | (middle >> 6) << 4], 1)
-        pairs = some[:, 16:].reshape(-1, _PARTS // 2, 1, PART)
-        q = torch.cat([pairs & 15, pairs >> 4], 2).reshape(-1, _PARTS, PART)
-        scale, least = (a[:, None] * b.float() for a, b in ((d, s), (dmin, m)))
-        yield (scale[..., None] * q.float() - least[..., None]).reshape(len(rows), -1)
+        pairs = blocks[:, _HEAD:].reshape(-1, _PARTS // 2, 1, _PART)
+        codes = torch.cat([pairs & 15, pairs >> 4], 2).reshape(rows, -1)
+        levels = Levels(steps, torch.stack([s, m], -1).reshape(rows, -1, 2))
+        scale = levels.scale
+        points = torch.zeros(scale.shape, dtype=torch.uint8)
+        return QuantizedTensor(codes, scale, points, QuantScheme.parse(LABEL), levels=levels)
+
+    def decode(self, stored: Tensor, rows: int) -> Integers:
+        """By the gguf library: one number at a time, the others made 0 or 1."""
+        blocks = stored.reshape(-1, BYTES)
+
+        def found(**parts: list[int]) -> Tensor:
+            changed = blocks.clone()
+            places = {
+                "d": slice(0, 2),
+                "dmin": slice(2, 4),
+                "sm": slice(4, _HEAD),
+                "q": slice(_HEAD, None),
+            }
+            for name, given in parts.items():
+                values = torch.tensor(given, dtype=torch.uint8)
+                changed[:, places[name]] = values
+            return elsewhere(changed, self.kind, rows, _PART)
+
+        one, none = list(_ONE), [0, 0]
+        codes = found(d=one, dmin=none, sm=_S)
+        s, m = found(d=one, dmin=none, q=[0x11]), -found(d=none, dmin=one, q=[0])
+        d, dmin = found(dmin=none, sm=_S, q=[0x11]), -found(d=none, sm=_M, q=[0])
+        scale = found(dmin=none, q=[0x11])[:, 0].reshape(rows, -1)
+        steps = torch.stack([d[::_PARTS, 0], dmin[::_PARTS, 0]], -1).to(torch.float16)
+        counts = torch.stack([s[:, 0], m[:, 0]], -1).to(torch.uint8)
+        return Integers(
+            codes.to(torch.uint8).reshape(rows, -1),
+            scale,
+            torch.zeros(scale.shape, dtype=torch.uint8),
+            Levels(steps.reshape(rows, -1, 2), counts.reshape(rows, -1, 2)),
+        )
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """(n,) float16 -> (n, 2) uint8."""
+    return values.contiguous().view(torch.uint8).reshape(-1, 2)
+
+
+def as_halves(stored: Tensor) -> Tensor:
+    """The inverse of `as_bytes`."""
+    return stored.contiguous().view(torch.float16).reshape(-1)
+
+
+def elsewhere(blocks: Tensor, kind: str, rows: int, width: int) -> Tensor:
+    """(n, width) float32 values by the gguf library, which takes rows of a matrix at a time."""
+    import gguf
+
+    given = blocks.reshape(rows, -1).numpy()
+    found = gguf.quants.dequantize(given, gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(found).reshape(-1, width)

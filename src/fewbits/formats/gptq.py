@@ -35,7 +35,15 @@ from torch import Tensor
 
 from fewbits import packing
 from fewbits.errors import InputError
-from fewbits.formats.layout import Integers, Names, ScaleRange, Stored, as_float16, float16_scales
+from fewbits.formats.layout import (
+    TWO_LEVELS,
+    Integers,
+    Names,
+    ScaleRange,
+    Stored,
+    as_float16,
+    float16_scales,
+)
 from fewbits.formats.packed import on_disk, unpack_elsewhere
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
@@ -310,6 +318,8 @@ def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
 
 def refuses_placement(placement: Placement, scheme: QuantScheme) -> str | None:
     """Why neither of the two layouts can hold a weight; None if they may."""
+    if scheme.two_level:
+        return TWO_LEVELS
     if scheme.inputs is not None:
         return "inputs in 8 bits, and columns in 16 bits, have no layout in it"
     if placement.stacked:

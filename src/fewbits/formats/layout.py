@@ -10,7 +10,9 @@ from torch import Tensor
 from fewbits.errors import InputError
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
-from fewbits.tensor import QuantizedTensor
+from fewbits.tensor import Levels, QuantizedTensor
+
+TWO_LEVELS = "two levels of scales have a layout in gguf only"
 
 
 class ScaleRange(NamedTuple):
@@ -64,6 +66,7 @@ class Integers:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    levels: Levels | None = None
 
 
 class Header(Protocol):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
-from fewbits.formats.layout import Integers, Names, ScaleRange, Stored
+from fewbits.formats.layout import TWO_LEVELS, Integers, Names, ScaleRange, Stored
 from fewbits.formats.packed import (
     decode_packed,
     names_packed,
@@ -40,7 +40,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Holds every scheme and placement."""
+    """Holds every scheme but those with two levels of scales, and every placement."""
 
     @property
     def name(self) -> str:
@@ -61,8 +61,8 @@ class Own:
         return ScaleRange(dtype, dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """Nothing."""
-        return None
+        """Two levels of scales."""
+        return TWO_LEVELS if scheme.two_level else None
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """Itself."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewbits import packing
 from fewbits.errors import InputError
-from fewbits.formats.layout import Integers, Names, Stored
+from fewbits.formats.layout import TWO_LEVELS, Integers, Names, Stored
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Outliers, QuantizedTensor
 from fewbits.untrusted import shown
@@ -30,8 +30,10 @@ def write_packed(name: str, suffix: str, weight: QuantizedTensor) -> dict[str, T
     """The tensors of one weight, by their names on disk.
 
     Raises:
-        InputError: its columns are in an order of their own.
+        InputError: its columns are in an order of their own, or it has two levels of scales.
     """
+    if weight.levels is not None:
+        raise InputError(f"{name}: {TWO_LEVELS}")
     if weight.order is not None:
         raise InputError(f"{name}: groups that are not of neighbouring columns have no layout here")
     weight = weight.per_row()

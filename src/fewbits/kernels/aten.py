@@ -2,9 +2,11 @@
 
 int4pack computes `(c - 8) * scale + zero` for 4-bit c, groups of 32, 64, 128 or 256 columns, and rows
 in multiples of 16. Fewer bits fit by moving the codes to the middle of its grid; rows, and columns of
-whole-row scales, are padded with weights that are zero. int8pack computes `q * scale` for int8 q and
-one scale per row, so for symmetric grids. Its columns are padded
-to a multiple of 32: it reads whole vectors, and past the end of shorter rows (it crashed at 172).
+whole-row scales, are padded with weights that are zero. Of two levels of scales, zero is
+`8 * scale - offset`: the weight in the middle of a group, which bfloat16 moves no further than it would
+the weights themselves. int8pack computes `q * scale` for int8 q and one scale per row, so for symmetric
+grids. Its columns are padded to a multiple of 32: it reads whole vectors, and past the end of shorter
+rows (it crashed at 172).
 
 Both are vectorized for bfloat16 only. In float32 and float16 they take 30 to 75 times as long as a float
 matmul of 512 rows (torch 2.13, 2026-11-23), so those dtypes are left to the reference kernel.
@@ -47,6 +49,8 @@ def int4_operands(
     codes = F.pad(codes, (0, columns - inputs, 0, rows - out), value=8)
     scale = weight.scale.float()
     zero = scale * (middle - weight.zero_point.float())
+    if weight.offset is not None:
+        zero -= weight.offset
     both = torch.stack([scale, zero], -1)  # (out, groups, 2)
     groups = columns // group
     if weight.scheme.group_size is None:

@@ -56,6 +56,7 @@ class Reference(Kernel):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    offset: Tensor | None
     columns: Tensor | None
     outliers: Tensor | None
 
@@ -71,6 +72,8 @@ class Reference(Kernel):
         self.register_buffer("codes", packing.pack(weight.codes, weight.scheme.bits).to(device))
         self.register_buffer("scale", weight.scale.to(device))
         self.register_buffer("zero_point", weight.zero_point.to(device))
+        offset = weight.offset
+        self.register_buffer("offset", None if offset is None else offset.to(device))
         kept = weight.outliers
         self.register_buffer("columns", None if kept is None else kept.columns.to(device))
         self.register_buffer("outliers", None if kept is None else kept.weight.to(device))
@@ -89,7 +92,8 @@ class Reference(Kernel):
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         codes = packing.unpack(self.codes[start:stop], self.scheme.bits, self.shape[1])
         scale, zero_point = self.scale[start:stop], self.zero_point[start:stop]
-        weight = dequantize(codes, scale, zero_point, self.scheme, dtype)
+        offset = None if self.offset is None else self.offset[start:stop]
+        weight = dequantize(codes, scale, zero_point, self.scheme, dtype, offset)
         if self.outliers is not None:
             weight[:, self.columns] = self.outliers[start:stop].to(dtype)
         return weight

@@ -4,6 +4,7 @@ from fewbits.methods.gptq import GPTQ
 from fewbits.methods.held import round_held
 from fewbits.methods.llm_int8 import LLMInt8
 from fewbits.methods.method import Method
+from fewbits.methods.q4k import Q4K
 from fewbits.methods.rtn import RTN
 from fewbits.methods.weighted_rtn import WeightedRTN
 
@@ -12,6 +13,7 @@ METHODS: dict[str, type[Method]] = {
     "weighted-rtn": WeightedRTN,
     "gptq": GPTQ,
     "llm-int8": LLMInt8,
+    "q4_k": Q4K,
 }
 
-__all__ = ["GPTQ", "METHODS", "RTN", "LLMInt8", "Method", "WeightedRTN", "round_held"]
+__all__ = ["GPTQ", "METHODS", "Q4K", "RTN", "LLMInt8", "Method", "WeightedRTN", "round_held"]

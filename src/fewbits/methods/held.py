@@ -27,6 +27,8 @@ def round_held(
         least: must be a number of that dtype; 0 if all of its numbers will do.
     """
     rounded, notes = method(weight, scheme, stats, dtype)
+    if scheme.two_level:  # its scales are of its own making
+        return rounded, notes
     small = rounded.scale < least
     count = int(small.sum())
     if not count:
