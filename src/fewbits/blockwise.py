@@ -788,11 +788,14 @@ def _errors(
 ) -> tuple[float | None, float | None]:
     """Squared output error over the squared output, and over that of round to nearest; some rows."""
     rows = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS)).long()
-    scale, zero_point = choose_qparams(weight, rounded.scheme, dtype)
+    if rounded.scheme.two_level:
+        nearest, _ = RTN()(weight[rows], rounded.scheme, {}, dtype)
+    else:
+        scale, zero_point = choose_qparams(weight, rounded.scheme, dtype)
+        own = slice(None) if rounded.scheme.granularity == "tensor" else rows
+        codes = quantize(weight[rows], scale[own], zero_point[own], rounded.scheme)
+        nearest = QuantizedTensor(codes, scale[own], zero_point[own], rounded.scheme)
     rounded, weight = rounded.rows(rows), weight[rows]
-    own = slice(None) if rounded.scheme.granularity == "tensor" else rows
-    codes = quantize(weight, scale[own], zero_point[own], rounded.scheme)
-    nearest = QuantizedTensor(codes, scale[own], zero_point[own], rounded.scheme)
     ours, theirs = (
         _cost(weight - other.dequantize(torch.float32), hessian) for other in (rounded, nearest)
     )

@@ -159,6 +159,8 @@ def quantize(
     scheme = scheme or _default_scheme(method, calibration is not None)
     if isinstance(method, LLMInt8):
         method = _static_or_not(scheme, overrides)
+    if isinstance(method, Q4K) and calibration is not None:
+        method = replace(method, weighted=True)
     recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
     check_out(out)

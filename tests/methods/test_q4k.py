@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from checks import TWO_LEVEL, assert_same
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, Q4K, RTN
+from fewbits.methods import METHODS, Q4K, RTN, WeightedRTN
 from fewbits.scheme import QuantScheme
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,8 +21,8 @@ def elsewhere(blocks):
 
 
 def rounded(weight, importance=None):
-    stats = {} if importance is None else {"importance": importance}
-    found, notes = Q4K()(weight, TWO_LEVEL, stats)
+    stats = {} if importance is None else {"hessian": importance.diag()}
+    found, notes = Q4K(weighted=importance is not None)(weight, TWO_LEVEL, stats)
     assert not notes
     return found.dequantize()
 
@@ -93,15 +93,28 @@ def test_columns_that_count_more_are_off_by_less():
 
 
 def test_what_does_not_fit_is_refused():
-    for weight, counts, message in (
-        (torch.ones(2, 128), None, "not 128"),
-        (torch.full((2, 256), torch.nan), None, "NaN or infinity"),
-        (torch.full((2, 256), 1e10), None, "beyond float16"),
-        (torch.ones(2, 256), torch.ones(2), "importance is"),
-        (torch.ones(2, 256), -torch.ones(256), "numbers from 0"),
+    for weight, message in (
+        (torch.ones(2, 128), "not 128"),
+        (torch.full((2, 256), torch.nan), "NaN or infinity"),
+        (torch.full((2, 256), 1e10), "beyond float16"),
     ):
         with pytest.raises(InputError, match=message):
-            rounded(weight, counts)
+            rounded(weight)
+
+
+def test_a_hessian_that_is_not_finite_is_said():
+    weight = torch.randn(8, 256)
+    found, [note] = Q4K(weighted=True)(weight, TWO_LEVEL, {"hessian": torch.full((256, 256), torch.nan)})
+    assert "not finite" in note.what
+    assert torch.equal(found.dequantize(), rounded(weight))
+
+
+def test_methods_that_others_fall_back_to_take_two_levels():
+    weight, hessian = torch.randn(8, 256), torch.rand(256).diag()
+    assert_same(RTN()(weight, TWO_LEVEL, {})[0], Q4K()(weight, TWO_LEVEL, {})[0])
+    stats = {"hessian": hessian}
+    weighted = Q4K(weighted=True)(weight, TWO_LEVEL, stats)[0]
+    assert_same(WeightedRTN()(weight, TWO_LEVEL, stats)[0], weighted)
 
 
 def test_other_schemes_are_rounded_to_nearest_and_it_has_a_name():
@@ -111,3 +124,4 @@ def test_other_schemes_are_rounded_to_nearest_and_it_has_a_name():
         assert_same(Q4K()(weight, scheme, {})[0], RTN()(weight, scheme, {})[0])
     assert METHODS["q4_k"]() == Q4K()
     assert not Q4K().needs
+    assert Q4K(weighted=True).needs == {"hessian"}

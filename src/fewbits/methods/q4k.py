@@ -37,6 +37,8 @@ class Q4K:
 
     Args:
         rounds: how often neighbours are tried, and d and dmin fitted.
+        weighted: squared errors of a column count by the mean of its squared inputs, from calibration;
+            else all alike.
 
     >>> weight = torch.linspace(-1, 1, 256)[None]
     >>> rounded, _ = Q4K()(weight, QuantScheme.parse("w4-g32-asym-k"), {})
@@ -45,11 +47,12 @@ class Q4K:
     """
 
     rounds: int = _ROUNDS
+    weighted: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
-        """No statistics."""
-        return frozenset()
+        """The Hessian of the inputs, of which the diagonal is used, if it is weighted."""
+        return frozenset({"hessian"} if self.weighted else ())
 
     def __call__(
         self,
@@ -62,26 +65,25 @@ class Q4K:
 
         Args:
             weight: in a multiple of 256 columns.
-            stats: may have "importance", (in,) from 0, by which squared errors of a column count: the
-                mean of its squared inputs. All count alike by default.
+            stats: "hessian", the mean of x.T @ x, (in, in), if it is weighted.
 
         Raises:
             InputError: the shape does not fit, or values are not finite or beyond float16.
         """
         if not scheme.two_level:
             return quantize_tensor(weight, scheme, scale_dtype), []
-        return self._round(weight.detach(), scheme, stats.get("importance")), []
+        columns = weight.shape[1]
+        counts = stats["hessian"].diagonal().float() if self.weighted else torch.ones(columns)
+        if bool(torch.isfinite(counts).all()):
+            return self._round(weight.detach(), scheme, counts), []
+        note = Note("fallback", "", "the Hessian is not finite: all columns count alike")
+        return self._round(weight.detach(), scheme, torch.ones(columns)), [note]
 
-    def _round(self, weight: Tensor, scheme: QuantScheme, importance: Tensor | None) -> QuantizedTensor:
+    def _round(self, weight: Tensor, scheme: QuantScheme, counts: Tensor) -> QuantizedTensor:
         rows, columns = weight.shape
         scheme.groups(columns)  # may refuse
         if not is_finite(weight):
             raise InputError("the weight contains NaN or infinity; accepted are finite weights")
-        counts = torch.ones(columns) if importance is None else importance.float()
-        if counts.shape != (columns,) or not bool((counts >= 0).all()):
-            raise InputError(
-                f"importance is {tuple(counts.shape)}; accepted are {columns} numbers from 0"
-            )
         # A column that no input has still gets its nearest code: it may not go anywhere.
         counts = counts + counts.mean() * 1e-6 + torch.finfo(torch.float32).tiny
         counts = (counts / counts.mean()).reshape(-1, _PARTS, _PART)

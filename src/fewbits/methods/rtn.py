@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.methods.q4k import Q4K
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
 
@@ -28,5 +29,7 @@ class RTN:
         stats: dict[str, Tensor],
         scale_dtype: torch.dtype | None = None,
     ) -> tuple[QuantizedTensor, list[Note]]:
-        """Codes for `weight` (out, in)."""
+        """Codes for `weight` (out, in); those of two levels of scales are searched for."""
+        if scheme.two_level:
+            return Q4K()(weight, scheme, {}, scale_dtype)
         return quantize_tensor(weight, scheme, scale_dtype), []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbits.affine import quantize
 from fewbits.methods.grid import search_qparams
+from fewbits.methods.q4k import Q4K
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor, quantize_tensor
 
@@ -32,6 +33,8 @@ class WeightedRTN:
         scale_dtype: torch.dtype | None = None,
     ) -> tuple[QuantizedTensor, list[Note]]:
         """Codes for `weight` (out, in); `stats["hessian"]` is the mean of x.T @ x, (in, in)."""
+        if scheme.two_level:
+            return Q4K(weighted=True)(weight, scheme, stats, scale_dtype)
         H = stats["hessian"]
         if not bool(torch.isfinite(H.sum())):
             note = Note("fallback", "", "the Hessian is not finite: plain rounding to nearest")

@@ -186,7 +186,6 @@ def test_some_weights_may_have_other_schemes(source, tmp_path):
         (["--threshold", "3"], ["--threshold", "llm-int8"]),
         (["--format", "awq"], ["--format awq", "two levels of scales"]),
         (["--format", "fewbits"], ["--format fewbits", "two levels of scales"]),
-        (["--calibration", "self"], ["q4_k takes no calibration"]),
     ],
 )
 def test_what_does_not_go_with_the_method_is_one_line(source, tmp_path, options, words):
@@ -196,6 +195,23 @@ def test_what_does_not_go_with_the_method_is_one_line(source, tmp_path, options,
     assert len(result.stderr.strip().splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_lets_columns_count_by_their_inputs(source, tmp_path):
+    ids = torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    result = fewbits.quantize(source, tmp_path / "out", method="q4_k", calibration=ids, head=True)
+    assert result.ledger.request["options"]["weighted"]
+    assert result.ledger.request["format"] == "gguf"
+    reports = [matrix for block in result.ledger.blocks for matrix in block["matrices"]]
+    assert [matrix["method"] for matrix in reports] == ["Q4K"] * 14
+    ratios = [matrix["error_to_rtn"] for matrix in reports]
+    assert sum(ratios) / len(ratios) < 1  # beside all columns alike
+    found = weights_of(result.out)
+    assert len(found) == 15  # the head, which nobody has looked at the inputs of
+    name = "lm_head.weight"
+    wanted, _ = Q4K()(open_checkpoint(source).read(name), TWO_LEVEL, {})
+    assert torch.equal(found[name].dequantize(), wanted.dequantize())
+    assert bool(torch.isfinite(logits(fewbits.load(result.out))).all())
 
 
 def test_rows_that_are_no_whole_blocks_are_named(tmp_path):
