@@ -3,6 +3,7 @@ import random
 import shutil
 import struct
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import fewbits
 from checks import assert_same, random_weight
 from fewbits.checkpoint import TensorInfo, open_checkpoint
 from fewbits.errors import InputError
@@ -617,3 +619,17 @@ def test_what_is_no_file_of_this_kind_is_refused(tmp_path):
         open_gguf(tmp_path / "none.gguf")
     with pytest.raises(InputError, match="is a folder"):
         open_gguf(tmp_path)
+
+
+def test_floats_made_from_blocks_are_given_in_the_dtype_that_the_model_runs_in(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    fewbits.quantize(source, tmp_path / "out", scheme=QuantScheme(8, "group", 32), format="gguf")
+    opened = open_gguf(tmp_path / "out" / "model.gguf")
+    name = "model.embed_tokens.weight"
+    stored, place, part = opened.stored[name]
+    opened.stored[name] = replace(stored, kind="Q8_0"), place, part  # as llama.cpp's own quantizer has it
+    assert opened.tensors[name].dtype == opened.given == torch.bfloat16
+    opened.give(torch.float32)
+    assert opened.tensors[name].dtype == torch.float32
+    others = {info.dtype for n, info in opened.tensors.items() if n != name}
+    assert others == {torch.bfloat16, torch.uint8}

@@ -412,7 +412,7 @@ def test_a_later_version_of_our_own_format_is_refused(copied):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("type", "float", "is not read"), ("actorder", "group", "actorder 'group' is not read")],
+    [("type", "float", "is not read"), ("strategy", "block", "is not read")],
 )
 def test_a_kind_of_compressed_tensors_that_is_not_read_is_refused(copied, key, value, message):
     folder = copied("llama", "w4-g32")

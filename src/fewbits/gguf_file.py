@@ -20,7 +20,7 @@ floats: they hold no integers of ours.
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,14 @@ class GgufCheckpoint(Checkpoint):
             return from_disk(stored, data.view(kind).reshape(shape), info.dtype)
         rows = data.reshape(-1, stored.row_bytes)
         return from_disk(stored, _as_floats(rows, stored.kind, info.dtype).reshape(shape), info.dtype)
+
+    def give(self, dtype: torch.dtype) -> None:
+        """In which dtype floats are given that were made from blocks: the config's, if nobody says."""
+        for name, (stored, _, _) in self.stored.items():
+            info = self.tensors[name]
+            if stored.kind not in FLOATS and info.dtype == self.given:
+                self.tensors[name] = replace(info, dtype=dtype)
+        self.given = dtype
 
     def _mapped(self, file: str) -> Tensor:
         if file not in self._open:

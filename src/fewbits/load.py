@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, Format, GgufLayout, format_of
-from fewbits.gguf_file import open_gguf
+from fewbits.gguf_file import GgufCheckpoint, open_gguf
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
 from fewbits.structure import (
@@ -114,11 +114,13 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     weights = quantized_matrices(checkpoint, network)
     found = quantization_of(checkpoint)
     own = set() if found is None else {t for name in weights for t in chain(*found[0].tensors(name))}
-    floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
-    checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
     stored = config_dtype(network) or checkpoint.dtype
     slow = bool(weights) and stored == torch.float16 and torch.device(device).type == "cpu"
     dtype = dtype or (torch.bfloat16 if slow else stored)
+    if isinstance(checkpoint, GgufCheckpoint):
+        checkpoint.give(dtype)
+    floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
+    checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
     loaded = build(network, floats, absent, dtype, folder).to(device)
     if weights and dtype != stored:
