@@ -627,7 +627,7 @@ def test_floats_made_from_blocks_are_given_in_the_dtype_that_the_model_runs_in(t
     opened = open_gguf(tmp_path / "out" / "model.gguf")
     name = "model.embed_tokens.weight"
     stored, place, part = opened.stored[name]
-    opened.stored[name] = replace(stored, kind="Q8_0"), place, part  # as llama.cpp's own quantizer has it
+    opened.stored[name] = replace(stored, kind="Q8_0"), place, part  # as llama.cpp's quantizer has it
     assert opened.tensors[name].dtype == opened.given == torch.bfloat16
     opened.give(torch.float32)
     assert opened.tensors[name].dtype == torch.float32
