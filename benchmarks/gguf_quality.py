@@ -1,7 +1,8 @@
-"""What our GGUF files are worth in llama.cpp: the loss there and here, and KL beside its own Q4_0.
+"""What our GGUF files are worth in llama.cpp: the loss there and here, and KL beside its own blocks.
 
 The reference model, on held-out text. llama.cpp runs every file (cache in float32); its own quantizer
-makes Q4_0 of our float file: once of the same matrices as ours, once with the embeddings, its default.
+makes Q4_0 and Q4_K of our float file: of the same matrices as ours, and once with the embeddings, its
+default. It is given no importance matrix.
 
 Run:  make interop     (makes the environment)
       python benchmarks/gguf_quality.py --python build/interop/llama-cpp/bin/python
@@ -22,8 +23,14 @@ OURS = {
     "rtn Q4_1": {"method": "rtn", "scheme": "w4-g32-asym"},
     "gptq Q4_1": {"method": "gptq", "scheme": "w4-g32-asym"},
     "rtn Q8_0": {"method": "rtn", "scheme": "w8-g32"},
+    "Q4_K": {"method": "q4_k", "scheme": "w4-g32-asym-k"},
+    "weighted Q4_K": {"method": "q4_k", "scheme": "w4-g32-asym-k", "calibrated": True},
 }
-THEIRS = {"llama.cpp Q4_0": "as ours", "llama.cpp Q4_0, embeddings too": "default"}
+THEIRS = {
+    "llama.cpp Q4_0": ("Q4_0", "as ours"),
+    "llama.cpp Q4_0, embeddings too": ("Q4_0", "default"),
+    "llama.cpp Q4_K": ("Q4_K_S", "as ours"),
+}
 
 
 # -- in llama.cpp's environment: numpy and llama_cpp alone ---------------------------------------------
@@ -52,15 +59,15 @@ def run_llama(file: str, ids: str, out: str) -> None:
     np.save(out, np.stack(logits))
 
 
-def quantize_llama(source: str, out: str, how: str) -> None:
-    """llama.cpp's own Q4_0 of a float file."""
+def quantize_llama(source: str, out: str, kind: str, how: str) -> None:
+    """What llama.cpp's own quantizer makes of a float file."""
     import ctypes
 
     from gguf import GGMLQuantizationType
     from llama_cpp import llama_cpp as native
 
     params = native.llama_model_quantize_default_params()
-    params.ftype = native.LLAMA_FTYPE_MOSTLY_Q4_0
+    params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if how == "as ours":  # embeddings and head as they are in our files
         params.token_embedding_type = params.output_tensor_type = int(GGMLQuantizationType.BF16)
         params.pure = True
@@ -135,7 +142,8 @@ def compare(folder: Path, python: str) -> dict[str, dict[str, Any]]:
 
     results: dict[str, dict[str, Any]] = {}
     for name, asked in OURS.items():
-        given = {} if asked["method"] == "rtn" else {"calibration": calibration}
+        calibrated = asked.get("calibrated", asked["method"] == "gptq")
+        given = {"calibration": calibration} if calibrated else {}
         out = folder / name.replace(" ", "-")
         scheme = QuantScheme.parse(asked["scheme"])
         fewbits.quantize(source, out, method=asked["method"], scheme=scheme, format="gguf", **given)
@@ -147,7 +155,7 @@ def compare(folder: Path, python: str) -> dict[str, dict[str, Any]]:
     results["float in llama.cpp"] = judge(there(plain), exact, ids)
     for name, how in THEIRS.items():
         out = folder / "theirs.gguf"
-        command = [python, __file__, "--inside", "quantize", str(plain), str(out), how]
+        command = [python, __file__, "--inside", "quantize", str(plain), str(out), *how]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # it tells of every tensor
         results[name] = judge(there(out), exact, ids)
     return results
@@ -169,17 +177,23 @@ def _write_float(source: Path, file: Path) -> None:
 
 
 def check(results: dict[str, dict[str, Any]]) -> None:
-    """The same loss there as here, within the error of either; GPTQ's file better than their own."""
+    """The same loss there as here, within the error of either; calibrated ones better than its own."""
     for name in OURS:
         here, there = results[f"{name} here"], results[f"{name} in llama.cpp"]
         assert abs(here["loss"] - there["loss"]) < there["loss_error"], name
-    ours, theirs = results["gptq Q4_0 in llama.cpp"], results["llama.cpp Q4_0"]
+    for ours, theirs in (("gptq Q4_0", "Q4_0"), ("weighted Q4_K", "Q4_K")):
+        _check_better(f"{ours} in llama.cpp", f"llama.cpp {theirs}", results)
+
+
+def _check_better(name: str, other: str, results: dict[str, dict[str, Any]]) -> None:
+    """The KL of one is smaller than that of the other, by more than its standard error twice."""
+    ours, theirs = results[name], results[other]
     pairs = zip(ours["per_window"][1], theirs["per_window"][1], strict=True)
     gains = [b - a for a, b in pairs]
     mean = sum(gains) / len(gains)
     error = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains)) ** 0.5
-    print(f"KL of llama.cpp's Q4_0 over that of ours by GPTQ: {theirs['kl'] / ours['kl']:.2f}")
-    assert mean > 2 * error, (mean, error)
+    print(f"KL of {other} over that of {name}: {theirs['kl'] / ours['kl']:.3f}")
+    assert mean > 2 * error, (name, mean, error)
 
 
 if __name__ == "__main__":

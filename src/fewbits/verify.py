@@ -229,6 +229,8 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
     whole = {tensor: tensors[tensor] for tensor in present}
     stacked = len(stated.shape) == 3
     rows, columns = stated.shape[-2:]
+    if stated.matrices != (stated.shape[0] if stacked else 1):
+        return [f"{name}: the ledger says {stated.matrices} matrices of {stated.shape}"]
     parts: dict[str, list[Tensor]] = {"codes": [], "scale": [], "zero_point": []}
     for i in range(stated.matrices):
         piece = {tensor: values[i] for tensor, values in whole.items()} if stacked else whole

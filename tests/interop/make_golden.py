@@ -1,6 +1,7 @@
 """Checkpoints that other tools made by themselves: what fewbits.load has to read.
 
-    python tests/interop/make_golden.py      into build/interop/golden
+    python tests/interop/make_golden.py             into build/interop/golden
+    python tests/interop/make_golden.py --small     some smaller ones into tests/interop/golden
 
 gptqmodel quantizes a tiny random llama; llama.cpp the reference model: its K-blocks need rows of 256.
 """
@@ -92,6 +93,47 @@ def make(name: str, work: Path) -> str:
     return ""
 
 
+SMALL = TINY | {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
+
+
+def make_small(work: Path) -> None:
+    """Files of a few kilobytes, and the logits that the tool that wrote them gives for 16 tokens."""
+    checkpoints.write("small", "llama", SMALL, work / "models")
+    tokens = np.random.default_rng(2).integers(SMALL["vocab_size"], size=(1, 16))
+    for kind in ("gptq-asymmetric", "gptq-desc-act", "awq", "Q4_0"):
+        environment = "llama-cpp" if kind == "Q4_0" else "gptqmodel"
+        environments.build(environment, work / environment)
+        out, target = work / "small" / kind, HERE / "golden" / kind
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(exist_ok=True)
+        samples = out.with_suffix(".npy")
+        np.save(samples, np.random.default_rng(1).integers(SMALL["vocab_size"], size=SAMPLES))
+        more = [kind] if kind == "Q4_0" else [str(samples), kind, str(GROUP_SIZE)]
+        script = "golden_llamacpp.py" if kind == "Q4_0" else "golden_gptqmodel.py"
+        python = str(work / environment / "bin" / "python")
+        command = [python, str(HERE / script), str(work / "models" / "small"), str(out), *more]
+        subprocess.run(command, check=True, env=os.environ | environments.QUIET)
+        np.save(out.parent / "tokens.npy", tokens)
+        np.save(out.parent / "prompt.npy", tokens[0, :4])
+        job = {"checkpoint": str(out), "result": str(out), "vocabulary": SMALL["vocab_size"]}
+        job |= {"dtype": "float16", "backend": "awq_torch" if kind == "awq" else "gptq_torch"}
+        (out.parent / "jobs.json").write_text(json.dumps([job]))
+        script = "client_llamacpp.py" if kind == "Q4_0" else "client_gptqmodel.py"
+        command = [python, str(HERE / script), str(out.parent)]
+        subprocess.run(command, check=True, env=os.environ | environments.QUIET)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "model.gguf"):
+            if (out / name).exists():
+                shutil.copy(out / name, target / name)
+        np.savez_compressed(
+            target / "answer.npz", tokens=tokens, logits=np.load(out.with_suffix(".npz"))["logits"]
+        )
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--small"]:
+        make_small(checkpoints.ROOT / "build" / "interop")
+        sys.exit()
     for chosen in sys.argv[1:] or GOLDEN:
         print(chosen, make(chosen, checkpoints.ROOT / "build" / "interop") or "is there")

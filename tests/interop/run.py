@@ -464,12 +464,12 @@ def _compare(case: Case, client: str) -> Cell:
 def _stored_limit(case: Case, change: float) -> float:
     """KL that comes of a format which stores something else than scale and zero point.
 
-    Q4_1 stores the least weight of a block, -zero_point * scale, in float16: off by at most 15 * 2**-12
+    Q4_1 stores the least weight of a block, -zero_point * scale, in float16: off by at most 15 * 2**-11
     scales, where rounding to codes is off by 12**-0.5 scales in the mean. KL goes with the square.
     """
     if case.format != "gguf" or not case.scheme.endswith("asymmetric"):
         return FLOAT32
-    return FLOAT32 + 12 * (15 * 2**-12) ** 2 * change
+    return FLOAT32 + 12 * (15 * 2**-11) ** 2 * change
 
 
 def _table_noise(case: Case, ours: np.ndarray) -> float:

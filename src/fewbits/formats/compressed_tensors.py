@@ -298,8 +298,8 @@ def _unsigned(name: str, signed: Tensor, bits: int) -> Tensor:
 
 
 def _spread(name: str, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(out, groups), of one value for all or one in each row too."""
-    if values.numel() == 1:
+    """(out, groups), of one value for all or one in each row too, where there is one group."""
+    if values.numel() == 1 and grid[1] == 1:
         return values.reshape(1, 1).expand(grid).contiguous()
     if tuple(values.shape) in (grid, (grid[0],) if grid[1] == 1 else grid):
         return values.reshape(grid)
