@@ -39,6 +39,7 @@ UNREAD = [
     Rule("transformers", "gguf", "*", "mixtral", GARBAGE),  # as a llama, without experts
     # It looks for nn.Linear where gpt2 has Conv1D.
     Rule("transformers, gptqmodel", "gptq*", "int4*", "gpt2", "has no attribute 'weight'"),
+    Rule("transformers, gptqmodel", "gptq*", "*", "gpt2", "has no attribute 'normal_'"),
     Rule(
         "transformers, gptqmodel", "awq", "*", "gpt2", "cannot access local variable 'has_been_replaced'"
     ),

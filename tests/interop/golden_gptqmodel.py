@@ -29,9 +29,7 @@ CONFIGS = {
     "awq": lambda: AWQConfig(bits=4, group_size=group_size, format=FORMAT.GEMM, device="cpu"),
 }
 tokenizer = AutoTokenizer.from_pretrained(model)
-dtype = (
-    torch.bfloat16 if kind == "awq" else torch.float32
-)  # the kernel that AWQ searches with has no other
+dtype = torch.bfloat16 if kind == "awq" else torch.float32  # AWQ's search runs in no other
 network = GPTQModel.load(model, CONFIGS[kind](), dtype=dtype)
 rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in np.load(samples).tolist()]
 backend = BACKEND.AWQ_TORCH if kind == "awq" else BACKEND.AUTO

@@ -123,9 +123,13 @@ def make_small(work: Path) -> None:
         subprocess.run(command, check=True, env=os.environ | environments.QUIET)
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        for name in ("config.json", "model.safetensors", "model.gguf"):
+        for name in ("model.safetensors", "model.gguf"):
             if (out / name).exists():
                 shutil.copy(out / name, target / name)
+        config = json.loads((out / "config.json").read_text())
+        meta = config.get("quantization_config", {}).get("meta", {})
+        meta.pop("offload_to_disk_path", None)  # of the machine that it was made on
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         np.savez_compressed(
             target / "answer.npz", tokens=tokens, logits=np.load(out.with_suffix(".npz"))["logits"]
         )

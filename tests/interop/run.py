@@ -60,7 +60,7 @@ GGUF_SCHEMES = {  # blocks of 32 are what that container has
     "int8": ["--bits", "8", "--group-size", "32"],
     "int4": ["--bits", "4", "--group-size", "32"],
     "int4 asymmetric": ["--bits", "4", "--group-size", "32", "--asymmetric"],
-    "int3": ["--bits", "3", "--group-size", "32"],
+    "q4_k": ["--method", "q4_k"],
 }
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "gguf")
 INT3 = ("compressed-tensors", "gptq")  # of which clients read 3 bits
@@ -160,7 +160,7 @@ def main() -> int:
     cases = [
         Case(layout, scheme, model)
         for layout in options.format if layout != GOLDEN
-        for scheme in options.scheme if scheme != "int3" or layout in INT3
+        for scheme in options.scheme if scheme in schemes_of(layout)
         for model in options.model
     ]  # fmt: skip
     if GOLDEN in options.format:
@@ -187,6 +187,13 @@ def main() -> int:
     return int(bool(bad))
 
 
+def schemes_of(layout: str) -> dict[str, list[str]]:
+    """By name, what the command line is told."""
+    if layout == "gguf":
+        return GGUF_SCHEMES
+    return {name: words for name, words in SCHEMES.items() if name != "int3" or layout in INT3}
+
+
 def is_asked(client: str, case: Case) -> bool:
     """Whether a cell is made for both."""
     if case.golden:
@@ -210,7 +217,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choices = {
         "format": (*FORMATS, GOLDEN),
-        "scheme": SCHEMES,
+        "scheme": SCHEMES | GGUF_SCHEMES,
         "model": checkpoints.MODELS,
         "client": CLIENTS,
     }
@@ -248,7 +255,7 @@ def _quantize(case: Case) -> str:
     case.folder.mkdir(parents=True)
     if case.golden:
         return make_golden.make(case.scheme, WORK)
-    scheme = (GGUF_SCHEMES if case.format == "gguf" else SCHEMES)[case.scheme]
+    scheme = schemes_of(case.format)[case.scheme]
     command = [
         sys.executable, "-m", "fewbits", "quantize", str(case.source), str(case.checkpoint), *scheme,
         "--format", case.format,
@@ -455,7 +462,9 @@ def _compare(case: Case, client: str) -> Cell:
     if equal < 0:
         problems.append(f"text differs at token {-equal - 1}, and that is no tie")
     how = case.result(client).with_suffix(".how").read_text()
-    text = f"{max(kl, 0):.0e}" + ("" if equal == NEW_TOKENS else f" ({equal})")
+    text = f"{kl:.0e}" if kl > 0 else "0"
+    if 0 <= equal < NEW_TOKENS:
+        text += f", text {equal}"
     if problems:
         return Cell(case, client, "bad", f"bad: {text}", f"{'; '.join(problems)} ({how})", numbers)
     return Cell(case, client, "ok", text, how, numbers)
@@ -512,7 +521,7 @@ def table_of(cells: list[Cell]) -> str:
     """Markdown: a row per format, scheme and client, a column per model, and footnotes."""
     models = [model for model in checkpoints.MODELS if any(cell.case.model == model for cell in cells)]
     rows: dict[tuple[str, str, str], dict[str, Cell]] = {}
-    layouts, names = (*FORMATS, GOLDEN), (*SCHEMES, *make_golden.GOLDEN)
+    layouts, names = (*FORMATS, GOLDEN), (*(SCHEMES | GGUF_SCHEMES), *make_golden.GOLDEN)
     for cell in sorted(
         cells,
         key=lambda c: (
@@ -535,11 +544,12 @@ def _cell_text(cell: Cell | None, notes: dict[str, int]) -> str:
     if cell is None:
         return ""
     if cell.status in ("refused", "unread"):
-        who = "fewbits refuses" if cell.status == "refused" else "the client"
-        return f"{cell.status} {notes.setdefault(f'{who}: {cell.detail}', len(notes) + 1)}"
+        who = "fewbits refuses" if cell.status == "refused" else "not read, the client says"
+        who = "not read, the client" if cell.detail == GARBAGE else who
+        return f"{cell.status}, note {notes.setdefault(f'{who}: {cell.detail}', len(notes) + 1)}"
     if needs_option(cell.case, cell.client):
         note = "with `CompressedTensorsConfig(dequantize=True)`, which rounds weights to bfloat16"
-        return f"{cell.text} ({notes.setdefault(note, len(notes) + 1)})"
+        return f"{cell.text}, note {notes.setdefault(note, len(notes) + 1)}"
     return cell.text
 
 
