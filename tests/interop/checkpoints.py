@@ -19,10 +19,10 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 _TINY: dict[str, dict[str, Any]] = {
     # Heads are wider than hidden / heads; of GGUF, transformers takes their width to be 128,
-    # and gpt2's inner width to be 4 times the outer.
+    # the inner width of gpt2 to be 4 times the outer, and its positions 1024.
     "qwen3": _COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
-    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 256, "n_inner": 1024, "n_head": 8, "n_positions": 128}
-    | {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 256, "n_inner": 1024, "n_head": 8}
+    | {"n_positions": 1024, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
     "opt": {key: value for key, value in _COMMON.items() if key != "intermediate_size"}
     | {"ffn_dim": 768, "word_embed_proj_dim": 256, "tie_word_embeddings": True},
     "mixtral": _COMMON | {"head_dim": 32},
