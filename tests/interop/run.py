@@ -518,31 +518,30 @@ def _equal_text(ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray, tie: 
 
 
 def table_of(cells: list[Cell]) -> str:
-    """Markdown: a row per format, scheme and client, a column per model, and footnotes."""
+    """Markdown: a row per format, scheme and client, a column per model; golden ones; footnotes."""
     models = [model for model in checkpoints.MODELS if any(cell.case.model == model for cell in cells)]
     rows: dict[tuple[str, str, str], dict[str, Cell]] = {}
-    layouts, names = (*FORMATS, GOLDEN), (*(SCHEMES | GGUF_SCHEMES), *make_golden.GOLDEN)
-    for cell in sorted(
-        cells,
-        key=lambda c: (
-            layouts.index(c.case.format),
-            names.index(c.case.scheme),
-            list(CLIENTS).index(c.client),
-        ),
-    ):
+    names = (*(SCHEMES | GGUF_SCHEMES), *make_golden.GOLDEN)
+    order = [list(x).index for x in ((*FORMATS, GOLDEN), names, CLIENTS)]
+    for cell in cells:
         rows.setdefault((cell.case.format, cell.case.scheme, cell.client), {})[cell.case.model] = cell
     notes: dict[str, int] = {}
-    lines = [f"| format | scheme | client | {' | '.join(models)} |", "|---" * (3 + len(models)) + "|"]
-    for (layout, scheme, client), by_model in rows.items():
-        texts = [_cell_text(by_model.get(model), notes) for model in models]
-        lines.append(f"| {layout} | {scheme} | {client} | {' | '.join(texts)} |")
-    lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
-    return "\n".join(lines)
+    ours = [f"| format | scheme | client | {' | '.join(models)} |", "|---" * (3 + len(models)) + "|"]
+    theirs = ["| written by | kind | KL to fewbits.load |", "|---|---|---|"]
+    for key in sorted(
+        rows, key=lambda key: [place(part) for place, part in zip(order, key, strict=True)]
+    ):
+        layout, scheme, client = key
+        texts = [_cell_text(cell, notes) for cell in map(rows[key].get, models) if cell is not None]
+        if layout == GOLDEN:
+            theirs.append(f"| {client} | {scheme} | {texts[0]} |")
+        else:
+            ours.append(f"| {layout} | {scheme} | {client} | {' | '.join(texts)} |")
+    parts = [ours, theirs, [f"{number}. {note}" for note, number in notes.items()]]
+    return "\n\n".join("\n".join(part) for part in parts if len(part) != 2)
 
 
-def _cell_text(cell: Cell | None, notes: dict[str, int]) -> str:
-    if cell is None:
-        return ""
+def _cell_text(cell: Cell, notes: dict[str, int]) -> str:
     if cell.status in ("refused", "unread"):
         who = "fewbits refuses" if cell.status == "refused" else "not read, the client says"
         who = "not read, the client" if cell.detail == GARBAGE else who
