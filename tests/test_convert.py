@@ -189,3 +189,11 @@ def test_every_format_runs_as_the_float_model_its_codes_stand_for(tmp_path, form
     ids = torch.arange(2, 34).view(2, 16)
     ours, exact = (fewbits.load(path, dtype=torch.float32)(ids).logits for path in (out, folder))
     assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_the_source_is_never_thrown_away(tmp_path):
+    first = make(tmp_path, "w4-g32", "gptq")
+    for out in (first, tmp_path):
+        with pytest.raises(InputError, match="is the source, or holds it"):
+            convert(first, out, format="awq", restart=True)
+    assert weights_of(first)

@@ -68,10 +68,11 @@ def convert(
     """
     began = time.monotonic()
     out = Path(out)
-    check_out(out)
+    folder = resolve(source)
+    check_out(out, folder)
     if format not in FORMATS:
         raise InputError(f"format {format!r} is unknown; accepted are {', '.join(FORMATS)}")
-    view = open_quantized(resolve(source))
+    view = open_quantized(folder)
     recipe = _recipe(view, FORMATS[format], requantize)
     plan = make_plan(survey(view), recipe, format)
     with watch_memory() as memory:

@@ -163,8 +163,9 @@ def quantize(
         method = replace(method, weighted=True)
     recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
-    check_out(out)
-    plan = make_plan(resolve(model), recipe, format, clients, tensor_parallel)
+    source = resolve(model)
+    check_out(out, source)
+    plan = make_plan(source, recipe, format, clients, tensor_parallel)
     with watch_memory() as memory:
         read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
         if restart:  # after all that may be refused
@@ -234,8 +235,11 @@ def _verify(journal: Journal, progress: Progress | None) -> Verification:
         raise VerificationError(f"{error}; {what}") from error
 
 
-def check_out(out: Path) -> None:
-    """Refuse a folder that is there and not ours."""
+def check_out(out: Path, source: Path) -> None:
+    """Refuse a folder that is there and not ours, or that holds the source."""
+    own, where = out.resolve(), source.resolve()
+    if own == where or own in where.parents:
+        raise InputError(f"{out} is the source, or holds it; accepted is another folder")
     if out.exists() and not (out / LEDGER).is_file():
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
 

@@ -98,6 +98,7 @@ class AwqLayout:
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """With scales in float16, and asymmetric: that is what the configuration says."""
+        weight = weight.per_row()
         scheme = replace(weight.scheme, symmetric=False)
         return replace(weight, scale=as_float16(weight.scale), scheme=scheme)
 

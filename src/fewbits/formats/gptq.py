@@ -117,6 +117,7 @@ class GptqLayout:
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """With scales in float16."""
+        weight = weight.per_row()
         return replace(weight, scale=as_float16(weight.scale))
 
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
