@@ -18,6 +18,7 @@ from models import tiny_checkpoint
 
 SYMMETRIC = ("compressed-tensors", "gptq", "gptq-v2", "awq", "gguf", "fewbits", "compressed-tensors")
 ASYMMETRIC = ("compressed-tensors", "gptq-v2", "gguf", "awq", "fewbits", "gptq-v2", "compressed-tensors")
+TRANSPOSED = ("fewbits", "gptq", "gguf", "awq", "gptq-v2", "fewbits")  # codes are (out, in) everywhere
 NOT_IN_LLAMA_CPP = ("opt", "phi3")
 
 
@@ -42,6 +43,15 @@ def files_of(folder):
     return {name: (folder / name).read_bytes() for name in names}
 
 
+def with_finer_scales(folder):
+    """A file of GPTQ as other tools write it: float16 scales that bfloat16 does not hold."""
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith(".scales"):
+            stored[name] = (tensor.view(torch.int16) | 1).view(torch.float16)  # eleven digits
+    safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral", "phi3"])
 @pytest.mark.parametrize(("label", "chain"), [("w4-g32", SYMMETRIC), ("w4-channel", SYMMETRIC)])
 def test_a_chain_of_symmetric_conversions_ends_in_the_files_it_began_with(
@@ -60,6 +70,16 @@ def test_a_chain_of_symmetric_conversions_ends_in_the_files_it_began_with(
             same = found[name].coarsest()
             assert torch.equal(same.scale.double(), weight.coarsest().scale.double()), (after, name)
             assert torch.equal(same.zero_point, weight.coarsest().zero_point), (after, name)
+    assert files_of(now) == files_of(first)
+
+
+@pytest.mark.parametrize(("model_type", "chain"), [("gpt2", TRANSPOSED), ("gpt_oss", ("fewbits",) * 2)])
+def test_weights_that_the_source_stores_transposed_are_converted(tmp_path, model_type, chain):
+    first = now = make(tmp_path, "w4-g32", chain[0], model_type)
+    for before, after in pairwise(chain):
+        result = convert(now, tmp_path / f"{before}-{after}", format=after)
+        fewbits.verify(result.out, now)
+        now = result.out
     assert files_of(now) == files_of(first)
 
 
@@ -142,11 +162,7 @@ def test_what_a_format_cannot_hold_is_refused_or_rounded_with_its_loss(tmp_path,
 
 def test_scales_that_the_models_dtype_cannot_hold_are_refused_or_rounded(tmp_path):
     first = make(tmp_path, "w4-g32", "gptq")  # of a bfloat16 model
-    stored = safetensors.torch.load_file(first / "model.safetensors")
-    for name, tensor in stored.items():
-        if name.endswith(".scales"):
-            stored[name] = (tensor.view(torch.int16) | 1).view(torch.float16)  # eleven digits
-    safetensors.torch.save_file(stored, first / "model.safetensors", {"format": "pt"})
+    with_finer_scales(first)
     exact = convert(first, tmp_path / "v2", format="gptq-v2").out  # float16 too
     assert all(torch.equal(w.scale, weights_of(first)[n].scale) for n, w in weights_of(exact).items())
     with pytest.raises(
@@ -154,8 +170,31 @@ def test_scales_that_the_models_dtype_cannot_hold_are_refused_or_rounded(tmp_pat
     ):
         convert(first, tmp_path / "ct", format="compressed-tensors")
     assert not (tmp_path / "ct").exists()
+    exact = weights_of(first)
     rounded = convert(first, tmp_path / "ct", format="compressed-tensors", requantize=True)
     assert any(note.what.startswith("requantized") for note in rounded.ledger.notes)
+    for name, weight in weights_of(rounded.out).items():  # nothing but the scales is rounded
+        assert torch.equal(weight.codes, exact[name].codes)
+        assert torch.equal(weight.scale, exact[name].scale.bfloat16())
+
+
+def test_a_refusal_throws_nothing_away(tmp_path):
+    first = make(tmp_path, "w4-g32", "gptq")
+    out = convert(first, tmp_path / "out", format="compressed-tensors").out
+    before = files_of(out)
+    with_finer_scales(first)
+    with pytest.raises(InputError, match="not every scale"):
+        convert(first, out, format="compressed-tensors", restart=True)
+    assert files_of(out) == before
+
+
+def test_weights_whose_inputs_were_rounded_keep_their_codes_where_that_has_no_layout(tmp_path):
+    first = make(tmp_path, "w8-channel-a8-token", "fewbits")
+    with pytest.raises(InputError, match="inputs in 8 bits"):
+        convert(first, tmp_path / "out", format="gguf")
+    found = weights_of(convert(first, tmp_path / "out", format="gguf", requantize=True).out)
+    for name, weight in weights_of(first).items():
+        assert torch.equal(found[name].codes, weight.codes)
 
 
 def test_floats_and_unknown_formats_are_refused(tmp_path):

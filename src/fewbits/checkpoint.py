@@ -148,6 +148,11 @@ def resolve(model: str | Path) -> Path:
     return _download(str(model))
 
 
+def model_name(model: str | Path) -> str:
+    """Of a folder or a file its own name, never a path of this machine; a hub id as it is."""
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
 def _download(repository: str) -> Path:
     """The hub's newest snapshot; without a network the cached one, if it is whole."""
     from huggingface_hub import HfApi, snapshot_download

@@ -29,6 +29,7 @@ from fewbits.checkpoint import (
     carried_files,
     hash_file,
     hash_json,
+    model_name,
     open_checkpoint,
     read_json,
     resolve,
@@ -530,7 +531,7 @@ def _inspect(
 def _describe_model(model: str, plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     return {
-        "name": Path(model).resolve().name if Path(model).is_dir() else model,
+        "name": model_name(model),
         "parameters": plan.parameters,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "weight_bytes": sum(checkpoint.file_bytes.values()),

@@ -22,7 +22,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
-from fewbits.formats import FORMATS, Format, GgufLayout, Placement, ScaleRange
+from fewbits.formats import FORMATS, Format, GgufLayout, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, plain
@@ -30,7 +30,7 @@ from fewbits.load import config_dtype, open_model, quantization_of, quantized_ma
 from fewbits.memory import watch_memory
 from fewbits.methods import RTN, round_held
 from fewbits.pipeline import Quantized, check_out, describe_source, finish, reuse, throw_away
-from fewbits.plan import Plan, make_plan, survey
+from fewbits.plan import Plan, make_plan, placement_of, survey
 from fewbits.recipe import Recipe
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.steps import Steps
@@ -77,6 +77,8 @@ def convert(
     plan = make_plan(survey(view), recipe, format)
     with watch_memory() as memory:
         if restart:
+            if not requantize:
+                _check_exact(plan, view)
             throw_away(out)
         asked = {
             "fewbits": version("fewbits"),
@@ -105,11 +107,13 @@ class Dequantized(Checkpoint):
 
     Args:
         stored: what is on disk.
+        layout: of its codes.
         quantized: the matrices of which it holds codes, by the names their floats had.
         schemes: of those.
     """
 
     stored: Checkpoint = field(kw_only=True)
+    layout: Format = field(kw_only=True)
     quantized: dict[str, Matrix] = field(kw_only=True)
     schemes: dict[str, QuantScheme] = field(kw_only=True)
 
@@ -125,15 +129,13 @@ class Dequantized(Checkpoint):
     def weights(self, name: str) -> list[QuantizedTensor]:
         """The codes of a matrix, or of all in a stack, in the scheme that they are seen in."""
         scheme, found = self.schemes[name], read_matrix(self.stored, self.quantized[name])
-        if isinstance(_layout(self.stored), GgufLayout):
-            size = scheme.group_size
-            found = [w.coarsest() if size is None else w.coarsest().regrouped(size) for w in found]
+        if isinstance(self.layout, GgufLayout):
+            found = [weight.coarsest().regrouped(scheme.group_size) for weight in found]
         return [replace(weight, scheme=scheme) for weight in found]
 
     def parts(self, name: str) -> list[str]:
         """The tensors on disk that a quantized weight is made of."""
-        layout = _layout(self.stored)
-        return [part for part in chain(*layout.tensors(name)) if part in self.stored.tensors]
+        return [part for part in chain(*self.layout.tensors(name)) if part in self.stored.tensors]
 
     def close(self) -> None:
         """Drop the mappings."""
@@ -147,77 +149,71 @@ def open_quantized(folder: Path) -> Dequantized:
         InputError: it is in float, or its quantization is not read.
     """
     stored = open_model(folder)
-    if quantization_of(stored) is None:
+    found = quantization_of(stored)
+    if found is None:
         raise InputError(f"{folder} is in float; accepted are quantized checkpoints")
+    layout, quantization = found
     network = skeleton(stored.config)
-    matrices = quantized_matrices(stored, network)
-    layout = _layout(stored)
+    matrices = {name: _as_in_the_model(m) for name, m in quantized_matrices(stored, network).items()}
     codes = {part for name in matrices for part in chain(*layout.tensors(name))}
     tensors = {name: info for name, info in stored.tensors.items() if name not in codes}
     dtype = config_dtype(network) or stored.dtype
     for name, matrix in matrices.items():
         file = stored.tensors[layout.tensors(name).needed[0]].file
-        rows, columns = matrix.rows_columns
-        last = (columns, rows) if matrix.transposed else (rows, columns)
-        tensors[name] = TensorInfo(name, dtype, (*matrix.shape[:-2], *last), file)
+        tensors[name] = TensorInfo(name, dtype, matrix.shape, file)
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
-    return Dequantized(
-        stored.folder, config, tensors, stored.file_bytes, stored.header_bytes, stored.notes,
-        stored=stored, quantized=matrices, schemes=_schemes(stored, matrices),
-    )  # fmt: skip
-
-
-def _layout(stored: Checkpoint) -> Format:
-    found = quantization_of(stored)
-    assert found is not None
-    return found[0]
-
-
-def _schemes(stored: Checkpoint, matrices: dict[str, Matrix]) -> dict[str, QuantScheme]:
-    """As config.json says; symmetric where every zero point of the model is in the middle.
-
-    GGUF repeats the scales of larger groups: then the largest that all weights are made of count.
-    """
-    found = quantization_of(stored)
-    assert found is not None
-    layout, quantization = found
     schemes: dict[str, QuantScheme] = {}
     for name, matrix in matrices.items():
         scheme = layout.scheme_of(quantization, name, matrix.module)
         if scheme is None:
-            raise InputError(f"{stored.folder}: {name} is quantized, but config.json gives no scheme")
+            raise InputError(f"{folder}: {name} is quantized, but config.json gives no scheme")
         schemes[name] = scheme
-    if any(not scheme.symmetric for scheme in schemes.values()) and _all_in_middle(stored, matrices):
-        schemes = {name: replace(scheme, symmetric=True) for name, scheme in schemes.items()}
-    return _unrepeated(stored, matrices, schemes) if isinstance(layout, GgufLayout) else schemes
+    schemes = _seen(stored, layout, matrices, schemes)
+    return Dequantized(
+        stored.folder, config, tensors, stored.file_bytes, stored.header_bytes, stored.notes,
+        stored=stored, layout=layout, quantized=matrices, schemes=schemes,
+    )  # fmt: skip
 
 
-def _unrepeated(
-    stored: Checkpoint, matrices: dict[str, Matrix], schemes: dict[str, QuantScheme]
+def _as_in_the_model(matrix: Matrix) -> Matrix:
+    """Codes are (out, in) whatever the source's orientation: here with the shape that its floats had."""
+    *stack, rows, columns = matrix.shape
+    return replace(matrix, shape=(*stack, columns, rows)) if matrix.transposed else matrix
+
+
+def _seen(
+    stored: Checkpoint,
+    layout: Format,
+    matrices: dict[str, Matrix],
+    schemes: dict[str, QuantScheme],
 ) -> dict[str, QuantScheme]:
-    sizes: dict[int, set[int | None]] = defaultdict(set)  # by bits
+    """The schemes as the values show them, where a format stores more than they need.
+
+    Symmetric where every zero point of the model is in the middle. GGUF repeats the scales of larger
+    groups: then the largest count that all weights of as many bits are made of.
+    """
+    repeats = isinstance(layout, GgufLayout)
+    middle = any(not scheme.symmetric for scheme in schemes.values())
+    sizes: dict[int, set[int]] = defaultdict(set)  # columns of a group, by bits
+    whole: dict[int, bool] = defaultdict(lambda: True)  # are they all whole rows
     for name, matrix in matrices.items():
+        if not (repeats or middle):
+            return schemes
         for weight in read_matrix(stored, matrix):
-            sizes[schemes[name].bits].add(weight.coarsest().scheme.group_size)
-    found = {}
-    for name, scheme in schemes.items():
-        own, columns = sizes[scheme.bits], matrices[name].rows_columns[1]
-        size = None if own == {None} else math.gcd(*(n or columns for n in own))
-        found[name] = (
-            replace(scheme, granularity="channel", group_size=None)
-            if size is None
-            else replace(scheme, group_size=size)
-        )
-    return found
-
-
-def _all_in_middle(stored: Checkpoint, matrices: dict[str, Matrix]) -> bool:
-    """Some formats store the zero points of symmetric weights too."""
-    for matrix in matrices.values():
-        for weight in read_matrix(stored, matrix):
-            if bool((weight.zero_point != weight.scheme.middle).any()):
-                return False
-    return True
+            middle = middle and bool((weight.zero_point == weight.scheme.middle).all())
+            size = weight.coarsest().scheme.group_size if repeats else None
+            sizes[schemes[name].bits].add(size or weight.shape[1])
+            whole[schemes[name].bits] &= size is None
+    if middle:
+        schemes = {name: replace(scheme, symmetric=True) for name, scheme in schemes.items()}
+    if not repeats:
+        return schemes
+    return {
+        name: replace(scheme, granularity="channel", group_size=None)
+        if whole[scheme.bits]
+        else replace(scheme, group_size=math.gcd(*sizes[scheme.bits]))
+        for name, scheme in schemes.items()
+    }
 
 
 # -- what becomes of each weight ---------------------------------------------------------------------
@@ -237,24 +233,14 @@ class _Given(Recipe):
 def _recipe(view: Dequantized, target: Format, requantize: bool) -> Recipe:
     if not requantize:
         return _Given(given=view.schemes)
-    found: dict[Any, QuantScheme] = {}
-    for name, matrix in view.quantized.items():
-        key = (view.schemes[name], matrix.rows_columns, matrix.kind, matrix.stacked, matrix.transposed)
-        if key not in found:
-            found[key] = _nearest_scheme(target, matrix, view.schemes[name])
-    given = {
-        n: found[view.schemes[n], m.rows_columns, m.kind, m.stacked, m.transposed]
-        for n, m in view.quantized.items()
-    }
+    given = {n: _nearest_scheme(target, m, view.schemes[n]) for n, m in view.quantized.items()}
     return _Given(given=given)
 
 
 def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> QuantScheme:
     """The scheme itself if the format holds it, else the first that loses little."""
-    if scheme.two_level:
-        if target.refuses(_placement(matrix, scheme), scheme) is None:
-            return scheme
-        scheme = replace(scheme, two_level=False)
+    if target.refuses(placement_of(matrix, scheme), scheme) is None:
+        return scheme
     columns = matrix.rows_columns[1]
     sizes = [scheme.group_size, *(size for size in (128, 64, 32) if columns % size == 0), None]
     more = sorted(bits for bits in BITS if bits >= scheme.bits)
@@ -264,17 +250,9 @@ def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> Quan
             for size in sizes:
                 granularity = "channel" if size is None else "group"
                 other = QuantScheme(bits, granularity, size, symmetric)  # type: ignore[arg-type]
-                kept = scheme if other == on_disk(replace(scheme, inputs=None)) else other
-                if target.refuses(_placement(matrix, kept), kept) is None:
-                    return kept
+                if target.refuses(placement_of(matrix, other), other) is None:
+                    return other
     return scheme  # the plan says why not
-
-
-def _placement(matrix: Matrix, scheme: QuantScheme) -> Placement:
-    return Placement(
-        matrix.module, scheme, matrix.kind == "expert", matrix.stacked, matrix.transposed,
-        matrix.own_forward, matrix.rows_columns,
-    )  # fmt: skip
 
 
 class _Conversion(Steps):
@@ -283,37 +261,27 @@ class _Conversion(Steps):
     def __init__(self, plan: Plan, *more: Any) -> None:
         super().__init__(plan, *more)
         assert isinstance(plan.checkpoint, Dequantized)
-        self.view = plan.checkpoint
+        self.view, self.stored = plan.checkpoint, plan.checkpoint.stored
 
     def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
         if name not in self.plan.placements:
             return None
-        target, scheme = self.plan.format, self.plan.placements[name].scheme
-        scales = target.scales(self.plan.info(name).dtype)
-        done = []
+        scheme, done = self.plan.placements[name].scheme, []
+        scales = self.plan.format.scales(self.plan.info(name).dtype)
         for weight in self.view.weights(name):
-            same = on_disk(weight.scheme) == on_disk(scheme)
-            exact = _in_dtype(weight, scales.stored) if same else None
-            if exact is not None and weight.order is None:
-                done.append(exact)
-                continue
-            if not self.ledger.request["requantize"]:
-                why = f"not every scale is a number of {scales.stored}"
-                if weight.order is not None:
-                    why = f"its groups are not of neighbouring columns, as {target.name} wants them"
-                raise InputError(
-                    f"{self.plan.place(name)}: {why}; accepted is --requantize, which rounds it anew"
-                )
-            done.append(_rounded(name, weight, scheme, scales, notes))
+            exact = _exact(weight, scheme, scales.stored)
+            if exact is None and not self.ledger.request["requantize"]:
+                raise _inexact(self.plan, name, weight, scales)
+            done.append(_rounded(name, weight, scheme, scales, notes) if exact is None else exact)
         return done
 
     def _enter(self, name: str, written: list[Written], codes: Codes | None, folded: bool) -> None:
         """The weight as made from its first tensor, all of them as converted."""
-        view, stored = self.view, self.view.stored
+        stored = self.stored
         if codes is None:
             super()._enter(name, written, codes, folded)
             return
-        parts = view.parts(name)
+        parts = self.view.parts(name)
         first = name if name in parts else parts[0]
         info, sha256 = stored.tensors[first], hash_tensor(stored.read(first))
         origin = None if first == name else first
@@ -324,30 +292,42 @@ class _Conversion(Steps):
                 reason = f"its values are in what is written for {name}"
                 self._entered[part] = replace(entry, outcome="converted", reason=reason)
 
-    def _check_source(self) -> None:
-        for name, entry in self.ledger.tensors.items():
-            tensor = self.view.stored.read(entry.origin or name)
-            if hash_tensor(tensor) != entry.sha256:
-                raise InputError(
-                    f"{self.view.folder} was changed since the run began: {name} has other values; "
-                    "accepted are the same weights, or --restart"
-                )
+
+def _check_exact(plan: Plan, view: Dequantized) -> None:
+    """Refuse before anything is thrown away what the format cannot hold exactly."""
+    for name, placement in plan.placements.items():
+        scales = plan.format.scales(plan.info(name).dtype)
+        for weight in view.weights(name):
+            if _exact(weight, placement.scheme, scales.stored) is None:
+                raise _inexact(plan, name, weight, scales)
 
 
-def _in_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor | None:
-    """The same with its scales in `dtype`; None if that would round them. Two levels have their own."""
-    if weight.levels is not None:
+def _exact(weight: QuantizedTensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor | None:
+    """The same with its scales in `dtype`; None if that, or the scheme, would round it."""
+    if weight.order is not None or on_disk(weight.scheme) != on_disk(scheme):
+        return None
+    if weight.levels is not None:  # their scales have a dtype of their own
         return weight
     scale = weight.scale.to(dtype)
     same = torch.equal(scale.to(torch.float64), weight.scale.to(torch.float64))
     return replace(weight, scale=scale) if same else None
 
 
+def _inexact(plan: Plan, name: str, weight: QuantizedTensor, scales: ScaleRange) -> InputError:
+    why = f"not every scale is a number of {scales.stored}"
+    if weight.order is not None:
+        why = f"its groups are not of neighbouring columns, as {plan.format.name} wants them"
+    return InputError(f"{plan.place(name)}: {why}; accepted is --requantize, which rounds it anew")
+
+
 def _rounded(
     name: str, weight: QuantizedTensor, scheme: QuantScheme, scales: ScaleRange, notes: list[Note]
 ) -> QuantizedTensor:
+    """On a grid that the format holds: with the same codes if those fit, and a note of the loss."""
     exact = weight.dequantize(torch.float32)
-    rounded, more = round_held(RTN(), exact, scheme.dynamic, {}, scales.dtype, scales.least)
+    rounded, more = _same_codes(weight, scheme, scales.stored), list[Note]()
+    if rounded is None:
+        rounded, more = round_held(RTN(), exact, scheme.dynamic, {}, scales.dtype, scales.least)
     error = (rounded.dequantize(torch.float32) - exact).square().sum() / exact.square().sum()
     what = (
         f"requantized from {weight.scheme.label} to {rounded.scheme.label}: squared error "
@@ -355,3 +335,19 @@ def _rounded(
     )
     notes += [replace(note, where=name) for note in more] + [Note("fallback", name, what)]
     return rounded
+
+
+def _same_codes(
+    weight: QuantizedTensor, scheme: QuantScheme, dtype: torch.dtype
+) -> QuantizedTensor | None:
+    """The weight in a scheme with the same grid, its scales rounded to `dtype`; None if there is none.
+
+    A scheme may have dropped that inputs are rounded too, which is no matter of the weight.
+    """
+    weight = weight.per_row()
+    own, wanted = (on_disk(replace(s, inputs=None)) for s in (weight.scheme, scheme))
+    plain = weight.order is None and weight.outliers is None and weight.levels is None
+    scale = weight.scale.to(dtype)
+    if not plain or own != wanted or not bool((torch.isfinite(scale) & (scale != 0)).all()):
+        return None
+    return replace(weight, scale=scale, scheme=wanted)

@@ -9,7 +9,7 @@ from typing import Any
 from fewbits import cost as machine
 from fewbits.advice import Advice, advise, read_measured
 from fewbits.calibration import DEFAULT_LENGTH
-from fewbits.checkpoint import Checkpoint, open_headers
+from fewbits.checkpoint import Checkpoint, model_name, open_headers
 from fewbits.comparison import RESULTS, default_work
 from fewbits.cost import Rates, Work, count_work, estimate_cost, probe
 from fewbits.errors import InputError
@@ -118,7 +118,7 @@ def look_ahead(
         raise InputError(f"--device is {device!r}; accepted are {', '.join(DEVICES)}")
     began = machine.clock()
     checkpoint = open_headers(model)
-    name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+    name = model_name(model)
     running = {"memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context}
     made, label, judged, notes = None, None, None, list(checkpoint.notes)
     if checkpoint.config.get("quantization_config") is not None:

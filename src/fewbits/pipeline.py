@@ -28,6 +28,7 @@ from fewbits.checkpoint import (
     dtype_of,
     hash_file,
     hash_json,
+    model_name,
     read_json,
     resolve,
 )
@@ -307,10 +308,9 @@ def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]
         name: {"size_bytes": size, "header_bytes": checkpoint.header_bytes[name]}
         for name, size in checkpoint.file_bytes.items()
     }
-    name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     carried = {name: hash_file(checkpoint.folder / name) for name in carried_files(checkpoint.folder)}
     return {
-        "name": name,
+        "name": model_name(model),
         "config_sha256": hash_json(checkpoint.config),
         "files": sizes,
         "carried": carried,

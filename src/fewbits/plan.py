@@ -194,6 +194,14 @@ def make_plan(
     return plan
 
 
+def placement_of(matrix: Matrix, scheme: QuantScheme) -> Placement:
+    """Where a matrix stands, were it quantized so."""
+    return Placement(
+        matrix.module, scheme, matrix.kind == "expert", matrix.stacked, matrix.transposed,
+        matrix.own_forward, matrix.rows_columns,
+    )  # fmt: skip
+
+
 def _place(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) -> dict[str, Placement]:
     """Where each quantized weight stands; all experts of a block at one place, which is one object."""
     places: dict[Any, Placement] = {}
@@ -203,10 +211,7 @@ def _place(matrices: dict[str, Matrix], schemes: dict[str, QuantScheme | None]) 
         if scheme is not None:
             key = (m.module, id(scheme), m.kind, m.shape, m.transposed, m.own_forward)
             if key not in places:
-                places[key] = Placement(
-                    m.module, scheme, m.kind == "expert", m.stacked, m.transposed, m.own_forward,
-                    m.rows_columns,
-                )  # fmt: skip
+                places[key] = placement_of(m, scheme)
             found[name] = places[key]
     return found
 

@@ -55,6 +55,7 @@ class Steps:
     ) -> None:
         self.plan, self.recipe, self.data, self.journal = plan, recipe, data, journal
         self.max_memory, self.progress = max_memory, progress
+        self.stored = plan.checkpoint  # what the entries of the ledger speak of
         checkpoint, shape = plan.checkpoint, None if data is None else tuple(data.ids.shape)
         budget = plan_memory(plan, recipe, shape, memory_bytes(), max_memory)  # type: ignore[arg-type]
         self.limits = budget.limits
@@ -135,9 +136,9 @@ class Steps:
         if _modified(self.plan) == self.journal.choices["modified"]:
             return
         for name, entry in self.ledger.tensors.items():
-            if hash_tensor(self.plan.checkpoint.read(entry.origin or name)) != entry.sha256:
+            if hash_tensor(self.stored.read(entry.origin or name)) != entry.sha256:
                 raise InputError(
-                    f"{self.plan.checkpoint.folder} was changed since the run began: {name} has other "
+                    f"{self.stored.folder} was changed since the run began: {name} has other "
                     "values; accepted are the same weights, or --restart"
                 )
 
