@@ -105,6 +105,9 @@ Format = Annotated[
 ]
 
 
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
+]
 Client = Annotated[
     list[str] | None,
     typer.Option(
@@ -141,7 +144,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {error}", highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            kept = function.__name__ in ("compare", "quantize")
+            kept = function.__name__ in ("compare", "convert", "quantize")
             what = "what was finished is kept" if kept else "nothing was left behind"
             err.print(f"interrupted: {what}; the same command {'goes on' if kept else 'starts again'}")
             raise typer.Exit(130) from None
@@ -338,9 +341,7 @@ def quantize(
             metavar="FILE", help="Write the report, a page, to FILE.  [default: OUT/report.html]"
         ),
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
-    ] = False,
+    restart: Restart = False,
     json_: Json = False,
 ) -> None:
     """Quantize MODEL, write it to OUT, and verify what was written. Run again, it goes on."""
@@ -382,14 +383,7 @@ def quantize(
     if json_:
         _print_json(result.to_json())
         return
-    done = "already there" if result.reused else "written"
-    out.print(
-        f"{out_folder}: {done} as {result.ledger.request['format']}, {scheme.label}; "
-        f"{bytes_text(result.source_weight_bytes)} -> {bytes_text(result.weight_bytes)}, "
-        f"{result.bits_per_weight:.2f} bits per weight over the whole file",
-        highlight=False,
-    )
-    _print_ledger(result)
+    _print_written(result, scheme.label)
     if result.ledger.blocks:
         wide.print(blocks_table(result.ledger.blocks))
     if result.run.get("resumed_steps") and not result.reused:
@@ -415,14 +409,11 @@ def convert(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round what the format cannot hold, and say the loss.")
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
-    ] = False,
+    restart: Restart = False,
     json_: Json = False,
 ) -> None:
     """Write IN in another format to OUT, integer by integer, and verify what was written."""
     from fewbits.convert import convert as run
-    from fewbits.report import bytes_text
 
     with _progress() as progress:
         result = run(
@@ -436,21 +427,14 @@ def convert(
     if json_:
         _print_json(result.to_json())
         return
-    done = "already there" if result.reused else "written"
-    out.print(
-        f"{out_folder}: {done} as {format}; {bytes_text(result.source_weight_bytes)} -> "
-        f"{bytes_text(result.weight_bytes)}, {result.bits_per_weight:.2f} bits per weight over the "
-        "whole file",
-        highlight=False,
-    )
-    _print_ledger(result)
+    _print_written(result, result.ledger.request["scheme"])
     _print_notes([str(note) for note in result.ledger.notes])
 
 
 @_command
 def verify(
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint of fewbits.")],
-    source: Annotated[str | None, typer.Option(help="The float checkpoint it was made from.")] = None,
+    source: Annotated[str | None, typer.Option(help="The checkpoint it was made from.")] = None,
     forward: Annotated[bool, typer.Option(help="Also load it and run it on a few tokens.")] = True,
     json_: Json = False,
 ) -> None:
@@ -799,12 +783,18 @@ def _own_command() -> str:
     return "fewbits " + shlex.join(words)
 
 
-def _print_ledger(result: Any) -> None:
-    """What became of every source tensor, and what was read back."""
+def _print_written(result: Any, scheme: str) -> None:
+    """What was written, what became of every source tensor, and what was read back."""
+    from fewbits.report import bytes_text
+
+    done = "already there" if result.reused else "written"
     totals, checked = result.ledger.totals, result.verification
     outcomes = ("quantized", "copied", "folded", "converted", "dropped")
     told = [f"{totals[what]} {what}" for what in outcomes if totals[what] or what != "converted"]
     out.print(
+        f"{result.out}: {done} as {result.ledger.request['format']}, {scheme}; "
+        f"{bytes_text(result.source_weight_bytes)} -> {bytes_text(result.weight_bytes)}, "
+        f"{result.bits_per_weight:.2f} bits per weight over the whole file\n"
         f"ledger: {totals['source_tensors']} source tensors = {' + '.join(told)}\n"
         f"verified: {checked.files} files, {checked.tensors} tensors, the integers of {checked.codes} "
         "weights, read back by another library",
