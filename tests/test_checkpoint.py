@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits import InputError, QuantScheme, quantize
-from fewbits.checkpoint import open_checkpoint, read_header, resolve
+from fewbits.checkpoint import hash_tensor, open_checkpoint, read_header, resolve
 from fewbits.journal import Journal
 from models import tiny_checkpoint
 
@@ -299,6 +299,11 @@ def test_tensors_that_share_storage_in_a_torch_file_are_written_apart(tmp_path, 
 def test_a_folder_is_itself(tmp_path):
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_one_value_of_a_column_has_the_hash_of_that_value():
+    column = torch.arange(3.0)[:, None].expand(3, 2).contiguous()[:, :1]
+    assert hash_tensor(column[1:2]) == hash_tensor(torch.tensor([1.0]))
 
 
 def test_a_file_is_refused_as_a_model(tmp_path):

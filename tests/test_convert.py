@@ -236,3 +236,18 @@ def test_the_source_is_never_thrown_away(tmp_path):
         with pytest.raises(InputError, match="is the source, or holds it"):
             convert(first, out, format="awq", restart=True)
     assert weights_of(first)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf"])
+def test_a_file_alone_is_converted_without_what_lies_about_beside_it(tmp_path, format):
+    first = make(tmp_path, "w4-g32", "gguf")
+    (tmp_path / "downloads").mkdir()
+    alone = (first / "model.gguf").rename(tmp_path / "downloads" / "some.gguf")
+    (tmp_path / "downloads" / "private.txt").write_text("secret")
+    (tmp_path / "downloads" / "tokenizer.json").write_text("{}")
+    result = convert(alone, tmp_path / "out", format=format)
+    assert result.ledger.source["name"] == "some.gguf"
+    weights = "model.gguf" if format == "gguf" else "model.safetensors"
+    assert {p.name for p in result.out.iterdir()} == {weights, "config.json", "fewbits.json", "run.json"}
+    skipped = [note.where for note in result.ledger.notes if note.kind == "skip"]
+    assert skipped == ["tokenizer"] + ["tokenizer.json"] * (format == "gguf")

@@ -18,6 +18,7 @@ import fewbits
 from checks import assert_same, random_weight
 from fewbits.checkpoint import TensorInfo, open_checkpoint
 from fewbits.errors import InputError
+from fewbits.evaluate import load_tokenizer
 from fewbits.formats import Placement
 from fewbits.formats.gguf import BLOCKS, GgufLayout
 from fewbits.formats.gguf_k import LABEL
@@ -633,3 +634,79 @@ def test_floats_made_from_blocks_are_given_in_the_dtype_that_the_model_runs_in(t
     assert opened.tensors[name].dtype == torch.float32
     others = {info.dtype for n, info in opened.tensors.items() if n != name}
     assert others == {torch.bfloat16, torch.uint8}
+
+
+def written_and_run(folder, model_type, label="w4-g32", **changes):
+    """A GGUF folder of ours, and its model's logits."""
+    source = tiny_checkpoint(folder / "source", model_type, **changes)
+    out = folder / "out"
+    fewbits.quantize(source, out, scheme=QuantScheme.parse(label), format="gguf")
+    return out, logits_of(out)
+
+
+def logits_of(path):
+    with torch.no_grad():
+        return fewbits.load(path, dtype=torch.float32)(torch.arange(2, 34).view(2, 16)).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("mixtral", {}),
+    ],
+    ids=["llama", "biases", "qwen3_moe", "mixtral"],
+)
+def test_a_file_alone_gives_the_model_that_it_gives_beside_its_config(tmp_path, model_type, changes):
+    out, expected = written_and_run(tmp_path, model_type, **changes)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(out / "model.gguf", tmp_path / "alone" / "any.gguf")
+    assert torch.equal(logits_of(tmp_path / "alone" / "any.gguf"), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 2.0,
+                             "original_max_position_embeddings": 32, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0}},
+        {"hidden_act": "gelu"},
+        {"model_type": "qwen3"},
+    ],
+)  # fmt: skip
+def test_the_config_of_another_model_beside_a_file_is_refused(tmp_path, changes):
+    out, _ = written_and_run(tmp_path, "llama")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(
+        InputError, match=r"config\.json (is not of model\.gguf: |beside it of model_type)"
+    ):
+        fewbits.load(out)
+
+
+def test_tensors_that_the_config_beside_has_no_place_for_are_refused(tmp_path):
+    out, _ = written_and_run(tmp_path, "llama", attention_bias=True)
+    config = json.loads((out / "config.json").read_text()) | {"attention_bias": False}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"k_proj\.bias has no place in the model"):
+        fewbits.load(out)
+
+
+def test_a_file_that_is_named_has_its_own_tokenizer(tmp_path):
+    fewbits.quantize("reference/model", tmp_path / "out", format="gguf")
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(tmp_path / "out" / "model.gguf", tmp_path / "mixed" / "any.gguf")
+    tokenizer = json.loads(Path("reference/model/tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]
+    (tmp_path / "mixed" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = "def read_file(path):"
+    ids = load_tokenizer("reference/model")(text)["input_ids"]
+    assert load_tokenizer(tmp_path / "mixed" / "any.gguf")(text)["input_ids"] == ids
+    assert load_tokenizer(tmp_path / "out" / "model.gguf")(text)["input_ids"] == ids

@@ -114,6 +114,10 @@ class Checkpoint:
             return tensor.clone()  # torch files may hold views of each other; safetensors may not
         return tensor
 
+    def carried(self) -> list[str]:
+        """Names of the files beside that go along unchanged; see `carried_files`."""
+        return carried_files(self.folder)
+
     def close(self) -> None:
         """Drop the mappings; they are made again when needed."""
         self._open.clear()
@@ -577,7 +581,10 @@ def hash_tensors(tensors: list[Tensor]) -> str:
 
 def values(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.reshape(-1)
+    if len(flat) == 1:  # one value is contiguous with any stride, which a view of bytes does not take
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def hash_file(path: Path) -> str:

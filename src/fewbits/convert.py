@@ -24,6 +24,7 @@ from fewbits.checkpoint import (
 from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, GgufLayout, ScaleRange
 from fewbits.formats.packed import on_disk
+from fewbits.gguf_file import GgufCheckpoint
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, plain
 from fewbits.load import config_dtype, open_model, quantization_of, quantized_matrices, read_matrix
@@ -75,6 +76,7 @@ def convert(
     view = open_quantized(folder)
     recipe = _recipe(view, FORMATS[format], requantize)
     plan = make_plan(survey(view), recipe, format)
+    plan.notes += _notes_of(view)
     with watch_memory() as memory:
         if restart:
             if not requantize:
@@ -136,6 +138,10 @@ class Dequantized(Checkpoint):
     def parts(self, name: str) -> list[str]:
         """The tensors on disk that a quantized weight is made of."""
         return [part for part in chain(*self.layout.tensors(name)) if part in self.stored.tensors]
+
+    def carried(self) -> list[str]:
+        """Those of what is on disk."""
+        return self.stored.carried()
 
     def close(self) -> None:
         """Drop the mappings."""
@@ -291,6 +297,14 @@ class _Conversion(Steps):
                 entry = Entry.of(stored.tensors[part], hash_tensor(stored.read(part)), [], None)
                 reason = f"its values are in what is written for {name}"
                 self._entered[part] = replace(entry, outcome="converted", reason=reason)
+
+
+def _notes_of(view: Dequantized) -> list[Note]:
+    """What a result of this source will lack."""
+    if view.carried() or not isinstance(view.stored, GgufCheckpoint):
+        return []
+    what = "not written: the source is a file alone, and has its tokenizer inside"
+    return [Note("skip", "tokenizer", what)]
 
 
 def _check_exact(plan: Plan, view: Dequantized) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.calibration import SELF, Calibration, read_calibration
-from fewbits.checkpoint import CONFIG, carried_files, check_config, read_json, resolve
+from fewbits.checkpoint import CONFIG, LEDGER, carried_files, check_config, read_json, resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
 from fewbits.gguf_header import read_header
@@ -222,7 +222,10 @@ def load_tokenizer(model: str | Path | Any) -> Any:
     folder = path if path.is_dir() else path.parent
     _check_tokenizer(folder)
     file, more = find_gguf(path), {}
-    if file is not None and not any((folder / name).is_file() for name in _TOKENIZERS):
+    # Beside a file that is named lies perhaps another's; ours has the source's own files beside it.
+    strange = path.is_file() and not (folder / LEDGER).is_file()
+    beside = any((folder / name).is_file() for name in _TOKENIZERS)
+    if file is not None and (strange or not beside):
         read_header(file)  # strictly, before transformers does
         more = {"gguf_file": file.name}
     try:

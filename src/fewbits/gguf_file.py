@@ -18,6 +18,7 @@ floats: they hold no integers of ours.
 """
 
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint import CONFIG, Checkpoint, TensorInfo, check_config, read_json, values
+from fewbits.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    TensorInfo,
+    carried_files,
+    check_config,
+    read_json,
+    values,
+)
 from fewbits.disk import append
 from fewbits.errors import InputError, first_line
 from fewbits.formats.gguf import BLOCK, BLOCKS, VERSION, GgufLayout
@@ -44,6 +53,7 @@ from fewbits.gguf_models import (
     filled_in,
     from_disk,
     ignored,
+    keys_of,
     left_out,
     models,
     places_of,
@@ -61,7 +71,8 @@ __all__ = ["GGUF", "GgufCheckpoint", "ignored", "open_gguf", "unsupported", "wri
 GGUF = "model.gguf"
 # Keys of our own: tensors made float32, what they were, and what the source's names leave out.
 _WIDENED, _DTYPES, _PREFIX = f"{OWN}widened", f"{OWN}dtypes", f"{OWN}prefix"
-_REALS = "epsilon", "freq", "softcapping"  # parts of keys that are float32, not uint32
+# Keys in which a file may differ from a config.json beside it: they decide no value.
+_FREE = "context_length", "vocab_size"
 _ROPE = "rope_freqs.weight"
 _TRIED = 2**12  # blocks of Q4_1 that are looked at, before the others are taken to be alike; not tuned
 _SLICE = 2**22  # values converted at a time; not tuned
@@ -154,12 +165,7 @@ def _describe(
     model = models()[kind]
     writer = gguf.GGUFWriter(None, model.architecture)
     writer.add_type("model")
-    fields = dict(rotary(settings)[0])
-    for key, options in (table()["keys"] | model.keys).items():
-        value = next((settings[name] for name in options if settings.get(name) is not None), None)
-        if value is not None:
-            fields[key] = float(value) if any(part in key for part in _REALS) else int(value)
-    for key, value in fields.items():
+    for key, value in keys_of(settings, model).items():
         kinds: dict[type, Any] = {
             str: writer.add_string, float: writer.add_float32, int: writer.add_uint32,
         }  # fmt: skip
@@ -225,6 +231,10 @@ class GgufCheckpoint(Checkpoint):
             return from_disk(stored, data.view(kind).reshape(shape), info.dtype)
         rows = data.reshape(-1, stored.row_bytes)
         return from_disk(stored, _as_floats(rows, stored.kind, info.dtype).reshape(shape), info.dtype)
+
+    def carried(self) -> list[str]:
+        """Those of a model's folder; what lies about beside a file alone may be anything."""
+        return carried_files(self.folder) if (self.folder / CONFIG).is_file() else []
 
     def give(self, dtype: torch.dtype) -> None:
         """In which dtype floats are given that were made from blocks: the config's, if nobody says."""
@@ -334,9 +344,35 @@ def _config(path: Path, header: Header) -> tuple[dict[str, Any], str]:
                 f"{path} is of architecture {shown(architecture)}, but {CONFIG} beside it of model_type "
                 f"{shown(config.get('model_type'))}"
             )
+        _check_beside(path, header, config)
     else:
         config = _made_config(path, header, here)
     return config, config["model_type"]
+
+
+def _check_beside(path: Path, header: Header, config: dict[str, Any]) -> None:
+    """A config.json beside a file may be another model's: what both speak of must be the same."""
+    where = path.parent / CONFIG
+    reason = unsupported(config)
+    if reason is not None:
+        raise InputError(f"{where} is not of {path.name}: {reason}")
+    model, settings = models()[config["model_type"]], filled_in(config)
+    wanted, factors = keys_of(settings, model), rotary(settings)[1]
+    found = {key: header.keys.get(f"{model.architecture}.{key}") for key in wanted}
+    scaling = header.keys.get(f"{model.architecture}.rope.scaling.type", "none")
+    found["rope.scaling.type"] = scaling
+    wanted.setdefault("rope.scaling.type", "none")
+    has_factors = any(name == _ROPE for name, *_ in header.tensors)
+    found[_ROPE], wanted[_ROPE] = has_factors, factors is not None
+    for key, value in wanted.items():
+        other = found[key]
+        if key in _FREE or other is None:
+            continue
+        real = isinstance(value, float) and isinstance(other, int | float)  # float32 in the file
+        if not (math.isclose(value, other, rel_tol=1e-6) if real else value == other):
+            raise InputError(
+                f"{where} is not of {path.name}: {key} is {shown(value)}, and {shown(other)} in the file"
+            )
 
 
 def _made_config(path: Path, header: Header, kinds: list[str]) -> dict[str, Any]:
@@ -362,7 +398,7 @@ def _made_config(path: Path, header: Header, kinds: list[str]) -> dict[str, Any]
     kind = fitting[0]
     if models()[kind].full_every > 1:
         raise InputError(f"{path} has two rotary embeddings; accepted is one with a {CONFIG} beside")
-    config: dict[str, Any] = {"model_type": kind}
+    config: dict[str, Any] = {"model_type": kind, **models()[kind].requires}
     usual = AutoConfig.for_model(kind).to_dict()
     for key, options in table()["keys"].items():
         field_name = next((name for name in options if name in (*usual, "rope_theta", "head_dim")), None)
@@ -378,8 +414,9 @@ def _made_config(path: Path, header: Header, kinds: list[str]) -> dict[str, Any]
         token = header.keys.get(f"tokenizer.ggml.{ours}_token_id")
         config[f"{ours}_token_id"] = token if type(token) is int else None
     config["dtype"] = str(_given_dtype({}, header)).removeprefix("torch.")
-    if "attention_bias" in usual:
-        config["attention_bias"] = "blk.0.attn_q.bias" in names
+    for switch, bias in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up")):
+        if switch in usual:
+            config[switch] = f"blk.0.{bias}.bias" in names
     return config
 
 

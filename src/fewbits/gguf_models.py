@@ -24,6 +24,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 END = "_blocks"
 _BY_LABEL = {block.label: block.kind for block in BLOCKS}  # the types that are written
+_REALS = "epsilon", "freq", "softcapping"  # parts of keys that are float32, not uint32
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,16 @@ def filled_in(config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # configs fail in as many ways as there are architectures
         raise InputError(f"config.json is not understood by transformers: {first_line(error)}") from None
     return settings
+
+
+def keys_of(settings: dict[str, Any], model: Model) -> dict[str, Any]:
+    """What the container says of a model, by its keys without the architecture: float, int or str."""
+    found = dict(rotary(settings)[0])
+    for key, options in (table()["keys"] | model.keys).items():
+        value = next((settings[name] for name in options if settings.get(name) is not None), None)
+        if value is not None:
+            found[key] = float(value) if any(part in key for part in _REALS) else int(value)
+    return found
 
 
 def rotary(settings: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:

@@ -33,7 +33,6 @@ from fewbits.checkpoint import (
     SAFETENSORS_INDEX,
     TensorInfo,
     Written,
-    carried_files,
     dtype_of,
     encode_header,
     encode_json,
@@ -427,14 +426,12 @@ class Journal:
         with disk_errors(self.out, _KEPT):
             append(self.result / name, [encode_json(value)], fresh=True)
 
-    def carry_over(self, source: Path) -> list[str]:
+    def carry_over(self, source: Path, names: list[str]) -> None:
         """Copy what clients need beside weights: tokenizer, generation config, chat template."""
-        names = carried_files(source)
         with disk_errors(self.out, _KEPT):
             for name in names:
                 (self.result / name).parent.mkdir(exist_ok=True)
                 append(self.result / name, [(source / name).read_bytes()], fresh=True)
-        return names
 
     def commit(self) -> None:
         """Move the checkpoint to its place, and forget how it came about."""

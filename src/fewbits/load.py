@@ -119,6 +119,10 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     dtype = dtype or (torch.bfloat16 if slow else stored)
     if isinstance(checkpoint, GgufCheckpoint):
         checkpoint.give(dtype)
+        names = [name for name in checkpoint.tensors if name not in own]
+        lost = sorted(set(names) - locate(network, names).keys())
+        if lost:  # such files hold nothing that is not used
+            raise InputError(f"{folder}: tensor {lost[0]} has no place in the model")
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}

@@ -24,7 +24,6 @@ from fewbits.checkpoint import (
     Checkpoint,
     TensorInfo,
     Written,
-    carried_files,
     dtype_of,
     hash_file,
     hash_json,
@@ -202,7 +201,7 @@ def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> 
     else:
         journal.write_shards(max_shard_bytes)
     journal.write_json(CONFIG, plan.config | quantization)
-    journal.carry_over(plan.checkpoint.folder)
+    journal.carry_over(plan.checkpoint.folder, plan.checkpoint.carried())
     ledger.notes += plan.checkpoint.notes + steps.check_forward()
     ledger.files = _describe_files(journal.result)
     journal.write_json(LEDGER, ledger.to_json())
@@ -223,7 +222,8 @@ def _write_gguf(
     read: Callable[[str], Tensor],
 ) -> None:
     infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, path.name) for w in written]
-    folder = plan.checkpoint.folder
+    source = plan.checkpoint
+    folder = source.folder if source.carried() else path.parent  # where there is no tokenizer
     ledger.notes += write_gguf(path, folder, plan.config | quantization, infos, read)
 
 
@@ -308,7 +308,7 @@ def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]
         name: {"size_bytes": size, "header_bytes": checkpoint.header_bytes[name]}
         for name, size in checkpoint.file_bytes.items()
     }
-    carried = {name: hash_file(checkpoint.folder / name) for name in carried_files(checkpoint.folder)}
+    carried = {name: hash_file(checkpoint.folder / name) for name in checkpoint.carried()}
     return {
         "name": model_name(model),
         "config_sha256": hash_json(checkpoint.config),

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import fewbits
 from fewbits import QuantScheme, quantize
 from fewbits.blockwise import Limits
+from fewbits.checkpoint import carried_files
 from fewbits.journal import Journal, discard
 from fewbits.scheme import InputScheme
 from fewbits.stream import TOKENS
@@ -108,7 +109,7 @@ class Bare(Job):
                 journal.commit_step({"step": step, "seed": seed, "error": 1e-09}, states=step < 4)
             journal.write_shards(10_000)
             journal.write_json("steps.json", {"steps": journal.steps})
-            journal.carry_over(source)
+            journal.carry_over(source, carried_files(source))
             journal.commit()
             return {"resumed": journal.resumed, "reused": False}
 
