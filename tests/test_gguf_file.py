@@ -698,6 +698,15 @@ def test_tensors_that_the_config_beside_has_no_place_for_are_refused(tmp_path):
         fewbits.load(out)
 
 
+def test_what_takes_a_float_model_says_that_a_file_is_none(tmp_path):
+    out, _ = written_and_run(tmp_path, "llama")
+    for source in (out, out / "model.gguf"):
+        with pytest.raises(
+            InputError, match=r"model\.gguf is GGUF, to be loaded or converted; accep"
+        ):
+            fewbits.quantize(source, tmp_path / "again")
+
+
 def test_a_file_that_is_named_has_its_own_tokenizer(tmp_path):
     fewbits.quantize("reference/model", tmp_path / "out", format="gguf")
     (tmp_path / "mixed").mkdir()

@@ -220,14 +220,13 @@ class GgufCheckpoint(Checkpoint):
         stored, place, part = self.stored[name]
         info = self.tensors[name]
         blocks, size = info.name.endswith(END), stored.size_bytes // len(stored.sources)
-        begin = place + part * size
-        data = self._mapped(info.file)[begin : begin + size]
+        data = self._mapped(info.file, place + part * size, size)
         shape = stored.shape[1:] if stored.place.stack is not None else stored.shape
         if blocks:
             return from_disk(stored, data.reshape(shape[0], -1), torch.uint8)
         if stored.kind in FLOATS:
             kind = FLOATS[stored.kind]
-            data = data if data.storage_offset() % kind.itemsize == 0 else data.clone()
+            data = data if data.data_ptr() % kind.itemsize == 0 else data.clone()
             return from_disk(stored, data.view(kind).reshape(shape), info.dtype)
         rows = data.reshape(-1, stored.row_bytes)
         return from_disk(stored, _as_floats(rows, stored.kind, info.dtype).reshape(shape), info.dtype)
@@ -244,15 +243,13 @@ class GgufCheckpoint(Checkpoint):
                 self.tensors[name] = replace(info, dtype=dtype)
         self.given = dtype
 
-    def _mapped(self, file: str) -> Tensor:
-        if file not in self._open:
-            path, size = self.folder / file, self.file_bytes[file]
-            try:
-                self._open[file] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            except RuntimeError as error:
-                raise InputError(f"{path} cannot be read: {first_line(error)}") from None
-        mapped: Tensor = self._open[file]
-        return mapped
+    def _mapped(self, file: str, begin: int, size: int) -> Tensor:
+        """Some bytes of a file, in a storage of their own: what keeps them keeps no others."""
+        path = self.folder / file
+        try:
+            return torch.from_numpy(np.memmap(path, np.uint8, "c", begin, (size,)))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _as_floats(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
