@@ -701,9 +701,7 @@ def test_tensors_that_the_config_beside_has_no_place_for_are_refused(tmp_path):
 def test_what_takes_a_float_model_says_that_a_file_is_none(tmp_path):
     out, _ = written_and_run(tmp_path, "llama")
     for source in (out, out / "model.gguf"):
-        with pytest.raises(
-            InputError, match=r"model\.gguf is GGUF, to be loaded or converted; accep"
-        ):
+        with pytest.raises(InputError, match=r"model\.gguf is GGUF, to be loaded or converted; accep"):
             fewbits.quantize(source, tmp_path / "again")
 
 

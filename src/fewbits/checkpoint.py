@@ -239,7 +239,8 @@ def open_checkpoint(folder: Path, headers_only: bool = False) -> Checkpoint:
     gguf = [folder] if folder.is_file() else [] if has_weights(folder) else [*folder.glob("*.gguf")]
     if gguf:
         raise InputError(
-            f"{gguf[0]} is GGUF, to be loaded or converted; accepted here are safetensors and torch files"
+            f"{gguf[0]} is GGUF, to be loaded or converted; accepted here are safetensors and torch"
+            " files"
         )
     config = read_json(folder / CONFIG)
     _check_quantization(folder / CONFIG, config.get("quantization_config"))

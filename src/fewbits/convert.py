@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ class Dequantized(Checkpoint):
 
     def parts(self, name: str) -> list[str]:
         """The tensors on disk that a quantized weight is made of."""
-        return [part for part in chain(*self.layout.tensors(name)) if part in self.stored.tensors]
+        return [part for part in self.layout.tensors(name).every if part in self.stored.tensors]
 
     def carried(self) -> list[str]:
         """Those of what is on disk."""
@@ -161,7 +160,7 @@ def open_quantized(folder: Path) -> Dequantized:
     layout, quantization = found
     network = skeleton(stored.config)
     matrices = {name: _as_in_the_model(m) for name, m in quantized_matrices(stored, network).items()}
-    codes = {part for name in matrices for part in chain(*layout.tensors(name))}
+    codes = {part for name in matrices for part in layout.tensors(name).every}
     tensors = {name: info for name, info in stored.tensors.items() if name not in codes}
     dtype = config_dtype(network) or stored.dtype
     for name, matrix in matrices.items():
@@ -288,7 +287,8 @@ class _Conversion(Steps):
             super()._enter(name, written, codes, folded)
             return
         parts = self.view.parts(name)
-        first = name if name in parts else parts[0]
+        codes_in = (part for part in parts if not stored.tensors[part].dtype.is_floating_point)
+        first = name if name in parts else next(codes_in)
         info, sha256 = stored.tensors[first], hash_tensor(stored.read(first))
         origin = None if first == name else first
         self._entered[name] = Entry.of(info, sha256, written, codes, origin=origin)

@@ -8,7 +8,6 @@ before. Then each of those modules is replaced by one that holds the codes; a fl
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
     _check_size(checkpoint, network)
     weights = quantized_matrices(checkpoint, network)
     found = quantization_of(checkpoint)
-    own = set() if found is None else {t for name in weights for t in chain(*found[0].tensors(name))}
+    own = set() if found is None else {t for name in weights for t in found[0].tensors(name).every}
     stored = config_dtype(network) or checkpoint.dtype
     slow = bool(weights) and stored == torch.float16 and torch.device(device).type == "cpu"
     dtype = dtype or (torch.bfloat16 if slow else stored)
@@ -262,7 +261,7 @@ def read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> list[QuantizedTensor]
     scheme = layout.scheme_of(quantization, name, matrix.module)
     if scheme is None:
         raise InputError(f"{checkpoint.folder}: {name} is quantized, but config.json gives no scheme")
-    stored = [tensor for tensor in chain(*layout.tensors(name)) if tensor in checkpoint.tensors]
+    stored = [tensor for tensor in layout.tensors(name).every if tensor in checkpoint.tensors]
     tensors = {tensor: checkpoint.read(tensor) for tensor in stored}
     # What kernels keep as it is must not keep the file mapped, or the pages of codes stay too.
     tensors = {k: t.clone() if t.is_floating_point() else t for k, t in tensors.items()}

@@ -6,7 +6,6 @@ dequantized floats would not do, bfloat16 merges neighbouring 8-bit codes.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,7 @@ def _check_codes(name: str, stated: Codes, ledger: Ledger, tensors: _Tensors) ->
     """Unpack by another library and compare with what was chosen."""
     scheme = QuantScheme.parse(stated.scheme)
     layout = FORMATS[ledger.request["format"]]
-    present = [tensor for tensor in chain(*layout.tensors(name)) if tensor in tensors.dtype_shape]
+    present = [tensor for tensor in layout.tensors(name).every if tensor in tensors.dtype_shape]
     whole = {tensor: tensors[tensor] for tensor in present}
     stacked = len(stated.shape) == 3
     rows, columns = stated.shape[-2:]

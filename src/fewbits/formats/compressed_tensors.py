@@ -28,7 +28,7 @@ and X.weight_g_idx (`actorder` "group"): the group of each column, the columns t
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -145,7 +145,7 @@ class CompressedTensors:
 
     def tensors(self, name: str) -> Names:
         """Scales, and the codes of one layout or of the other."""
-        return _Either((f"{name}_scale",), (f"{name}_packed", name, *(name + end for end in _ENDS[2:])))
+        return Names((f"{name}_scale",), (f"{name}_packed", name, *(name + end for end in _ENDS[2:])))
 
     def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
         """As stored beside the codes, or that of the codes."""
@@ -241,13 +241,6 @@ class CompressedTensors:
             return None
         group = _group(config, names)
         return None if group is None else _scheme(group, config)
-
-
-class _Either(Names):
-    """Of two layouts. Their codes come first where all names are gone through."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.possible[:2], self.needed, self.possible[2:]))
 
 
 # -- tensors ---------------------------------------------------------------------------------------

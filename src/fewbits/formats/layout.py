@@ -58,6 +58,11 @@ class Names(NamedTuple):
     needed: tuple[str, ...]
     possible: tuple[str, ...] = ()
 
+    @property
+    def every(self) -> tuple[str, ...]:
+        """Both."""
+        return self.needed + self.possible
+
 
 @dataclass(frozen=True, slots=True)
 class Integers:
