@@ -251,3 +251,90 @@ def test_a_file_alone_is_converted_without_what_lies_about_beside_it(tmp_path, f
     assert {p.name for p in result.out.iterdir()} == {weights, "config.json", "fewbits.json", "run.json"}
     skipped = [note.where for note in result.ledger.notes if note.kind == "skip"]
     assert skipped == ["tokenizer"] + ["tokenizer.json"] * (format == "gguf")
+
+
+# -- what a format has in one scheme ------------------------------------------------------------------
+
+NARROW = (("*.down_proj", QuantScheme(8, "group", 32)), ("*.k_proj", QuantScheme(3)))
+
+
+def mixed(folder, overrides, label="w4-g64", model_type="llama", **changes):
+    source = tiny_checkpoint(folder / "source", model_type, **changes)
+    scheme = QuantScheme.parse(label)
+    return fewbits.quantize(
+        source, folder / "mixed", scheme=scheme, format="fewbits", overrides=overrides
+    ).out
+
+
+def losses(result):
+    """What each weight that was rounded anew lost, as its note says."""
+    notes = [note for note in result.ledger.notes if "squared error" in note.what]
+    return {note.where: float(note.what.split("squared error ")[1].split(" ")[0]) for note in notes}
+
+
+def test_weights_of_several_schemes_become_one_where_the_format_has_one(tmp_path):
+    first = mixed(tmp_path, NARROW, intermediate_size=192)
+    with pytest.raises(InputError, match="it holds 4 bits"):
+        convert(first, tmp_path / "out", format="awq")
+    result = convert(first, tmp_path / "out", format="awq", requantize=True)
+    fewbits.verify(result.out, first)
+    before, after, lost = weights_of(first), weights_of(result.out), losses(result)
+    assert lost.keys() == {name for name in before if "down_proj" in name or "k_proj" in name}
+    assert {weight.scheme.label for weight in after.values()} == {"w4-g64-asym"}  # that of most
+    for name, weight in before.items():
+        if name not in lost:
+            assert torch.equal(after[name].codes, weight.codes)
+        exact = weight.dequantize(torch.float64)
+        error = (after[name].dequantize(torch.float64) - exact).square().sum() / exact.square().sum()
+        assert lost.get(name, 0.0) == pytest.approx(float(error), rel=0.01)
+
+
+def test_the_one_scheme_has_groups_that_every_weight_can_have(tmp_path):
+    first = mixed(tmp_path, (("*.down_proj", QuantScheme(4, "group", 32)),))  # of 96 columns
+    result = convert(first, tmp_path / "out", format="awq", requantize=True)
+    assert {weight.scheme.label for weight in weights_of(result.out).values()} == {"w4-g32-asym"}
+    assert losses(result).keys() == {n for n in weights_of(first) if "down_proj" not in n}
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq"])
+def test_experts_of_several_schemes_become_one(tmp_path, format):
+    overrides = (("*.layers.1.*experts*", QuantScheme(8)),)
+    first = mixed(tmp_path, overrides, "w4-g32", model_type="mixtral", num_hidden_layers=3)
+    with pytest.raises(InputError, match=r"all experts in one scheme|4 bits, not 8"):
+        convert(first, tmp_path / "out", format=format)
+    result = convert(first, tmp_path / "out", format=format, requantize=True)
+    fewbits.verify(result.out, first)
+    assert losses(result).keys() == {
+        name for name in weights_of(first) if "layers.1." in name and "experts" in name
+    }
+    found = {(w.scheme.bits, w.scheme.group_size) for w in weights_of(result.out).values()}
+    assert found == {(4, 32)}
+
+
+@pytest.mark.parametrize("source_format", ["fewbits", "gptq-v2", "gguf"])
+def test_a_head_whose_codes_have_no_place_is_written_in_float(tmp_path, source_format):
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    first = tmp_path / "first"
+    scheme = QuantScheme(4, "group", 32)
+    fewbits.quantize(source, first, scheme=scheme, format=source_format, head=True)
+    with pytest.raises(InputError, match="no codes in a head"):
+        convert(first, tmp_path / "out", format="awq")
+    result = convert(first, tmp_path / "out", format="awq", requantize=True)
+    fewbits.verify(result.out, first)
+    exact = weights_of(first)["lm_head.weight"].dequantize(torch.float32)
+    written = safetensors.torch.load_file(result.out / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(written, exact.bfloat16())
+    [(name, lost)] = losses(result).items()
+    error = (written.float() - exact).square().sum() / exact.square().sum()
+    assert (name, lost) == ("lm_head.weight", pytest.approx(float(error), rel=0.01))
+    assert result.ledger.tensors[name].outcome == "dequantized"
+    assert weights_of(result.out).keys() == weights_of(first).keys() - {name}
+    assert result.ledger.parameters == parameters_of(source)
+    ids = torch.arange(2, 34).view(2, 16)
+    floats, codes = (fewbits.load(path, dtype=torch.float32)(ids).logits for path in (result.out, first))
+    assert (floats - codes).abs().max() < 0.02 * codes.abs().max()  # bfloat16 is off by 2**-9
+
+
+def parameters_of(folder):
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    return sum(tensor.numel() for tensor in stored.values())

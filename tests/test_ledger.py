@@ -61,6 +61,7 @@ def test_totals_count_source_tensors_once_and_made_ones_only_as_written():
         "copied": 2,
         "folded": 0,
         "converted": 0,
+        "dequantized": 0,
         "dropped": 0,
         "source_bytes": 2 * 8 * 64 + 3 * 2 * 8 * 64 + 4 * 640 + 4 * 64,
         "written_bytes": 5 * 256 + 4 * 640 + 4 * 64,

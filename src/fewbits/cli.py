@@ -65,6 +65,7 @@ Samples = Annotated[int, typer.Option(help="Of calibration.")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens of a sample.  [default: 2048, at most the context]")
 ]
+Seed = Annotated[int, typer.Option(help="Of the draw of samples.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="Like 6GB: the work is divided so that it takes less, or the run is refused."),
@@ -330,7 +331,7 @@ def quantize(
     calibration: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    seed: Seed = 0,
     max_memory: MaxMemory = None,
     format: Format = None,
     client: Client = None,
@@ -345,11 +346,13 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Quantize MODEL, write it to OUT, and verify what was written. Run again, it goes on."""
+    from fewbits.calibration import check_seed
     from fewbits.pipeline import quantize as run
     from fewbits.recipe import parse_override
     from fewbits.report import blocks_table, bytes_text
     from fewbits.report.page import check_page, run_page, write_page
 
+    check_seed(seed)  # also where nothing is drawn
     calibrated = calibration is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
@@ -524,8 +527,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="By commas: int8-tensor, int8, llm-int8; rtn, weighted-rtn, gptq, awq, awq+gptq, which "
-            "take --bits; or METHOD=SCHEME, like gptq=w3-g64.  [default: all but weighted-rtn]"
+            help="By commas: int8-tensor, int8, llm-int8, q4_k; rtn, weighted-rtn, gptq, awq, awq+gptq, "
+            "which take --bits; or METHOD=SCHEME, like gptq=w3-g64.  "
+            "[default: all but q4_k and weighted-rtn]"
         ),
     ] = None,
     bits: Annotated[str, typer.Option(help="By commas: 8, 4, 3, 2.")] = "4",
@@ -546,7 +550,7 @@ def compare(
     ] = "self",
     samples: Samples = 128,
     seq_len: SeqLen = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    seed: Seed = 0,
     tasks: Annotated[
         str | None,
         typer.Option(help="By commas: mmlu, arc_challenge, hellaswag, or other tasks of lm-eval."),
@@ -568,6 +572,7 @@ def compare(
             "[default: fewbits-compare/ and the model's name]",
         ),
     ] = None,
+    max_memory: MaxMemory = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report to FILE, a page.")
     ] = None,
@@ -604,6 +609,7 @@ def compare(
             task_data=task_data,
             task_limit=task_limit,
             shots=shots,
+            max_memory=_bytes(max_memory),
             speed=speed,
             progress=progress,
         )
@@ -631,6 +637,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from fewbits.calibration import check_seed
     from fewbits.evaluate import load_tokenizer
     from fewbits.load import load
 
@@ -638,6 +645,7 @@ def generate(
         raise InputError(f"--max-new-tokens is {max_new_tokens}; accepted are numbers from 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
+    check_seed(seed)
     network, tokenizer = load(model), load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
@@ -710,7 +718,7 @@ def inspect(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample.  [default: 512, at most the context]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    seed: Seed = 0,
     threshold: Annotated[float, typer.Option(help="A column with an |x| above it is an outlier.")] = 6.0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a heat map to FILE, .svg or .png.")
@@ -789,8 +797,9 @@ def _print_written(result: Any, scheme: str) -> None:
 
     done = "already there" if result.reused else "written"
     totals, checked = result.ledger.totals, result.verification
-    outcomes = ("quantized", "copied", "folded", "converted", "dropped")
-    told = [f"{totals[what]} {what}" for what in outcomes if totals[what] or what != "converted"]
+    of_codes = ("converted", "dequantized")
+    outcomes = ("quantized", "copied", "folded", *of_codes, "dropped")
+    told = [f"{totals[what]} {what}" for what in outcomes if totals[what] or what not in of_codes]
     out.print(
         f"{result.out}: {done} as {result.ledger.request['format']}, {scheme}; "
         f"{bytes_text(result.source_weight_bytes)} -> {bytes_text(result.weight_bytes)}, "

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,9 @@ from fewbits.steps import Steps
 from fewbits.structure import Matrix, skeleton
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.verify import Progress
+
+_SIZES = (128, 64, 32)  # of groups, that clients' kernels take
+_Part = tuple[str, Hashable] | None  # what is to be alike, and in what it is
 
 
 def convert(
@@ -238,26 +241,91 @@ class _Given(Recipe):
 def _recipe(view: Dequantized, target: Format, requantize: bool) -> Recipe:
     if not requantize:
         return _Given(given=view.schemes)
-    given = {n: _nearest_scheme(target, m, view.schemes[n]) for n, m in view.quantized.items()}
+    nearest = {n: _nearest_scheme(target, m, view.schemes[n]) for n, m in view.quantized.items()}
+    given = {name: scheme for name, scheme in nearest.items() if scheme is not None}
+
+    def joined(matrix: Matrix, scheme: QuantScheme) -> _Part:
+        return None if matrix.expert is None else (f"{matrix.module}.{matrix.parameter}", scheme)
+
+    def written_alike(matrix: Matrix, scheme: QuantScheme) -> _Part:
+        return target.alike(matrix.source, placement_of(matrix, scheme))
+
+    for part_of in (joined, written_alike):  # what is one for the model, and what is for the format
+        given |= _made_alike(target, view.quantized, given, part_of)
     return _Given(given=given)
 
 
-def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> QuantScheme:
-    """The scheme itself if the format holds it, else the first that loses little."""
-    if target.refuses(placement_of(matrix, scheme), scheme) is None:
+def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> QuantScheme | None:
+    """The scheme itself if the format holds it, else the first that loses little; None: float.
+
+    A head becomes float where its codes have no place; of other weights the plan says why not.
+    """
+    if _holds(target, matrix, scheme):
         return scheme
-    columns = matrix.rows_columns[1]
-    sizes = [scheme.group_size, *(size for size in (128, 64, 32) if columns % size == 0), None]
     more = sorted(bits for bits in BITS if bits >= scheme.bits)
     fewer = sorted((bits for bits in BITS if bits < scheme.bits), reverse=True)
     for bits in more + fewer:
         for symmetric in (scheme.symmetric, not scheme.symmetric):
-            for size in sizes:
-                granularity = "channel" if size is None else "group"
-                other = QuantScheme(bits, granularity, size, symmetric)  # type: ignore[arg-type]
-                if target.refuses(placement_of(matrix, other), other) is None:
+            for size in _sizes(scheme.group_size, whole_first=bits >= scheme.bits):
+                other = QuantScheme(bits, "channel" if size is None else "group", size, symmetric)
+                if _holds(target, matrix, other):
                     return other
-    return scheme  # the plan says why not
+    return None if matrix.head else scheme
+
+
+def _sizes(own: int | None, whole_first: bool) -> list[int | None]:
+    """Of groups, the nearest first: its own, smaller, larger; whole rows, worst with fewer bits."""
+    if own is None:
+        return [None, *_SIZES] if whole_first else [*_SIZES, None]
+    return [own, *sorted(_SIZES, key=lambda size: (size > own, abs(size - own))), None]
+
+
+def _holds(target: Format, matrix: Matrix, scheme: QuantScheme) -> bool:
+    fits = matrix.rows_columns[1] % (scheme.group_size or 1) == 0
+    return fits and target.refuses(placement_of(matrix, scheme), scheme) is None
+
+
+def _made_alike(
+    target: Format,
+    matrices: dict[str, Matrix],
+    given: dict[str, QuantScheme],
+    part_of: Callable[[Matrix, QuantScheme], _Part],
+) -> dict[str, QuantScheme]:
+    """New schemes of the weights of a part that are not as the rest: what most of its values have."""
+    parts: dict[str, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, scheme in given.items():
+        part = part_of(matrices[name], scheme)
+        if part is not None:
+            parts[part[0]][part[1]].append(name)
+    changed: dict[str, QuantScheme] = {}
+    for key, kinds in parts.items():
+        kind_of = {name: kind for kind, names in kinds.items() for name in names}
+        chosen = (
+            None if len(kinds) == 1 else _one_scheme(target, [(matrices[n], given[n]) for n in kind_of])
+        )
+        if chosen is not None:  # else the format says why it refuses them
+            changed |= {
+                name: chosen
+                for name, kind in kind_of.items()
+                if part_of(matrices[name], chosen) != (key, kind)
+            }
+    return changed
+
+
+def _one_scheme(target: Format, weights: list[tuple[Matrix, QuantScheme]]) -> QuantScheme | None:
+    """The commonest by values that the format holds for all, or one with other groups; None: no such."""
+    values: Counter[QuantScheme] = Counter()
+    for matrix, scheme in weights:
+        values[scheme] += math.prod(matrix.shape)
+    for scheme, _ in values.most_common():
+        if not scheme.two_level:  # nothing rounds anew to those
+            for size in _sizes(scheme.group_size, whole_first=True):
+                kind = "channel" if size is None else "group"
+                other = QuantScheme(scheme.bits, kind, size, scheme.symmetric)  # type: ignore[arg-type]
+                other = scheme if size == scheme.group_size else other
+                if all(_holds(target, matrix, other) for matrix, _ in weights):
+                    return other
+    return None
 
 
 class _Conversion(Steps):
@@ -270,6 +338,7 @@ class _Conversion(Steps):
 
     def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
         if name not in self.plan.placements:
+            notes += self._multiplied_out(name)
             return None
         scheme, done = self.plan.placements[name].scheme, []
         scales = self.plan.format.scales(self.plan.info(name).dtype)
@@ -280,10 +349,22 @@ class _Conversion(Steps):
             done.append(_rounded(name, weight, scheme, scales, notes) if exact is None else exact)
         return done
 
+    def _multiplied_out(self, name: str) -> list[Note]:
+        """A note of what that loses; none of what was in float before."""
+        if name not in self.view.quantized:
+            return []
+        exact = torch.cat([weight.dequantize(torch.float32) for weight in self.view.weights(name)])
+        error, dtype = _error(self.view.read(name), exact), self.plan.info(name).dtype
+        what = (
+            f"dequantized to {dtype}, since {self.plan.format.name} has no place for its codes: squared "
+            f"error {error:.3g} of the squared weights"
+        )
+        return [Note("fallback", name, what)]
+
     def _enter(self, name: str, written: list[Written], codes: Codes | None, folded: bool) -> None:
         """The weight as made from its first tensor, all of them as converted."""
         stored = self.stored
-        if codes is None:
+        if name not in self.view.quantized:
             super()._enter(name, written, codes, folded)
             return
         parts = self.view.parts(name)
@@ -291,7 +372,8 @@ class _Conversion(Steps):
         first = name if name in parts else next(codes_in)
         info, sha256 = stored.tensors[first], hash_tensor(stored.read(first))
         origin = None if first == name else first
-        self._entered[name] = Entry.of(info, sha256, written, codes, origin=origin)
+        made = Entry.of(info, sha256, written, codes, origin=origin)
+        self._entered[name] = made if codes is not None else replace(made, outcome="dequantized")
         for part in parts:
             if part != name:
                 entry = Entry.of(stored.tensors[part], hash_tensor(stored.read(part)), [], None)
@@ -342,13 +424,18 @@ def _rounded(
     rounded, more = _same_codes(weight, scheme, scales.stored), list[Note]()
     if rounded is None:
         rounded, more = round_held(RTN(), exact, scheme.dynamic, {}, scales.dtype, scales.least)
-    error = (rounded.dequantize(torch.float32) - exact).square().sum() / exact.square().sum()
+    error = _error(rounded.dequantize(torch.float32), exact)
     what = (
         f"requantized from {weight.scheme.label} to {rounded.scheme.label}: squared error "
-        f"{float(error):.3g} of the squared weights"
+        f"{error:.3g} of the squared weights"
     )
     notes += [replace(note, where=name) for note in more] + [Note("fallback", name, what)]
     return rounded
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """Squared, as a part of the squared weights."""
+    return float((found.float() - exact).square().sum() / exact.square().sum())
 
 
 def _same_codes(

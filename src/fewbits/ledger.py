@@ -23,7 +23,7 @@ from fewbits.errors import InputError
 from fewbits.tensor import Levels, Note, QuantizedTensor
 from fewbits.untrusted import check_types, counts, shown
 
-Outcome = Literal["quantized", "copied", "folded", "converted", "dropped"]
+Outcome = Literal["quantized", "copied", "folded", "converted", "dequantized", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Entry:
 
     An entry with an `origin` is not a source tensor: it was made from the one of that name (a head
     quantized apart from the embeddings it was tied to; a weight of which the source held codes, whose
-    tensors are "converted").
+    tensors are "converted"; "dequantized" is one of which they are written as floats).
     """
 
     outcome: Outcome
@@ -80,6 +80,8 @@ class Entry:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Of the weight: where its source held codes, `shape` is that of their words."""
+        if self.outcome == "dequantized":
+            return self.written[0].shape
         if self.quantized is None or "float" in self.dtype:
             return self.shape
         return self.quantized.shape
@@ -135,6 +137,7 @@ class Ledger:
             "copied": sum(e.outcome == "copied" for e in own),
             "folded": sum(e.outcome == "folded" for e in own),
             "converted": sum(e.outcome == "converted" for e in own),
+            "dequantized": sum(e.outcome == "dequantized" for e in own),
             "dropped": sum(e.outcome == "dropped" for e in own),
             "source_bytes": sum(e.size_bytes for e in own),
             "written_bytes": sum(w.size_bytes for e in self.tensors.values() for w in e.written),
@@ -146,7 +149,8 @@ class Ledger:
     def parameters(self) -> int:
         """Elements of all weights of the source, whatever it held them in."""
         entries = [e for e in self.tensors.values() if not e.part_of_another]
-        codes = [e for e in entries if e.quantized is not None and "float" not in e.dtype]
+        made = [e for e in entries if e.quantized is not None or e.outcome == "dequantized"]
+        codes = [e for e in made if "float" not in e.dtype]
         floats = [e for e in entries if "float" in e.dtype and e.origin is None]
         return sum(math.prod(entry.matrix_shape) for entry in codes + floats)
 

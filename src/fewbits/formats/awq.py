@@ -16,7 +16,7 @@ those of `modules_to_not_convert`; vLLM also those whose names contain one of th
 inside of a quantized one's is refused (read in gptqmodel 7.6.0, transformers 5.23 and vLLM, 2026-11-26).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +86,16 @@ class AwqLayout:
         return float16_scales(dtype)
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
-        """Other bits than 4, rounded inputs, stacked weights, outputs that fill no words."""
+        """Other bits than 4, rounded inputs, stacked weights, outputs that fill no words; heads."""
+        if "." not in placement.module:
+            return (
+                "its clients look for no codes in a head; accepted is to leave it in float, or "
+                "--format gptq-v2"
+            )
+        return self._unfit(placement, scheme)
+
+    def _unfit(self, placement: Placement, scheme: QuantScheme) -> str | None:
+        """`refuses`, wherever in the model it stands."""
         reason = refuses_placement(placement, scheme)
         if reason is not None:
             return reason
@@ -95,6 +104,10 @@ class AwqLayout:
         if placement.shape is not None and placement.shape[0] % 8:
             return f"out is {placement.shape[0]}; accepted are multiples of 8"
         return None
+
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """All weights have groups of one size."""
+        return "all weights", on_disk(placement.scheme).group_size
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """With scales in float16, and asymmetric: that is what the configuration says."""
@@ -105,7 +118,7 @@ class AwqLayout:
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """`X.weight` -> `X.qweight`, `X.qzeros`, `X.scales`."""
         weight, base = weight.per_row(), base_of(name)
-        reason = self.refuses(Placement(base, weight.scheme, shape=weight.shape), weight.scheme)
+        reason = self._unfit(Placement(base, weight.scheme, shape=weight.shape), weight.scheme)
         if weight.outliers is not None:
             reason = "columns in 16 bits have no layout in it"
         if weight.order is not None:
@@ -160,12 +173,6 @@ class AwqLayout:
         if len(sizes) > 1:
             labels = " and ".join(sorted({on_disk(p.scheme).label for p in placements.values()}))
             raise InputError(f"awq: all weights have one scheme, not {labels}; accepted is gptq-v2")
-        heads = sorted(p.module for p in placements.values() if "." not in p.module)
-        if heads:
-            raise InputError(
-                f"awq: its clients look for no codes in a head, as {heads[0]} is; accepted is to leave "
-                "it in float, or --format gptq-v2"
-            )
         named = {name.removesuffix(".weight") for name in placements}
         named |= {placement.module for placement in placements.values()}
         left = set(floats) - named

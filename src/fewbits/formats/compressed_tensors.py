@@ -28,7 +28,7 @@ and X.weight_g_idx (`actorder` "group"): the group of each column, the columns t
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,6 +105,10 @@ class CompressedTensors:
             return "its clients do not load asymmetric experts"
         return None
 
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """All experts have one scheme."""
+        return ("experts", on_disk(placement.scheme)) if placement.expert else None
+
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """Itself."""
         return weight
@@ -180,7 +184,7 @@ class CompressedTensors:
         modules: dict[QuantScheme, set[str]] = defaultdict(set)
         for source, placement in placements.items():
             modules[on_disk(placement.scheme)] |= {source.removesuffix(".weight"), placement.module}
-        if len({on_disk(p.scheme) for p in placements.values() if p.expert}) > 1:
+        if len({self.alike(name, p) for name, p in placements.items() if p.expert}) > 1:
             raise InputError(
                 "compressed-tensors: its clients load all experts in one scheme; use --format fewbits"
             )

@@ -14,7 +14,7 @@ is made from the types of the tensors.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -271,6 +271,14 @@ class GgufLayout:
             )
         return None
 
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """The experts of one stack are one tensor, of one type."""
+        if not placement.expert:
+            return None
+        block = block_of(placement.scheme)
+        stack = re.sub(r"^(.*)\.\d+\.", r"\1.*.", name)
+        return stack, None if block is None else block.label
+
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """In groups of 32, with scales in float16; two levels of scales as they are."""
         if weight.levels is not None:
@@ -343,14 +351,14 @@ class GgufLayout:
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """Every weight by name, as it is read."""
         weights: dict[str, str] = {}
-        stacks: dict[str, str] = {}  # all experts of one kind and block
+        stacks: dict[str, Hashable] = {}  # all experts of one kind and block
         for name, placement in placements.items():
             block = block_of(placement.scheme)
             if block is None:
                 raise InputError(f"{name}: gguf holds no {placement.scheme.label}")
             weights[name] = block.label
-            stack = re.sub(r"^(.*)\.\d+\.", r"\1.*.", name) if placement.expert else name
-            if stacks.setdefault(stack, block.label) != block.label:
+            stack, label = self.alike(name, placement) or (name, block.label)
+            if stacks.setdefault(stack, label) != label:
                 raise InputError(
                     f"{stack}: gguf has all experts in one tensor of one type, not {stacks[stack]} and "
                     f"{block.label}; accepted is one scheme for them"

@@ -24,7 +24,7 @@ name, "-:" for float, else with settings of its own. optimum ignores `dynamic` a
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version as version_of
 from math import gcd
@@ -113,6 +113,10 @@ class GptqLayout:
         for side, size in zip(("out", "in"), placement.shape or (), strict=False):
             if size % step:
                 return f"{side} is {size}; accepted in {scheme.bits} bits are multiples of {step}"
+        return None
+
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """Every weight has a scheme of its own."""
         return None
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:

@@ -1,6 +1,6 @@
 """What every layout is asked for, and the types of the answers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -112,6 +112,12 @@ class Format(Protocol):
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Why a weight cannot be written in this format; None if it can."""
+
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """What a weight is written alike with: of one first, all must have the same second; None: none.
+
+        `config` refuses weights for which that is not so.
+        """
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """The same weight as `read` gives it back: scales in their dtype on disk, scheme as read.

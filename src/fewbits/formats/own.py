@@ -13,7 +13,7 @@ for `fewbits.load`, and for `from_pretrained` of transformers in a process that 
                                          "weights": {"X.weight": "w4-g32-asym", ...}}
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,10 @@ class Own:
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Two levels of scales."""
         return TWO_LEVELS if scheme.two_level else None
+
+    def alike(self, name: str, placement: Placement) -> tuple[str, Hashable] | None:
+        """Every weight has a scheme of its own."""
+        return None
 
     def held(self, weight: QuantizedTensor) -> QuantizedTensor:
         """Itself."""
