@@ -184,6 +184,21 @@ def test_evaluate_refuses_what_it_cannot_use(model, tmp_path):
     text.write_text("x" * 100)
     assert refused(run("evaluate", model, "--text", text, "--seq-len", "2"), "3")
     assert refused(run("evaluate", model, "--text", text, "--limit", "0"), "--limit")
+    assert refused(run("evaluate", model, "--text", text, "--seq-len", "65"), "65", "context, 64")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 10**30])
+def test_a_seed_that_is_none_is_one_line_in_every_command(model, text, tmp_path, seed):
+    out, given = tmp_path / "out", ("--seed", seed)
+    for command in (
+        ("quantize", model, out),
+        ("quantize", model, out, "--method", "gptq", "--calibration", text, *CALIBRATED),
+        ("compare", model, "--work", out, "--methods", "int8", "--text", text, "--no-speed"),
+        ("inspect", model, "--calibration", text),
+        ("generate", model, "The"),
+    ):
+        assert refused(run(*command, *given), f"seed is {seed}", "accepted are numbers from 0 to")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_streams_text_and_is_repeatable(int4):
@@ -419,6 +434,9 @@ def test_compare_prints_tables_writes_a_page_and_keeps_what_it_measured(
     [
         (("--methods", "gqtp"), ("gqtp", "accepted")),
         (("--methods", "int8,int8"), ("int8", "twice")),
+        (("--eval-len", "65"), ("65 tokens", "context, 64")),
+        (("--max-memory", "lots"), ("'lots'", "6GB")),
+        (("--max-memory", "1kB"), ("--max-memory", "GB or more")),
         (("--bits", "5"), ("5", "2, 3, 4 and 8")),
         (("--bits", "four"), ("--bits", "four")),
         (("--limit", "0"), ("--limit is 0",)),

@@ -42,8 +42,8 @@ def model(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("models") / "llama")
 
 
-def checkpoint(folder):
-    tiny_checkpoint(folder, "llama")
+def checkpoint(folder, **changes):
+    tiny_checkpoint(folder, "llama", **changes)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 1]
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -268,6 +268,33 @@ def test_own_text_to_judge_on_is_not_the_own_text_to_calibrate_on(model, tmp_pat
     assert not rows & {tuple(row) for row in calibrated.tolist()}
 
 
+def test_the_largest_seed_has_another_one_for_text_to_judge_on(model, tmp_path):
+    own = {"text": "self", "calibration": "self", "samples": 2, "sample_length": 8, "limit": 2}
+    found = study(model, tmp_path / "work", ["gptq=w4-g32"], **own, length=8, seed=2**63 - 1)
+    assert found.text["sha256"] != found.calibration["sha256"]
+
+
+def test_the_budget_is_that_of_every_run_of_quantize(model, tmp_path):
+    most = 10**10
+    study(model, tmp_path / "work", ["int8", "gptq=w4-g32"], text=None, max_memory=most)
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "work").glob("*/run.json")]
+    assert [run["max_memory"] for run in runs] == [most, most]
+    # what is there already takes no memory to make
+    again = study(model, tmp_path / "work", ["int8", "gptq=w4-g32"], text=None, max_memory=10**6)
+    assert [row.name for row in again.rows] == [FLOAT, "int8", "gptq-w4-g32"]
+    with pytest.raises(InputError, match="--max-memory"):
+        study(model, tmp_path / "work", ["int8", "rtn=w4-g32"], text=None, max_memory=10**6)
+
+
+def test_q4_k_is_a_name_and_its_scheme_is_its_own(tmp_path):
+    (candidate,) = Candidate.all(["q4_k"], [3], "none")
+    assert (candidate.name, candidate.scheme.label) == ("q4_k", "w4-g32-asym-k")
+    folder = checkpoint(tmp_path / "llama", hidden_size=256, intermediate_size=256, head_dim=64)
+    found = study(folder, tmp_path / "work", ["q4_k"])
+    assert [row.name for row in found.rows] == [FLOAT, "q4_k"]
+    assert 0 < found.rows[1].evaluation.kl.value < float("inf")
+
+
 def test_no_text_measures_no_quality(model, tmp_path):
     found = study(model, tmp_path / "work", ["int8"], text=None)
     assert found.text is None
@@ -309,6 +336,11 @@ def test_candidates_that_are_none_are_refused(methods, words):
         ({"calibration": Text("short", ["abc"])}, "short"),
         ({"samples": 0}, "samples"),
         ({"sample_length": 65}, "65"),
+        ({"length": 65}, "65 tokens; accepted are at most the model's context, 64"),
+        ({"text": "self", "length": 65}, "65 tokens"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63, "text": None, "methods": ["int8"]}, "seed is 9"),
+        ({"max_memory": 10**6}, "--max-memory is 0.00 GB"),
         ({"tasks": ("arc_challenge",), "task_data": "MISSING"}, "MISSING"),
         ({"tasks": ("arc_challenge",), "task_data": "EMPTY"}, "ARC-Challenge"),
         ({"tasks": ("arc_challenge",), "task_data": "TASKS", "task_limit": 0}, "limit"),

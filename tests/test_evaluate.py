@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbits
+from fewbits.calibration import Calibration
 from fewbits.errors import InputError
 from fewbits.evaluate import Evaluation, evaluate
 from fewbits.text import Text, read_text
@@ -338,6 +339,21 @@ def test_an_evaluation_is_what_its_json_says(pair):
         short = json.loads(json.dumps(found.to_json()))
         assert "per_window" not in short
         assert Evaluation.from_json(short) == replace(found, per_window=None)
+
+
+def test_windows_longer_than_the_context_are_refused_and_never_cut():
+    shorter = Bigram(1)
+    shorter.config = type("Short", (Config,), {"max_position_embeddings": 6})()
+    evaluate(Bigram(0), text=TEXT, tokenizer=Letters(), length=8)
+    assert evaluate(Bigram(0), shorter, text=TEXT, tokenizer=Letters()).length == 6
+    samples = Calibration(torch.ones(2, 9, dtype=torch.int64), "by hand", 0)
+    for reference, text, length in (
+        (None, TEXT, 9), (shorter, TEXT, 7), (None, samples, None), (None, samples, 9)
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"windows of \d tokens; accepted are at most .* context"):
+            evaluate(Bigram(0), reference, text=text, tokenizer=Letters(), length=length)
+    assert evaluate(Bigram(0), text=samples, length=8).length == 8  # asked for
+    assert evaluate(Bigram(0), text=Calibration(samples.ids[:, :5], "", 0)).length == 5
 
 
 def test_a_limit_that_leaves_nothing_is_refused():

@@ -24,6 +24,7 @@ from fewbits.text import Text, is_hub, iter_documents, read_text, tokenize
 Progress = Callable[[str, int, int], None]  # what, how many done, of how many
 
 SELF = "self"  # the source that is the model itself
+SEEDS = 2**63  # seeds are below: torch and JSON readers hold them as 64-bit integers
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048  # Frantar et al. 2022, arXiv 2210.17323, section 4
 _READ = 4  # times the tokens asked for are read from the hub, to draw from; not tuned
 _CACHED = 2**14  # tokens in the cache while the model writes: 2 GB for Llama-3-8B; not tuned
@@ -114,7 +115,7 @@ def read_calibration(
 
     Raises:
         InputError: text that cannot be had or is too short, samples longer than the context, tokens
-            that the model does not know, or a model that cannot write.
+            that the model does not know, a model that cannot write, or a seed that is none.
 
     >>> class Letters:
     ...     bos_token_id, eos_token_id = 0, None
@@ -123,6 +124,7 @@ def read_calibration(
     >>> read_calibration(Text("two", ["abc", "de"]), Letters(), samples=1, length=7).ids
     tensor([[0, 1, 2, 3, 0, 4, 5]])
     """
+    check_seed(seed)
     config = None if model is None else model.config.get_text_config()
     context = context or getattr(config, "max_position_embeddings", None)
     vocabulary = vocabulary or getattr(config, "vocab_size", None)
@@ -145,6 +147,16 @@ def read_calibration(
         wrong = least if least < 0 else largest
         raise InputError(f"{found.source} gives token {wrong}, but the model knows only {vocabulary}")
     return found
+
+
+def check_seed(seed: int) -> None:
+    """Whether a seed is one.
+
+    Raises:
+        InputError: it is negative, or too large for torch.
+    """
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"seed is {seed}; accepted are numbers from 0 to {SEEDS - 1}")
 
 
 def _packed(

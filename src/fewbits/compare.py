@@ -22,7 +22,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration import SELF, Calibration, Progress
+from fewbits.budget import plan_memory
+from fewbits.calibration import SEEDS, SELF, Calibration, Progress, check_seed
 from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
@@ -42,17 +43,19 @@ from fewbits.evaluate import (
     DEFAULT_LENGTH,
     Evaluation,
     check_windows,
+    context_of,
     evaluate,
     load_tokenizer,
     read_calibration_of,
 )
 from fewbits.ledger import Ledger, plain
 from fewbits.load import kernel_notes, load
+from fewbits.memory import memory_bytes
 from fewbits.methods import LLMInt8
 from fewbits.outliers import inspect_outliers, weight_outliers
 from fewbits.pipeline import Quantized, quantize
 from fewbits.plan import Plan, make_plan
-from fewbits.recipe import LLM_INT8_SCHEME, Recipe, parse_method
+from fewbits.recipe import LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.speed import compare_speed, measure_resident, measure_size, measure_speed
 from fewbits.structure import find_blocks, skeleton, text_config
@@ -62,10 +65,11 @@ from fewbits.text import Text, read_text, windows
 MEASURED, PARTIAL = "measured", "compare.partial.json"  # in the work folder
 METHODS = ("int8-tensor", "int8", "llm-int8", "rtn", "gptq", "awq", "awq+gptq")
 BITS = (4,)
-_EIGHT = {
+_FIXED = {  # names that say their scheme
     "int8-tensor": ("rtn", QuantScheme(8, "tensor")),
     "int8": ("rtn", QuantScheme(8, "channel")),
     "llm-int8": ("llm-int8", replace(LLM_INT8_SCHEME, inputs=InputScheme(static=True))),
+    "q4_k": ("q4_k", Q4_K_SCHEME),
 }
 _TRACED = 4096  # tokens on which the states behind each block are compared; not tuned
 _KEYS = {"evaluation": {"evaluation", "block_errors"}, "tasks": {"tasks"}}
@@ -92,8 +96,8 @@ class Candidate:
         """Every method with every number of bits, those that say theirs once; most bits first.
 
         Args:
-            methods: names; `int8-tensor`, `int8`, `llm-int8`, or a method, or METHOD=SCHEME; by default
-                those three, rtn, gptq, awq and awq+gptq.
+            methods: names; `int8-tensor`, `int8`, `llm-int8`, `q4_k`, or a method, or METHOD=SCHEME; by
+                default the first three, rtn, gptq, awq and awq+gptq.
             bits: for the methods that do not say; 4 by default.
             group_size: likewise; a number, or "none" for one scale per channel.
 
@@ -104,8 +108,8 @@ class Candidate:
         bits = list(BITS) if bits is None else bits
         for text in METHODS if methods is None else methods:
             method, equals, label = text.partition("=")
-            if text in _EIGHT:
-                found.append(cls(text, *_EIGHT[text]))
+            if text in _FIXED:
+                found.append(cls(text, *_FIXED[text]))
             elif equals:
                 found.append(cls._of(method, QuantScheme.parse(label)))
             else:
@@ -168,6 +172,7 @@ def compare(
     task_data: Path | None = None,
     task_limit: int | None = None,
     shots: int | None = None,
+    max_memory: int | None = None,
     speed: bool = True,
     inspect: bool = True,
     progress: Progress | None = None,
@@ -184,6 +189,8 @@ def compare(
         length, limit: see `evaluate`.
         calibration, samples, sample_length, seed: see `quantize`.
         tasks, task_data, task_limit, shots: see `evaluate_tasks`.
+        max_memory: bytes that each `quantize` may take; not what measuring takes, which loads whole
+            models.
         speed: time each model against the source; nothing else may run on the machine then.
         inspect: look for outliers.
         progress: called with (what, done, total).
@@ -198,7 +205,8 @@ def compare(
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
     plans = [make_plan(folder, candidate.recipe) for candidate in candidates]
-    check_windows(length, limit)
+    check_windows(length, limit, context_of(text_config(skeleton(read_json(folder / CONFIG)))))
+    check_seed(seed)
     if task_limit is not None and task_limit < 1:
         raise InputError(f"task limit is {task_limit}; accepted are numbers of questions from 1")
     if tasks:
@@ -208,7 +216,10 @@ def compare(
     data = None
     if any(candidate.recipe.needs_calibration for candidate in candidates):
         data = read_calibration_of(folder, calibration, samples, sample_length, seed, progress)
-    study = _Study(folder, work, judged, data, tasks, task_data, task_limit, shots, speed, progress)
+    study = _Study(
+        folder, work, judged, data, tasks, task_data, task_limit, shots, max_memory, speed, progress
+    )
+    study.check_memory(candidates, plans)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     found = study.start(str(model), plans[0])
@@ -254,7 +265,7 @@ class _Judged:
         if isinstance(source, str) and source == SELF:
             count = _SELF_SAMPLES if limit is None else limit
             text: Text | Calibration = read_calibration_of(
-                folder, SELF, count, length, seed + _OTHER_SEED, progress
+                folder, SELF, count, length, (seed + _OTHER_SEED) % SEEDS, progress
             )
             pieces = list(text.ids) if isinstance(text, Calibration) else []
         else:
@@ -264,9 +275,9 @@ class _Judged:
             raise InputError(
                 f"{text.name if isinstance(text, Text) else SELF} holds no window of 2 tokens"
             )
-        config = text_config(skeleton(read_json(folder / CONFIG)))
+        context = context_of(text_config(skeleton(read_json(folder / CONFIG))))
         longest = max(map(len, pieces))
-        longest = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+        longest = longest if context is None else min(longest, context)
         whole = [piece[:longest] for piece in pieces if len(piece) >= longest]
         step = max(1, len(whole) * longest // _TRACED)
         return cls(text, tokenizer, length, limit, torch.stack(whole[::step]))
@@ -288,6 +299,7 @@ class _Study:
     task_data: Path | None
     task_limit: int | None
     shots: int | None
+    max_memory: int | None
     timed: bool
     progress: Progress | None
     _source: str | None = None
@@ -387,18 +399,34 @@ class _Study:
             )
         return row
 
-    def _quantize(self, candidate: Candidate) -> Quantized:
+    def check_memory(self, candidates: list[Candidate], plans: list[Plan]) -> None:
+        """Refuse a budget that cannot be kept before the work, as far as that is known: models that are
+        loaded to be measured come on top.
+        """
+        for candidate, plan in zip(candidates, plans, strict=True):
+            if self.max_memory is not None and not self._out(candidate).exists():
+                shape = None
+                if self.data is not None and candidate.recipe.needs_calibration:
+                    shape = self.data.ids.shape[0], self.data.ids.shape[1]
+                plan_memory(plan, candidate.recipe, shape, memory_bytes(), self.max_memory)
+
+    def _out(self, candidate: Candidate) -> Path:
+        """Its folder: another source, version or calibration has another."""
         calibrated = candidate.recipe.needs_calibration
         what: list[Any] = [candidate.recipe.describe(), version("fewbits")]
         what += [None if not calibrated or self.data is None else self.data.sha256]
         what += [self.source]
         digest = hashlib.sha256(json.dumps(what, default=list).encode()).hexdigest()
+        return self.work / f"{candidate.name}-{digest[:8]}"
+
+    def _quantize(self, candidate: Candidate) -> Quantized:
         return quantize(
             self.folder,
-            self.work / f"{candidate.name}-{digest[:8]}",
+            self._out(candidate),
             method=candidate.method,
             scheme=candidate.scheme,
-            calibration=self.data if calibrated else None,
+            calibration=self.data if candidate.recipe.needs_calibration else None,
+            max_memory=self.max_memory,
             progress=_named(self.progress, candidate.name),
         )
 

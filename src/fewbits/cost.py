@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.errors import InputError
+from fewbits.evaluate import context_of
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
 from fewbits.memory import available_bytes, hand_back_memory
 from fewbits.methods import GPTQ
@@ -300,12 +301,14 @@ def count_work(
         samples, length, text: of calibration.
 
     Raises:
-        InputError: samples or tokens that are no numbers from 2.
+        InputError: samples or tokens that are no numbers from 2, or more tokens than the context.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     length = min(DEFAULT_LENGTH, context or DEFAULT_LENGTH) if length is None else length
     if samples < 2 or length < 2:
         raise InputError(f"--samples {samples} --seq-len {length}; accepted are numbers from 2")
+    if context is not None and length > context:  # as calibration will say
+        raise InputError(f"--seq-len is {length}; accepted are at most the model's context, {context}")
     inside = [plan.matrices[n] for n in plan.placements if plan.matrices[n].block is not None]
     linears, expert_linears = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     together = Counter[Any]()  # rows that read one input; its columns come last

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits.calibration import SELF, Calibration, read_calibration
+from fewbits.calibration import SELF, Calibration, check_seed, read_calibration
 from fewbits.checkpoint import CONFIG, LEDGER, carried_files, check_config, read_json, resolve
 from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
@@ -156,12 +156,14 @@ def evaluate(
         model: folder, hub id, or a model that is loaded already.
         reference: what it should behave like, usually the float model.
         text: see `read_text`; or samples of token ids, each a window.
-        length: of the windows in tokens; 2048 by default, at most the model's context.
+        length: of the windows in tokens; that of the samples, or 2048, at most the model's context, by
+            default.
         limit: evaluate at most so many windows, evenly spread.
         tokenizer: the model's own by default; needed if `model` is no folder.
 
     Raises:
-        InputError: text or model cannot be had, or the two models have different vocabularies.
+        InputError: text or model cannot be had, the two models have different vocabularies, or windows
+            are longer than the context of one of them.
 
     >>> stories = Text("two lines", ["import os\nimport sys\n", "def main():\n    pass\n"])
     >>> result = evaluate("reference/model", "reference/model", text=stories)
@@ -171,9 +173,15 @@ def evaluate(
     text = read_text(text) if isinstance(text, str | Path) else text
     network = _loaded(model)
     other = None if reference is None else _loaded(reference)
-    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    check_windows(length, limit)
-    length = min(n for n in (length or DEFAULT_LENGTH, context) if n)
+    contexts = [
+        context_of(each.config.get_text_config()) for each in (network, other) if each is not None
+    ]
+    context = min((n for n in contexts if n is not None), default=None)
+    if length is None and isinstance(text, Calibration):
+        length = text.ids.shape[1]
+    elif length is None:
+        length = DEFAULT_LENGTH if context is None else min(DEFAULT_LENGTH, context)
+    check_windows(length, limit, context)
     if isinstance(text, Calibration):
         pieces = [ids[:length] for ids in text.ids]
     else:
@@ -197,14 +205,24 @@ def evaluate(
     return _summarize(counts, name, text.sha256, length)
 
 
-def check_windows(length: int | None, limit: int | None) -> None:
-    """Whether windows can be so long and so many.
+def context_of(config: Any) -> int | None:
+    """Most tokens that a language model can be given; None where its config does not tell."""
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
+
+
+def check_windows(length: int | None, limit: int | None, context: int | None) -> None:
+    """Whether windows can be so long and so many, for a model of that context.
 
     Raises:
         InputError: they cannot.
     """
     if length is not None and length < 3:
         raise InputError(f"length is {length}; windows need at least 3 tokens")
+    if length is not None and context is not None and length > context:
+        raise InputError(
+            f"windows of {length} tokens; accepted are at most the model's context, {context}"
+        )
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; accepted are numbers of windows from 1")
 
@@ -285,8 +303,9 @@ def read_calibration_of(
     Args:
         most: tokens of a sample where no length is given, if the context holds as many.
     """
+    check_seed(seed)  # before a tokenizer or a model is loaded for nothing
     config = text_config(skeleton(read_json(folder / CONFIG)))
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     if length is None and most is not None:
         length = min(most, context or most)
     return read_calibration(
