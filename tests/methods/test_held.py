@@ -1,4 +1,4 @@
-"""Rounding for formats that hold no scale below a limit."""
+"""Rounding for formats that hold no scale below a limit, or small ones with few digits."""
 
 import pytest
 import torch
@@ -53,6 +53,38 @@ def test_every_scale_that_is_held_is_a_float16():
     assert torch.equal(held.half().double(), held.double())
     below = every[exact < LEAST].max()  # the least cannot be less
     assert below.half().double() != below.double()
+
+
+@pytest.mark.parametrize("scheme", schemes(32), ids=lambda scheme: scheme.label)
+def test_scales_with_few_digits_are_kept_and_said_with_what_that_costs_at_most(scheme):
+    scales = float16_scales(torch.float32)
+    weight = weight_of(1.0, 1e-4, 1e-7, 1e-12).float()
+    exact, _ = RTN()(weight, scheme, {}, torch.float32)
+    held, notes = round_held(RTN(), weight, scheme, {}, scales.dtype, scales.least)
+    assert_same(held, RTN()(weight, scheme, {}, torch.float16)[0])
+    assert_within_half_a_step(weight, held)
+    few = held.scale < 2**-14
+    wider = 1 - exact.scale.double() / held.scale.double()
+    assert bool((wider[~few].abs() <= 2**-10).all())  # one unit of eleven digits
+    [note] = notes
+    count, percent = int(note.what.split(" of ")[0]), float(note.what.rpartition(" ")[2].rstrip("%"))
+    assert (note.kind, count) == ("fact", int(few.sum()))
+    assert float(wider[few].max()) <= percent / 100 + 1e-4
+    assert percent == pytest.approx(100 * 2**-24 / float(held.scale.min()), rel=1e-2)
+
+
+def test_a_float32_model_with_rows_next_to_zero_is_written_and_says_so(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    tensors = {name: t.float() for name, t in load_file(source / "model.safetensors").items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3] *= 1e-6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    scheme = QuantScheme(4, "group", 32)
+    result = fewbits.quantize(source, tmp_path / "out", scheme=scheme, format="gptq")
+    [note] = [note for note in result.ledger.notes if "fewer digits" in note.what]
+    assert (note.where, note.what[:18]) == (name, "2 of 192 scales ar")
+    plain = fewbits.quantize(source, tmp_path / "ct", scheme=scheme)  # its scales are float32
+    assert not [note for note in plain.ledger.notes if "fewer digits" in note.what]
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])

@@ -30,7 +30,11 @@ class ScaleRange(NamedTuple):
 
 
 def float16_scales(dtype: torch.dtype) -> ScaleRange:
-    """Of formats that store float16: for bfloat16 sources what both hold, so that nothing is rounded."""
+    """Of formats that store float16: for bfloat16 sources what both hold, so that nothing is rounded.
+
+    Others choose them in float16, of which no number is too small to be held: `round_held` says which
+    have few digits. Raising those would cost more than the digits do.
+    """
     if dtype == torch.bfloat16:
         # Every bfloat16 from here to the largest float16 is a float16 too: eight digits above 2**-24.
         return ScaleRange(torch.bfloat16, torch.float16, 2.0**-17)

@@ -1,4 +1,4 @@
-"""Rounding for a format that holds no scale below a limit."""
+"""Rounding for a format that holds no scale below a limit, or small ones with few digits."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ def round_held(
     """What a method makes of a weight (out, in), with no scale below `least`.
 
     Groups whose scale would be smaller are rounded to nearest on a grid of that step: their weights are
-    so close to zero that half a step, `least / 2`, is all that each can lose.
+    so close to zero that half a step, `least / 2`, is all that each can lose. Scales below the normal
+    numbers of `dtype` are kept, and said: those lie far apart, so a step is wider than it need be.
 
     Args:
         dtype: of the scale.
@@ -32,7 +33,7 @@ def round_held(
     small = rounded.scale < least
     count = int(small.sum())
     if not count:
-        return rounded, notes
+        return rounded, [*notes, *_coarse(rounded.scale)]
     scale = torch.where(small, torch.full_like(rounded.scale, least), rounded.scale)
     points = rounded.zero_point
     if not scheme.symmetric:
@@ -43,4 +44,19 @@ def round_held(
     codes = torch.where(small[..., None], nearest, affine.parts_of(rounded.codes, scheme))
     what = f"{count} of {small.numel()} scales raised to {least:.3g}, the least that the format holds"
     held = QuantizedTensor(codes.reshape(weight.shape), scale, points, scheme, rounded.outliers)
-    return held, [*notes, Note("clamp", "scales", what)]
+    return held, [*notes, Note("clamp", "scales", what), *_coarse(scale)]
+
+
+def _coarse(scale: Tensor) -> list[Note]:
+    """A note of scales that are no normal numbers of their dtype: their neighbours lie far off."""
+    limits = torch.finfo(scale.dtype)
+    coarse = scale[scale < limits.smallest_normal]
+    if not len(coarse):
+        return []
+    apart = limits.smallest_normal * limits.eps
+    what = (
+        f"{len(coarse)} of {scale.numel()} scales are below {limits.smallest_normal:.3g}, where "
+        f"{scale.dtype} has fewer digits: steps are wider than needed by up to "
+        f"{apart / float(coarse.min()):.2%}"
+    )
+    return [Note("fact", "scales", what)]
