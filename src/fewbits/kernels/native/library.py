@@ -1,0 +1,281 @@
+"""The library of native kernels, opened by ctypes: where it is, and if there is none, why.
+
+It lies beside this file; in an editable install, in the folder of the same name in site-packages. It is
+missing where fewbits was installed without a C++ compiler. `FEWBITS_NATIVE=0` turns it off.
+"""
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, c_int, c_int32, c_int64, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import InputError
+
+INTERFACE = 1  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+ISAS = ("portable", "neon", "avx2", "avx512")
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
+INPUTS_16, INPUTS_8 = range(2)
+_ZEROS = {MIDDLE: None, ZERO_POINT: torch.int8, OFFSET: torch.float32, TABLE: None}
+_ROWS = 32
+_SWITCH = "FEWBITS_NATIVE"
+_FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
+
+
+class Weight(ctypes.Structure):
+    """`fewbits_weight`. `tensors` are those that it points into."""
+
+    _fields_: ClassVar[Any] = [
+        ("out", c_int64),
+        ("in_", c_int64),
+        ("columns", c_int64),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("scale_type", c_int32),
+        ("zero_type", c_int32),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("table", c_void_p),
+        ("bias", c_void_p),
+    ]
+    out: int
+    in_: int
+    columns: int
+    bits: int
+    group: int
+    zero_type: int
+    tensors: tuple[Tensor | None, ...]
+
+
+def describe(
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    codes: Tensor,
+    scales: Tensor,
+    zero_type: int = MIDDLE,
+    zeros: Tensor | None = None,
+    table: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Weight:
+    """A weight as the library reads it.
+
+    Args:
+        shape: (out, in).
+        bits: of a code: 2, 3, 4 or 8.
+        group: columns that share a scale, a multiple of 32. Columns are padded to whole groups.
+        codes: what `Library.pack` gave for as many columns.
+        scales: (blocks of 32 rows, groups, 32), in bfloat16, float16 or float32.
+        zero_type: what is taken off a code: MIDDLE, ZERO_POINT, OFFSET or TABLE of fewbits.h.
+        zeros: as `scales`, in int8 for ZERO_POINT, in float32 for OFFSET, else None.
+        table: (16,) float32, for TABLE.
+        bias: (out,) float32.
+
+    Raises:
+        ValueError: a tensor has another dtype, size or device, or is not contiguous.
+    """
+    out, inputs = shape
+    columns = -(-inputs // group) * group
+    blocks = -(-out // _ROWS)
+    count = blocks * (columns // group) * _ROWS
+    if scales.dtype not in TYPES:
+        raise ValueError(f"scales are {scales.dtype}; bfloat16, float16 or float32 would be read")
+    _check("codes", codes, torch.uint8, blocks * columns * _ROWS * bits // 8)
+    _check("scales", scales, scales.dtype, count)
+    _check("zeros", zeros, _ZEROS[zero_type], count)
+    _check("table", table, torch.float32 if zero_type == TABLE else None, 16)
+    _check("bias", bias, torch.float32 if bias is not None else None, out)
+    tensors = (codes, scales, zeros, table, bias)
+    places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    weight = Weight(out, inputs, columns, bits, group, TYPES[scales.dtype], zero_type, *places)
+    weight.tensors = tensors
+    return weight
+
+
+class Library:
+    """The functions of fewbits.h, for tensors on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it was built from other sources than these.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        self._parallel = torch_parallel()
+        try:
+            built = self._c.fewbits_interface()
+        except AttributeError:
+            built = None
+        if built != INTERFACE:
+            raise ValueError(f"{path} has interface {built}, not {INTERFACE}: install fewbits again")
+        weight = POINTER(Weight)
+        for name, result, arguments in (
+            ("isa", c_int, ()),
+            ("use", c_int, (c_int,)),
+            ("packed_bytes", c_int64, (c_int64, c_int64, c_int)),
+            ("pack", c_int, (c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p)),
+            ("unpack", c_int, (weight, c_int, c_void_p)),
+            (
+                "linear",
+                c_int,
+                (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_int, c_int, c_void_p),
+            ),
+            ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
+        ):
+            function = getattr(self._c, f"fewbits_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that is used: the best that this machine runs, or the one asked for."""
+        return ISAS[self._c.fewbits_isa()]
+
+    def use(self, isa: str | None) -> bool:
+        """Use another instruction set, in all threads; None for the best. False where it cannot run."""
+        return int(self._c.fewbits_use(-1 if isa is None else ISAS.index(isa))) == 0
+
+    @property
+    def threads(self) -> str:
+        """Whose threads work: "torch" or "own"."""
+        return "own" if self._parallel is None else "torch"
+
+    def pack(self, codes: Tensor, bits: int, columns: int) -> Tensor:
+        """Codes (out, in), uint8, in the layout that is streamed, padded to `columns`: (bytes,)."""
+        out, inputs = codes.shape
+        _check("codes", codes, torch.uint8, out * inputs)
+        packed = torch.empty(self._c.fewbits_packed_bytes(out, columns, bits), dtype=torch.uint8)
+        error = self._c.fewbits_pack(codes.data_ptr(), out, inputs, columns, bits, packed.data_ptr())
+        _raise(error, f"packing {out} x {inputs} codes of {bits} bits in {columns} columns")
+        return packed
+
+    def unpack(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for, (out, in), each rounded once to `dtype`."""
+        result = torch.empty(weight.out, weight.in_, dtype=dtype)
+        error = self._c.fewbits_unpack(ctypes.byref(weight), TYPES[dtype], result.data_ptr())
+        _raise(error, f"unpacking {weight.out} x {weight.in_} codes of {weight.bits} bits")
+        return result
+
+    def linear(
+        self, weight: Weight, x: Tensor, inputs: int = INPUTS_16, threads: int | None = None
+    ) -> Tensor:
+        """`x @ W.T + bias`, (rows, in) -> (rows, out) in the dtype of x, rounded once.
+
+        Args:
+            weight: see `describe`.
+            x: its rows may lie apart, their values may not.
+            inputs: INPUTS_16 rounds x to bfloat16, INPUTS_8 to int8 in groups of 32 columns.
+            threads: as many as torch uses, if None.
+        """
+        rows, columns = x.shape
+        if columns != weight.in_ or x.dtype not in TYPES or x.device.type != "cpu":
+            raise ValueError(f"x is {columns} columns of {x.dtype} on {x.device}; W has {weight.in_}")
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        y = torch.empty(rows, weight.out, dtype=x.dtype)
+        error = self._c.fewbits_linear(
+            ctypes.byref(weight),
+            x.data_ptr(),
+            rows,
+            x.stride(0),
+            TYPES[x.dtype],
+            y.data_ptr(),
+            inputs,
+            torch.get_num_threads() if threads is None else threads,
+            self._parallel,
+        )
+        _raise(error, f"{rows} rows of {x.dtype} times {weight.out} x {weight.in_} weights")
+        return y
+
+    def stream(self, data: Tensor, threads: int | None = None) -> int:
+        """Read a tensor once, and return the xor of its words: as fast as memory can be read."""
+        _check("data", data, data.dtype, data.numel())
+        threads = torch.get_num_threads() if threads is None else threads
+        return int(self._c.fewbits_stream(data.data_ptr(), data.nbytes, threads, self._parallel))
+
+
+def library() -> Library | None:
+    """The library, opened once; None where there is none, or where FEWBITS_NATIVE is 0.
+
+    Raises:
+        InputError: FEWBITS_NATIVE is neither 0 nor 1.
+    """
+    found = _switched_off() or _open()
+    return found if isinstance(found, Library) else None
+
+
+def why_absent() -> str | None:
+    """Why `library` gives None; None if it does not."""
+    found = _switched_off() or _open()
+    return None if isinstance(found, Library) else found
+
+
+def _switched_off() -> str | None:
+    value = os.environ.get(_SWITCH, "1")
+    if value not in ("0", "1"):
+        raise InputError(f"{_SWITCH} is {value!r}; 0 (off) and 1 (on) are accepted")
+    return f"is turned off by {_SWITCH}=0" if value == "0" else None
+
+
+@cache
+def _open() -> Library | str:
+    # In an editable install the package has two folders: that of the sources has no library.
+    folders = [Path(folder) for folder in sys.modules["fewbits.kernels.native"].__path__]
+    path = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+    if path is None:
+        return "was not compiled when fewbits was installed (`pip install -v` says why)"
+    try:
+        return Library(path)
+    except (OSError, ValueError) as error:
+        return f"cannot be used: {error}"
+
+
+def torch_parallel() -> int | None:
+    """The address of the very `GOMP_parallel` that torch calls, whose threads exist and are warm.
+
+    Found as the dynamic linker finds it for torch: first among what the whole process sees (a library
+    that was preloaded), then among what torch's library needs. None where torch needs none.
+    """
+    if sys.platform != "linux":
+        return None
+    own = _address(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    return own and (_address(None) or own)
+
+
+def _address(path: Path | None) -> int | None:
+    try:
+        opened = ctypes.CDLL(None if path is None else str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return ctypes.cast(opened.GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _check(name: str, tensor: Tensor | None, dtype: torch.dtype | None, count: int) -> None:
+    if tensor is None and dtype is None:
+        return
+    if tensor is None or dtype is None:
+        raise ValueError(f"{name} {'are missing' if tensor is None else 'have no use'} for this weight")
+    right = tensor.dtype == dtype and tensor.numel() == count and tensor.is_contiguous()
+    if not right or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} are {tensor.numel()} of {tensor.dtype} on {tensor.device}; "
+            f"{count} of {dtype} in one piece on the CPU would be read"
+        )
+
+
+def _raise(error: int, what: str) -> None:
+    if error == 2:
+        raise MemoryError(f"no memory for {what}")
+    if error:
+        raise ValueError(f"the native library does not take {what}")
