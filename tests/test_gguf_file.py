@@ -91,6 +91,15 @@ def write(path, folder, config, tensors):
 # -- there and back --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_transformers_takes_for_another_model_is_remarked(kind, sources, tmp_path):
+    config, tensors, _ = quantized(sources(kind), QuantScheme(4, "group", 32))
+    notes = write(tmp_path / "model.gguf", sources(kind), config, tensors)
+    found = AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf").model_type
+    same = found == kind or {found, kind} == {"llama", "mistral"}  # one computation, two names
+    assert same != any("plain transformers (5.23)" in note.what for note in notes)
+
+
 @pytest.mark.parametrize("label", [None, *(block.label for block in BLOCKS[:3])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_comes_back_bit_for_bit(kind, label, sources, tmp_path):

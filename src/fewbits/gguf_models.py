@@ -50,6 +50,7 @@ class Model:
     plus_one: list[str] = field(default_factory=list)
     keys: dict[str, list[str]] = field(default_factory=dict)
     ignores: list[str] = field(default_factory=list)
+    misread: str | None = None
 
 
 @cache
@@ -109,13 +110,14 @@ def _differs(model: Model, settings: dict[str, Any]) -> str | None:
 
 
 def ignored(config: dict[str, Any]) -> list[str]:
-    """Settings of a model that llama.cpp does not honour, one line each."""
-    settings = filled_in(config)
-    return [
+    """What a client makes of a model otherwise, one line each: settings not honoured, files misread."""
+    settings, model = filled_in(config), models()[config["model_type"]]
+    found = [
         f"{key} is {shown(settings[key])} in config.json, which llama.cpp does not honour"
-        for key in models()[config["model_type"]].ignores
+        for key in model.ignores
         if settings.get(key) is not None
     ]
+    return found + ([] if model.misread is None else [model.misread])
 
 
 def filled_in(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ own model with inputs so rounded.
 A cell of the table is a KL divergence, or a footnote: our own refusal, or the message of a client that
 does not read it. Both must be expected (expected.py), so that what is read one day, or no longer, is
 noticed. Where greedy text is not equal to the end, the cell says how many tokens are before a tie. The
-table goes to stdout and build/interop/table.md; exit code 1 if any cell is not as expected.
+tables go to stdout, and with versions and the largest numbers to build/interop/report.md; a whole run
+with --docs puts that into docs/formats.md. Exit code 1 if any cell is not as expected.
 """
 
 import argparse
@@ -101,6 +102,7 @@ CLIENTS = {
 LLAMA = "llama.cpp"
 GELU = ("gpt2",)  # models that have it: llama.cpp looks it up in a table of float16
 TOOLS = ("gptqmodel", "llama.cpp")  # that golden checkpoints are of
+DOCS, MARKS = ROOT / "docs" / "formats.md", ("<!-- make interop -->", "<!-- end of it -->")
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,10 @@ def main() -> int:
     run_clients(asked, refusals)
     cells = [judge(case, client, refusals) for client, some in asked.items() for case in some]
     print(table_of(cells))
-    keep(cells, options.whole)
+    report = keep(cells, options.whole)
     bad = [cell for cell in cells if cell.status == "bad"]
+    if options.docs and options.whole and not bad:
+        into_docs(report)
     for cell in bad:
         what = ", ".join((cell.case.format, cell.case.scheme, cell.case.model))
         print(f"BAD  {cell.client}: {what}: {cell.detail[:300]}")
@@ -202,15 +206,25 @@ def is_asked(client: str, case: Case) -> bool:
     return case.format in CLIENTS[client].formats
 
 
-def keep(cells: list[Cell], whole: bool) -> None:
-    """Write the table; what was asked for in part goes into the one that is there."""
-    data, text = WORK / "table.json", WORK / "table.md"
+def keep(cells: list[Cell], whole: bool) -> str:
+    """Write the report; what was asked for in part goes into the one that is there."""
+    data = WORK / "table.json"
     if not whole and data.exists():
         new = {(cell.case, cell.client) for cell in cells}
         old = [Cell(**entry | {"case": Case(**entry["case"])}) for entry in json.loads(data.read_text())]
         cells = cells + [cell for cell in old if (cell.case, cell.client) not in new]
     data.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
-    text.write_text(table_of(cells) + "\n")
+    report = report_of(cells, time.strftime("%Y-%m-%d"))
+    (WORK / "report.md").write_text(report)
+    return report
+
+
+def into_docs(report: str) -> None:
+    """In the place of the one that is there."""
+    begin, end = MARKS
+    before, _, rest = DOCS.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    DOCS.write_text(f"{before}{begin}\n{report}{end}{after}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -223,6 +237,7 @@ def _arguments() -> argparse.Namespace:
     }
     for name, allowed in choices.items():
         parser.add_argument(f"--{name}", action="append", choices=list(allowed))
+    parser.add_argument("--docs", action="store_true", help="write the report into docs/formats.md too")
     options = parser.parse_args()
     options.whole = not any(getattr(options, name) for name in choices)
     for name, allowed in choices.items():
@@ -514,7 +529,45 @@ def _equal_text(ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray, tie: 
     return first if margins[first] <= tie else -1 - first
 
 
-# -- the table -------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
+
+
+def report_of(cells: list[Cell], date: str) -> str:
+    """Markdown: how many cells, of which versions, the largest numbers, and the tables."""
+    bad = sum(cell.status == "bad" for cell in cells)
+    found = [cell for cell in cells if cell.status == "ok"]
+    shares = [cell.numbers["kl"] / cell.numbers["limit"] for cell in found]
+    exact: dict[str, list[float]] = {}  # llama.cpp's files without its arithmetic
+    for cell in found:
+        if cell.client == LLAMA:
+            asymmetric = cell.case.scheme == "int4 asymmetric"
+            kind = "Q4_1" if asymmetric else "GELU" if cell.case.model in GELU else "others"
+            exact.setdefault(kind, []).append(cell.numbers["twin"])
+    ranges = ", ".join(f"{k} {min(v):.0e} to {max(v):.0e}" for k, v in sorted(exact.items()))
+    lines = [
+        f"Made by `make interop` on {date}: {len(cells)} cells, {bad or 'none'} bad. {versions()}.",
+        f"The largest number is {max(shares):.2g} of its limit. " if shares else "",
+        f"Files of llama.cpp, dequantized, against ours in float32: {ranges}." if exact else "",
+    ]
+    return f"{lines[0]}\n{''.join(lines[1:])}\n\n{table_of(cells)}\n"
+
+
+def versions() -> str:
+    """Of the clients, as their environments have them."""
+    named = (
+        "torch",
+        "transformers",
+        "compressed-tensors",
+        "gptqmodel",
+        "optimum",
+        "llama-cpp-python",
+        "gguf",
+    )
+    pins = [pin for recipe in environments.RECIPES.values() for call in recipe for pin in call]
+    found = {
+        name: sorted({p.split("==")[1] for p in pins if p.startswith(f"{name}==")}) for name in named
+    }
+    return ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in found.items())
 
 
 def table_of(cells: list[Cell]) -> str:
