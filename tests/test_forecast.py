@@ -16,13 +16,14 @@ from fewbits import cost as machine
 from fewbits.checkpoint import open_checkpoint, open_headers
 from fewbits.cost import count_work, estimate_cost
 from fewbits.forecast import Choice, choices, fit, fitting_group, forecast, group_tensors, observe
+from fewbits.formats import FORMATS
 from fewbits.outlook import look_ahead
 from fewbits.plan import make_plan, survey
 from fewbits.structure import skeleton, text_config
 from fewbits.tensor import Note
 from models import TINY, tiny_checkpoint, tiny_model
 
-G32 = QuantScheme(4, "group", 32)
+G32, PACKED = QuantScheme(4, "group", 32), FORMATS["compressed-tensors"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,47 @@ def test_files_are_predicted_within_a_percent_and_their_tensors_exactly(
     assert row.weight_bytes == pytest.approx(result.weight_bytes, rel=0.01)
     assert row.bits_per_weight == pytest.approx(result.bits_per_weight, rel=0.01)
     assert sum(row.components.values()) == result.ledger.totals["written_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "label", "model_type"),
+    [
+        *(
+            ("gguf", label, m)
+            for label in ("w4-g32", "w4-g32-asym", "w8-g32")
+            for m in ("llama", "gpt2")
+        ),
+        *(("gguf", "w4-g32", m) for m in ("llama", "mixtral")),
+        *((layout, "w4-g32", m) for layout in ("gptq", "awq", "fewbits") for m in ("llama", "qwen3")),
+    ],
+)
+def test_rows_are_those_of_the_format_that_is_asked_for(tmp_path, checkpoint, layout, label, model_type):
+    folder, scheme = checkpoint(model_type), QuantScheme.parse(label)
+    options = {"format": layout, "head": layout != "awq"}  # whose clients look for no codes there
+    found = look_ahead(folder, method="rtn", scheme=scheme, measure=False, **options)
+    row = found.forecast.rows[1]
+    result = quantize(folder, tmp_path / "out", scheme=scheme, **options)
+    written = result.ledger.totals["written_bytes"]
+    assert sum(row.components.values()) == found.plan.written_bytes == written
+    if layout == "gguf":
+        assert row.weight_bytes == result.weight_bytes == (tmp_path / "out/model.gguf").stat().st_size
+    else:
+        assert row.weight_bytes == pytest.approx(result.weight_bytes, rel=0.01)
+
+
+def test_the_vocabulary_of_a_gguf_file_is_counted(tmp_path):
+    result = quantize("reference/model", tmp_path / "out", scheme=G32, format="gguf")
+    found = look_ahead("reference/model", scheme=G32, format="gguf", measure=False)
+    assert found.forecast.row("rtn w4-g32").weight_bytes == result.weight_bytes
+
+
+def test_what_a_format_does_not_hold_is_a_refused_row(checkpoint):
+    found = look_ahead(checkpoint("llama"), scheme=G32, format="gguf").forecast
+    refused = {row.name for row in found.rows if row.refused is not None}
+    assert refused == {row.name for row in found.rows if "w3" in row.name or "llm-int8" in row.name}
+    assert all("--format gguf" in row.refused for row in found.rows if row.refused is not None)
+    assert all((row.cost is None) == (row.name in {*refused, "float"}) for row in found.rows)
+    assert not any("columns" in note.what for note in found.notes)  # none are kept in 16 bit
 
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
@@ -337,8 +379,8 @@ def test_parts_add_up_and_only_the_rates_that_a_method_needs_count(checkpoint):
     for choice in choices(32):
         for name in ("hessian", "cholesky", "column", "search", "hash", "multiply_fast"):
             rates = machine.Rates(**UNIT | {name: 1.0})
-            found = estimate_cost(choice, groups, work, rates)
-            none = estimate_cost(choice, groups, work, machine.Rates(**UNIT))
+            found = estimate_cost(choice, groups, work, rates, PACKED)
+            none = estimate_cost(choice, groups, work, machine.Rates(**UNIT), PACKED)
             assert found.elapsed_s == pytest.approx(sum(found.parts_s.values()))
             needed = {
                 "hessian": choice.method in ("gptq", "awq", "awq+gptq"),
@@ -354,7 +396,7 @@ def test_parts_add_up_and_only_the_rates_that_a_method_needs_count(checkpoint):
 def test_hessians_are_counted_by_tokens_and_width(checkpoint):
     groups, work, _ = work_of(checkpoint("llama"), samples=64, length=16)
     rates = machine.Rates(**UNIT | {"hessian": 1.0})
-    found = estimate_cost(Choice("gptq", G32), groups, work, rates)
+    found = estimate_cost(Choice("gptq", G32), groups, work, rates, PACKED)
     fitted = (64 - 2) * 16  # one in 32 is held out
     expected = sum(2 * fitted * n * (n + 256) / 2 for n in (64, 128, 64, 96))
     assert found.parts_s["hessians"] == pytest.approx(expected)

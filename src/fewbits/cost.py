@@ -23,6 +23,7 @@ from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.errors import InputError
 from fewbits.evaluate import context_of
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
+from fewbits.formats import Format
 from fewbits.memory import available_bytes, hand_back_memory
 from fewbits.methods import GPTQ
 from fewbits.methods.grid import search_qparams
@@ -408,20 +409,22 @@ def _text_bytes(text: str | None) -> int:
 # -- time --------------------------------------------------------------------------------------------
 
 
-def estimate_cost(choice: Choice, groups: Counter[Tensors], work: Work, rates: Rates) -> Cost:
-    """Seconds and peak memory of one method."""
+def estimate_cost(
+    choice: Choice, groups: Counter[Tensors], work: Work, rates: Rates, layout: Format
+) -> Cost:
+    """Seconds and peak memory of one method, written in one format."""
     scheme = choice.scheme
     calibrated = choice.method not in ("rtn",) and (
         choice.method != "llm-int8" or (scheme.inputs is not None and scheme.inputs.static)
     )
-    parts = {"preflight": rates.survey, **_files(groups, scheme, work, rates)}
+    parts = {"preflight": rates.survey, **_files(groups, scheme, work, rates, layout)}
     if calibrated:
         parts |= _before(work, rates) | _blocks(choice, work, rates) | _states(work, rates)
     else:
         parts["rounding"] = rates.round * _weights(groups)
         parts["forward pass"] = _build(work) + (rates.pack + rates.unpack) * _weights(groups)
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
-    codes = sum(n * tensor_bytes(k, scheme) for k, n in groups.items() if k.rounded)
+    codes = sum(n * tensor_bytes(k, scheme, layout) for k, n in groups.items() if k.rounded)
     peak = rates.baseline_bytes + _memory(choice, work, calibrated, codes)
     return Cost(sum(parts.values()), peak, parts)
 
@@ -431,13 +434,15 @@ def _weights(groups: Counter[Tensors]) -> int:
     return sum(n * k.count * k.shape[0] * k.shape[1] for k, n in groups.items() if k.rounded)
 
 
-def _files(groups: Counter[Tensors], scheme: QuantScheme, work: Work, rates: Rates) -> dict[str, float]:
+def _files(
+    groups: Counter[Tensors], scheme: QuantScheme, work: Work, rates: Rates, layout: Format
+) -> dict[str, float]:
     """Hashing, packing, writing and verifying.
 
     Of source bytes each is hashed once; of those written each as it is written, in its file, and twice
     in verification; codes as chosen and as read back.
     """
-    written = sum(n * tensor_bytes(k, scheme) for k, n in groups.items())
+    written = sum(n * tensor_bytes(k, scheme, layout) for k, n in groups.items())
     codes = _weights(groups)
     hashed = work.source_bytes + 4 * written + 2 * codes
     return {

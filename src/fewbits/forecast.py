@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, TensorInfo, hash_json
 from fewbits.errors import InputError, first_line
-from fewbits.formats import Placement
-from fewbits.formats.packed import packed_bytes
-from fewbits.plan import Plan, Survey
+from fewbits.formats import Format, GgufLayout, Placement
+from fewbits.gguf_file import gguf_bytes
+from fewbits.plan import Plan, Survey, rescheme
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import (
     Matrix,
@@ -277,12 +277,13 @@ def group_tensors(
     return groups, letters
 
 
-def tensor_bytes(kind: Tensors, scheme: QuantScheme) -> int:
+def tensor_bytes(kind: Tensors, scheme: QuantScheme, layout: Format) -> int:
     """On disk, of one tensor of a kind."""
     if not kind.rounded:
         return kind.source_bytes
     rows, columns = kind.shape
-    return kind.count * packed_bytes(rows, columns, kind.scheme or scheme, kind.dtype.itemsize)
+    own = kind.scheme or scheme
+    return kind.count * layout.written_bytes(rows, columns, own, kind.dtype.itemsize)
 
 
 def _entry_bytes(shape: tuple[int, ...], dtype: str, digits: int) -> int:
@@ -291,25 +292,32 @@ def _entry_bytes(shape: tuple[int, ...], dtype: str, digits: int) -> int:
     return len('"":{"dtype":"","shape":[],"data_offsets":[,]},') + len(dtype) + numbers + 2 * digits
 
 
+def _endings(layout: Format, scheme: QuantScheme) -> list[str]:
+    """What `X.weight` becomes on disk, after the X."""
+    every = [name.removeprefix("X.") for name in layout.tensors("X.weight").every]
+    if "weight_shape" not in every:  # nothing of it depends on the scheme
+        return every
+    points = [] if scheme.symmetric else ["weight_zero_point"]
+    return ["weight_packed", "weight_scale", "weight_shape", *points]
+
+
 def header_bytes(
-    groups: Counter[Tensors], letters: Counter[str], scheme: QuantScheme, total: int
+    groups: Counter[Tensors], letters: Counter[str], scheme: QuantScheme, layout: Format, total: int
 ) -> int:
-    """Of all headers, to within the digits of offsets."""
+    """Of all headers in safetensors files, to within some digits of shapes and offsets."""
     digits, size = len(str(total)), 8 + len('{"__metadata__":{"format":"pt"}}')
     for kind, count in groups.items():
         if not kind.rounded:
             size += count * _entry_bytes(kind.shape, "BF16", digits)
             continue
         own, (rows, columns) = kind.scheme or scheme, kind.shape
-        names = ["_packed", "_scale", "_shape"] + ([] if own.symmetric else ["_zero_point"])
         stack = (kind.count,) if kind.count > 1 else ()
-        shapes = [(*stack, rows, columns), (*stack, rows, own.groups(columns)), (*stack, 2)]
-        shapes += [] if own.symmetric else [(*stack, rows, own.groups(columns))]
-        size += count * sum(
-            len(name) + _entry_bytes(shape, "BF16", digits)
-            for name, shape in zip(names, shapes, strict=True)
-        )
-    return size + letters["copied"] + (3 if scheme.symmetric else 4) * letters["rounded"]
+        shapes = {"weight_shape": (*stack, 2), "g_idx": (columns,)}
+        for number, ending in enumerate(_endings(layout, own)):
+            shape = (*stack, rows, own.groups(columns) if number else columns)
+            entry = _entry_bytes(shapes.get(ending, shape), "BF16", digits)
+            size += count * (len(ending) - len("weight") + entry)
+    return size + letters["copied"] + len(_endings(layout, scheme)) * letters["rounded"]
 
 
 def _misfit(groups: Counter[Tensors], scheme: QuantScheme) -> str | None:
@@ -493,7 +501,8 @@ def forecast(
     device: str = "cpu",
     batch: int = 1,
     context: int | None = None,
-    cost: Callable[[Choice, Counter[Tensors], Observed], Cost] | None = None,
+    format_name: str | None = None,
+    cost: Callable[[Choice, Counter[Tensors], Observed, Format], Cost] | None = None,
 ) -> Forecast:
     """Sizes, cache, what fits, and what it costs, for float and each choice.
 
@@ -506,6 +515,7 @@ def forecast(
         memory_bytes: that the result shall run in.
         device: where it shall run.
         batch, context: sequences and tokens of each; 1, and the model's context up to 8,192.
+        format_name: that all are written in; None: each as `quantize` writes it by default.
         cost: of making one; None: not asked for.
 
     Raises:
@@ -526,9 +536,13 @@ def forecast(
         source["head"] -= plan.info(made).size_bytes
     parameters = plan.parameters
     rows = [Row(FLOAT, None, None, whole, 8 * whole / parameters, source)]
+    files: dict[QuantScheme, _Files] = {}
     for choice in wanted:
-        rows.append(_row(choice, groups, letters, parameters))
-    if any(choice.method == "llm-int8" and choice.scheme.inputs is not None for choice in wanted):
+        if choice.scheme not in files:
+            files[choice.scheme] = _files(plan, chosen, choice.scheme, format_name, groups, letters)
+        rows.append(_row(choice, parameters, files[choice.scheme]))
+    made_8 = [choice for choice, row in zip(wanted, rows[1:], strict=True) if row.refused is None]
+    if any(choice.method == "llm-int8" and choice.scheme.inputs is not None for choice in made_8):
         what = "columns that calibration keeps in 16 bit come on top; how many headers cannot tell"
         notes.append(Note("fact", "llm-int8", what))
     result = Forecast(
@@ -537,7 +551,8 @@ def forecast(
     )  # fmt: skip
     if cost is not None:
         for choice, row in zip(wanted, rows[1:], strict=True):
-            row.cost = None if row.refused else cost(choice, groups, observed)
+            layout = files[choice.scheme].layout
+            row.cost = None if layout is None else cost(choice, groups, observed, layout)
     fit(result)
     return result
 
@@ -589,16 +604,66 @@ def _cache_notes(observed: Observed) -> list[Note]:
     return [Note("skip", "KV cache", f"not known, and left out of what fits: {observed.why}")]
 
 
-def _row(choice: Choice, groups: Counter[Tensors], letters: Counter[str], parameters: int) -> Row:
-    scheme, components = choice.scheme, dict.fromkeys(COMPONENTS, 0)
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Of one scheme: what it is written in, and bytes of tensors and of whole files; or why not."""
+
+    layout: Format | None
+    refused: str | None = None
+    components: dict[str, int] = field(default_factory=dict)
+    size_bytes: int = 0
+
+
+def _files(
+    plan: Plan,
+    chosen: QuantScheme,
+    scheme: QuantScheme,
+    format_name: str | None,
+    groups: Counter[Tensors],
+    letters: Counter[str],
+) -> _Files:
     refused = _misfit(groups, scheme)
     if refused is not None:
-        return Row(choice.name, choice.method, scheme.label, 0, 0.0, {}, refused=refused)
+        return _Files(None, refused)
+    try:
+        other = rescheme(plan, chosen, scheme, format_name)
+    except InputError as error:
+        return _Files(None, str(error))
+    components = dict.fromkeys(COMPONENTS, 0)
     for kind, count in groups.items():
-        components[kind.component] += count * tensor_bytes(kind, scheme)
-    total = sum(components.values())
-    total += header_bytes(groups, letters, scheme, total)
-    return Row(choice.name, choice.method, scheme.label, total, 8 * total / parameters, components)
+        components[kind.component] += count * tensor_bytes(kind, scheme, other.format)
+    if isinstance(other.format, GgufLayout):
+        size = _gguf_bytes(other)
+    else:
+        size = sum(components.values())
+        size += header_bytes(groups, letters, scheme, other.format, size)
+    return _Files(other.format, None, components, size)
+
+
+def _gguf_bytes(plan: Plan) -> int:
+    """Of the file: what `write` gives, arranged with the tokenizer as it will be."""
+    source = plan.checkpoint
+    made = (name for name in plan.origins if name not in source.tensors)
+    infos = []
+    for name in chain(source.tensors, made):
+        info = plan.info(name)
+        place = plan.placements.get(name)
+        if place is not None:
+            (rows, columns), (end,) = plan.matrices[name].rows_columns, plan.format.tensors(name).needed
+            row = plan.format.written_bytes(1, columns, place.scheme, info.dtype.itemsize)
+            info = TensorInfo(end, torch.uint8, (rows, row), info.file)
+        infos.append(info)
+    labels = {"quantization_config": plan.format.config(plan.placements, plan.floats)}
+    return gguf_bytes(source.folder, plan.config | labels, infos)
+
+
+def _row(choice: Choice, parameters: int, files: _Files) -> Row:
+    label, size = choice.scheme.label, files.size_bytes
+    components = dict(files.components)
+    return Row(
+        choice.name, choice.method, label, size, 8 * size / parameters, components,
+        refused=files.refused,
+    )  # fmt: skip
 
 
 def fit(result: Forecast) -> None:

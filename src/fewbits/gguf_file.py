@@ -2,6 +2,7 @@
 
     unsupported(config)                               why a model cannot be written; None if it can
     write_gguf(path, folder, config, tensors, read)   one file of tensors called as the source does
+    gguf_bytes(folder, config, tensors)               how large that would be
     open_gguf(path)                                   a Checkpoint: the same names, dtypes and values
 
 `tensors` are those that `formats.gguf` and a source in float give: `X.weight_blocks` (out, bytes of a
@@ -12,9 +13,8 @@ model wants what stands in formats/gguf_models.toml, and nowhere else. Written f
 their source under keys of our own, which clients do not look at, so that reading gives back what was
 written, bit for bit.
 
-Of files that others wrote, blocks that hold our integers are given as they are, all else as floats.
-Blocks of Q4_K (`formats.gguf_k`, called "q4_k" in quantization_config) are written too, and read as
-floats: they hold no integers of ours.
+Of files that others wrote, blocks that hold our integers are given as they are, those of Q4_K
+(`formats.gguf_k`) with their two levels of scales among them; all else as floats.
 """
 
 import io
@@ -66,7 +66,7 @@ from fewbits.gguf_tokenizer import add_tokenizer
 from fewbits.tensor import Note
 from fewbits.untrusted import check_file, check_types, shown
 
-__all__ = ["GGUF", "GgufCheckpoint", "ignored", "open_gguf", "unsupported", "write_gguf"]
+__all__ = ["GGUF", "GgufCheckpoint", "gguf_bytes", "ignored", "open_gguf", "unsupported", "write_gguf"]
 
 GGUF = "model.gguf"
 # Keys of our own: tensors made float32, what they were, and what the source's names leave out.
@@ -104,12 +104,36 @@ def write_gguf(
         InputError: `unsupported`; a tensor that has no place; a tokenizer that cannot be read.
         OSError: of the disk.
     """
+    stored, writer, extra, notes = _plan(path.name, folder, config, tensors)
+
+    def source(name: str) -> Tensor:
+        return extra if extra is not None and name == _ROPE else read(name)
+
+    append(path, chain([_header(writer)], _pieces(stored, source, writer.data_alignment)), fresh=True)
+    return notes
+
+
+def gguf_bytes(folder: Path, config: dict[str, Any], tensors: Sequence[TensorInfo]) -> int:
+    """Of the file that `write_gguf` would write.
+
+    Raises:
+        InputError: as that.
+    """
+    stored, writer, _, _ = _plan(GGUF, folder, config, tensors)
+    alignment: int = writer.data_alignment
+    return len(_header(writer)) + sum(t.size_bytes + -t.size_bytes % alignment for t in stored)
+
+
+def _plan(
+    name: str, folder: Path, config: dict[str, Any], tensors: Sequence[TensorInfo]
+) -> tuple[list[Stored], Any, Tensor | None, list[Note]]:
+    """The tensors of a file, the library's writer with its header, factors that are added, and notes."""
     reason = unsupported(config)
     if reason is not None:
         raise InputError(f"gguf: {reason}")
     stored, left = arrange(config, tensors)
-    notes = [Note("skip", name, "GGUF has no place for it: llama.cpp computes it") for name in left]
-    notes += [Note("fact", path.name, what) for what in ignored(config)]
+    notes = [Note("skip", each, "GGUF has no place for it: llama.cpp computes it") for each in left]
+    notes += [Note("fact", name, what) for what in ignored(config)]
     settings = filled_in(config)
     extra = rotary(settings)[1]
     if extra is not None:
@@ -117,12 +141,7 @@ def write_gguf(
         rope = Stored(_ROPE, "F32", tuple(extra.shape), (_ROPE,), torch.float32, place)
         stored.append(rope)
     writer, more = _describe(folder, config, settings, stored, [info.name for info in tensors])
-
-    def source(name: str) -> Tensor:
-        return extra if extra is not None and name == _ROPE else read(name)
-
-    append(path, chain([_header(writer)], _pieces(stored, source, writer.data_alignment)), fresh=True)
-    return notes + more
+    return stored, writer, extra, notes + more
 
 
 def _pieces(

@@ -24,6 +24,7 @@ from fewbits.forecast import (
     forecast,
     forecast_quantized,
 )
+from fewbits.formats import Format
 from fewbits.memory import hand_back_memory
 from fewbits.memory import memory_bytes as memory_bytes_now
 from fewbits.plan import Plan, Survey, make_plan, survey
@@ -119,10 +120,12 @@ def look_ahead(
     began = machine.clock()
     checkpoint = open_headers(model)
     name = model_name(model)
-    running = {"memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context}
+    running: dict[str, Any] = {
+        "memory_bytes": memory_bytes, "device": device, "batch": batch, "context": context
+    }  # fmt: skip
     made, label, judged, notes = None, None, None, list(checkpoint.notes)
     if checkpoint.config.get("quantization_config") is not None:
-        found = forecast_quantized(checkpoint, name=name, **running)  # type: ignore[arg-type]
+        found = forecast_quantized(checkpoint, name=name, **running)
     else:
         seen = survey(checkpoint)
         chosen, why = _scheme(seen, scheme)
@@ -141,11 +144,12 @@ def look_ahead(
             if calibration is None:
                 what = "reading calibration text takes time too, which --calibration FILE adds"
                 notes.append(Note("fact", "time", what))
-        found = forecast(made, seen, chosen, wanted, name=name, cost=cost, **running)  # type: ignore[arg-type]
+        running["format_name"] = format
+        found = forecast(made, seen, chosen, wanted, name=name, cost=cost, **running)
         found.rates = {} if rates is None else rates.to_json()
         everything = choices(chosen.group_size, symmetric, (4, 3))
         if wanted != everything:  # advice goes by all there is, whatever rows are shown
-            judged = forecast(made, seen, chosen, everything, name=name, **running)  # type: ignore[arg-type]
+            judged = forecast(made, seen, chosen, everything, name=name, **running)
     judged = judged or found
     numbers, unused = _measured(measured, model, found)
     notes += [] if unused is None else [Note("skip", "measured", unused)]
@@ -199,7 +203,7 @@ def _cost(
     length: int | None,
     survey_s: float,
     baseline_bytes: int,
-) -> tuple[Callable[[Choice, Counter[Tensors], Observed], Cost], Rates]:
+) -> tuple[Callable[[Choice, Counter[Tensors], Observed, Format], Cost], Rates]:
     """What tells the cost of a row, and what the machine was measured to do."""
     config = text_config(seen.model)
     text = None if calibration is None else Path(calibration)
@@ -213,10 +217,10 @@ def _cost(
     )
     counted: list[Work] = []
 
-    def cost(choice: Choice, groups: Counter[Tensors], observed: Observed) -> Cost:
+    def cost(choice: Choice, groups: Counter[Tensors], observed: Observed, layout: Format) -> Cost:
         if not counted:
             readers = observed.readers
             counted.append(count_work(plan, groups, readers, config, samples, length, calibration))
-        return estimate_cost(choice, groups, counted[0], rates)
+        return estimate_cost(choice, groups, counted[0], rates, layout)
 
     return cost, rates

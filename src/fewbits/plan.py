@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,15 @@ class Plan:
             size = self.format.written_bytes(rows, columns, schemes[scheme], dtype.itemsize)
             total += count * math.prod(shape[:-2]) * size
         return total
+
+    def quantization(self) -> dict[str, Any]:
+        """What config.json says of the codes; of modules placed alike one is named.
+
+        Raises:
+            InputError: the format cannot say it.
+        """
+        distinct = {id(place): name for name, place in self.placements.items()}
+        return self.format.config({n: self.placements[n] for n in distinct.values()}, self.floats)
 
     @property
     def parameters(self) -> int:
@@ -189,9 +198,34 @@ def make_plan(
         checkpoint, config, matrices, placements, origins, layout, floats, notes,
         seen.parameter_names, seen.blocks, text_config(model).hidden_size,
     )  # fmt: skip
-    distinct = {id(place): name for name, place in placements.items()}
-    plan.format.config({name: placements[name] for name in distinct.values()}, floats)  # may refuse
+    plan.quantization()
     return plan
+
+
+def rescheme(
+    plan: Plan, chosen: QuantScheme, scheme: QuantScheme, format_name: str | None = None
+) -> Plan:
+    """The same plan, were all that is in one scheme in another; whether groups fit was seen to before.
+
+    Args:
+        plan: of a recipe whose scheme is `chosen`.
+        chosen: the very object.
+        scheme: instead.
+        format_name: as for `make_plan`.
+
+    Raises:
+        InputError: the format that was named cannot hold it.
+    """
+    others: dict[int, Placement] = {}
+    for place in {id(p): p for p in plan.placements.values()}.values():
+        others[id(place)] = replace(place, scheme=scheme) if place.scheme is chosen else place
+    placements = {name: others[id(place)] for name, place in plan.placements.items()}
+    some = _some_experts_float(plan.matrices, placements)
+    layout, notes = _choose_format(format_name, plan.config, placements, some)
+    result = replace(plan, placements=placements, format=layout, notes=notes)
+    if format_name is not None:
+        result.quantization()
+    return result
 
 
 def placement_of(matrix: Matrix, scheme: QuantScheme) -> Placement:
