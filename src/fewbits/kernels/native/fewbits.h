@@ -1,0 +1,88 @@
+// x @ W.T straight from codes: the C interface. Python reaches it through ctypes, so that one library
+// serves every version of Python and torch. Nothing here allocates what outlives a call, and nothing
+// throws: a function returns 0, or a number that says what it was given wrongly.
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FEWBITS_API __attribute__((visibility("default")))
+#else
+#define FEWBITS_API
+#endif
+
+// Counts up with every change of this file that library.py must know of, so that a library that was built
+// before is not called.
+#define FEWBITS_INTERFACE 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+FEWBITS_API int fewbits_interface(void);
+
+// How numbers are stored.
+enum { FEWBITS_BF16 = 0, FEWBITS_F16 = 1, FEWBITS_F32 = 2 };
+
+// What is taken off a code before it is scaled.
+enum {
+  FEWBITS_MIDDLE = 0,      // 2^(bits-1)
+  FEWBITS_ZERO_POINT = 1,  // `zeros` is int8, distances from it: scale * (code - middle - zero)
+  FEWBITS_OFFSET = 2,      // `zeros` is float: scale * (code - middle) - zero
+  FEWBITS_TABLE = 3,       // a code is looked up: scale * table[code]; not with int8 inputs
+};
+
+// What a product is made of.
+enum {
+  FEWBITS_INPUTS_16 = 0,  // x in bfloat16, codes exact in bfloat16, sums in float
+  FEWBITS_INPUTS_8 = 1,  // x rounded to int8 in groups of 32, sums in int32, groups summed in float
+};
+
+// Instruction sets, the later ones preferred.
+enum { FEWBITS_PORTABLE = 0, FEWBITS_NEON = 1, FEWBITS_AVX2 = 2, FEWBITS_AVX512 = 3 };
+
+// A weight in the layout that kernels stream. Rows are in blocks of 32, columns padded to `columns`,
+// a multiple of 32; see pack.cpp for the order of the bytes.
+typedef struct {
+  int64_t out;      // rows of W
+  int64_t in;       // columns of W
+  int64_t columns;  // `in`, padded: a multiple of `group`
+  int32_t bits;     // 2, 3, 4 or 8
+  int32_t group;    // columns that share a scale: a multiple of 32
+  int32_t scale_type;
+  int32_t zero_type;
+  const uint8_t *codes;  // (blocks of 32 rows, columns), 4 * bits bytes a column of a block
+  const void *scales;    // (blocks, groups, 32)
+  const void *zeros;     // (blocks, groups, 32) int8 or float; NULL for a middle or a table
+  const float *table;    // (16,), for a table of 4-bit codes
+  const float *bias;     // (out,), or NULL
+} fewbits_weight;
+
+// Runs `work(data)` in `threads` threads at once, the caller among them. GOMP_parallel is such a
+// function: torch's own threads are used where torch has them.
+typedef void (*fewbits_parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+// The best instruction set that this library holds and this machine runs; `fewbits_use` takes another
+// (for tests; returns 1 where it cannot).
+FEWBITS_API int fewbits_isa(void);
+FEWBITS_API int fewbits_use(int isa);
+
+// Bytes of `codes`, and codes (out, in) one to a byte -> that layout. `columns` as above.
+FEWBITS_API int64_t fewbits_packed_bytes(int64_t out, int64_t columns, int bits);
+FEWBITS_API int fewbits_pack(const uint8_t *codes, int64_t out, int64_t in, int64_t columns, int bits,
+                             uint8_t *packed);
+
+// Layout -> weights (out, in) in `type`, each rounded once.
+FEWBITS_API int fewbits_unpack(const fewbits_weight *w, int type, void *result);
+
+// y (rows, out) = x (rows, in) @ W.T + bias; both row-major in `type`, rows of x `stride` apart.
+// `parallel` NULL: threads of our own.
+FEWBITS_API int fewbits_linear(const fewbits_weight *w, const void *x, int64_t rows, int64_t stride,
+                               int type, void *y, int inputs, int threads, fewbits_parallel parallel);
+
+// Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.
+FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,
+                                    fewbits_parallel parallel);
+
+#ifdef __cplusplus
+}
+#endif
