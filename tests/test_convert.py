@@ -178,6 +178,16 @@ def test_scales_that_the_models_dtype_cannot_hold_are_refused_or_rounded(tmp_pat
         assert torch.equal(weight.scale, exact[name].scale.bfloat16())
 
 
+def test_what_a_client_would_not_load_is_said_or_refused_beforehand(tmp_path):
+    first = make(tmp_path, "w4-g32", "fewbits")
+    with pytest.raises(InputError, match=r"vLLM 0\.33\.0 .*does not read gguf"):
+        convert(first, tmp_path / "out", format="gguf", clients=("vllm",))
+    with pytest.raises(InputError, match=r"vLLM.*would not load.*down_proj"):  # 48 columns each
+        convert(first, tmp_path / "out", format="gptq", tensor_parallel=2)
+    assert not (tmp_path / "out").exists()
+    assert convert(first, tmp_path / "out", format="gptq", clients=("gptqmodel",)).out.is_dir()
+
+
 def test_a_refusal_throws_nothing_away(tmp_path):
     first = make(tmp_path, "w4-g32", "gptq")
     out = convert(first, tmp_path / "out", format="compressed-tensors").out

@@ -412,6 +412,8 @@ def convert(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round what the format cannot hold, and say the loss.")
     ] = False,
+    client: Client = None,
+    tensor_parallel: TensorParallel = 1,
     restart: Restart = False,
     json_: Json = False,
 ) -> None:
@@ -424,6 +426,8 @@ def convert(
             out_folder,
             format=format,
             requantize=requantize,
+            clients=tuple(client or ()),
+            tensor_parallel=tensor_parallel,
             restart=restart,
             progress=progress,
         )

@@ -48,6 +48,8 @@ def convert(
     *,
     format: str,
     requantize: bool = False,
+    clients: tuple[str, ...] = (),
+    tensor_parallel: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     restart: bool = False,
     progress: Progress | None = None,
@@ -61,12 +63,14 @@ def convert(
         out: folder to be made, as in `fewbits.quantize`.
         format: one of `FORMATS`.
         requantize: round what the format cannot hold to what it can; notes say with which loss.
+        clients, tensor_parallel: that must be able to load the result, as in `fewbits.quantize`.
         max_shard_bytes: of a weight file.
         restart: throw away what `out` and the unfinished work beside it hold.
         progress: called with (what, done, total).
 
     Raises:
-        InputError: nothing was written: the source is in float, or the format cannot hold it.
+        InputError: nothing was written: the source is in float, or the format cannot hold it, or a
+            client that was named would not load it.
         ResourceError, VerificationError: as `fewbits.quantize`.
     """
     began = time.monotonic()
@@ -77,7 +81,7 @@ def convert(
         raise InputError(f"format {format!r} is unknown; accepted are {', '.join(FORMATS)}")
     view = open_quantized(folder)
     recipe = _recipe(view, FORMATS[format], requantize)
-    plan = make_plan(survey(view), recipe, format)
+    plan = make_plan(survey(view), recipe, format, clients, tensor_parallel)
     plan.notes += _notes_of(view)
     with watch_memory() as memory:
         if restart:

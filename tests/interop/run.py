@@ -221,10 +221,9 @@ def keep(cells: list[Cell], whole: bool) -> str:
 
 def into_docs(report: str) -> None:
     """In the place of the one that is there."""
-    begin, end = MARKS
-    before, _, rest = DOCS.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    DOCS.write_text(f"{before}{begin}\n{report}{end}{after}")
+    text, (begin, end) = DOCS.read_text(), MARKS
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    DOCS.write_text(f"{before}{begin}\n{report}{after}")
 
 
 def _arguments() -> argparse.Namespace:
