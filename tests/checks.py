@@ -18,7 +18,7 @@ from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
-from fewbits.tensor import Levels, Note, QuantizedTensor
+from fewbits.tensor import Levels, Note, Outliers, QuantizedTensor
 from fewbits.transforms import Transform
 from fewbits.wiring import Wiring, find_wiring
 from oracles import half_step
@@ -232,6 +232,7 @@ _SHAPES = ((1, 1), (3, 5), (7, 24), (33, 48), (32, 31), (32, 64), (64, 96))
 def check_format(layout: Format) -> None:
     """Everything that is written is read back bit for bit, and the config names all schemes."""
     assert _check_round_trip(layout)
+    _check_writing_refuses(layout)
     _check_single_placements(layout)
     if layout.name in ("compressed-tensors", "fewbits"):
         for placements in _mixtures():
@@ -269,6 +270,30 @@ def _check_round_trip(layout: Format) -> int:
             assert torch.equal(ours, theirs), part
         count += 1
     return count
+
+
+def _check_writing_refuses(layout: Format) -> None:
+    """Columns in another order or in 16 bits, scales that are not held, names without a place."""
+    narrow = layout.scales(torch.float32).stored == torch.float16
+    for scheme in schemes("channel", 32):
+        if layout.refuses(Placement("model.a", scheme, shape=(64, 64)), scheme) is not None:
+            continue
+        weight = random_weight(scheme, (64, 64), torch.float16)
+        with pytest.raises(InputError, match="neighbouring"):
+            layout.write("X.weight", replace(weight, order=torch.arange(64).flip(0)))
+        kept = replace(weight, outliers=Outliers(torch.tensor([1]), torch.ones(64, 1)))
+        if layout.name != "fewbits":  # which has them
+            with pytest.raises(InputError, match="16 bits"):
+                layout.write("X.weight", kept)
+        if not narrow:  # floats of every width
+            continue
+        for scale in (1e-9, 1e9, 0.1, float("nan")):
+            given = torch.full(weight.scale.shape, scale, dtype=torch.float32)
+            with pytest.raises(InputError, match="float16"):
+                layout.write("X.weight", replace(weight, scale=given))
+        if layout.name != "gguf":  # which has a name for every weight
+            with pytest.raises(InputError, match=r"\.weight"):
+                layout.write("X.experts", weight)
 
 
 def _one_scheme(layout: Format) -> dict[str, Placement]:

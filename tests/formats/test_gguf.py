@@ -14,7 +14,7 @@ from fewbits.formats import Placement
 from fewbits.formats.gguf import BLOCKS, GgufLayout, block_of
 from fewbits.kernels import Int4Pack, Reference
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.tensor import Outliers, QuantizedTensor
+from fewbits.tensor import QuantizedTensor
 
 LAYOUT = GgufLayout()
 Q8, Q4, ODD = (QuantScheme.parse(block.label) for block in BLOCKS[:3])
@@ -143,15 +143,6 @@ def test_what_has_no_block_is_refused_before_and_when_it_is_written(scheme, shap
     weight = random_weight(scheme, shape, torch.float16)
     with pytest.raises(InputError, match=message):
         LAYOUT.write("X.weight", weight)
-
-
-def test_columns_in_16_bits_and_in_another_order_are_refused():
-    weight = random_weight(Q8, (2, 32), torch.float16)
-    kept = Outliers(torch.tensor([1]), torch.ones(2, 1))
-    with pytest.raises(InputError, match="16 bits"):
-        LAYOUT.write("X.weight", replace(weight, outliers=kept))
-    with pytest.raises(InputError, match="neighbouring"):
-        LAYOUT.write("X.weight", replace(weight, order=torch.arange(32).flip(0)))
 
 
 def test_experts_of_one_stack_have_one_type():

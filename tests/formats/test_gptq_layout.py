@@ -16,7 +16,7 @@ from fewbits.formats import Placement
 from fewbits.formats.gptq import GptqLayout, order_of
 from fewbits.formats.packed import on_disk
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.tensor import Outliers, QuantizedTensor
+from fewbits.tensor import QuantizedTensor
 
 FIRST, SECOND = GptqLayout(1), GptqLayout(2)
 LOW, HIGH = QuantScheme(4, "group", 32), QuantScheme(8)
@@ -205,22 +205,6 @@ def test_a_side_that_fills_no_words_is_refused_with_what_would(bits, shape, side
     assert SECOND.refuses(Placement("model.layers.0.X", scheme, shape=shape), scheme) == reason
     with pytest.raises(InputError, match=f"^X.weight: gptq-v2: {reason}$"):
         SECOND.write("X.weight", random_weight(scheme, shape, torch.float16))
-
-
-def test_columns_in_16_bit_orders_and_other_scales_are_refused():
-    weight = random_weight(QuantScheme(8), (4, 8), torch.float16)
-    parts = (weight.codes, weight.scale, weight.zero_point, weight.scheme)
-    outliers = Outliers(torch.tensor([1]), torch.ones(4, 1))
-    with pytest.raises(InputError, match="16 bits"):
-        FIRST.write("X.weight", QuantizedTensor(*parts, outliers))
-    with pytest.raises(InputError, match="neighbouring"):
-        FIRST.write("X.weight", QuantizedTensor(*parts, order=torch.arange(8).flip(0)))
-    for scale in (1e-9, 1e9, 0.1, float("nan")):
-        given_scale = torch.full((4, 1), scale, dtype=torch.float32)
-        with pytest.raises(InputError, match="float16"):
-            FIRST.write("X.weight", QuantizedTensor(parts[0], given_scale, *parts[2:]))
-    with pytest.raises(InputError, match=r"\.weight"):
-        FIRST.write("X.experts", weight)
 
 
 def test_every_scale_that_methods_choose_is_held():

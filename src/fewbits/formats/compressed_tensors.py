@@ -115,10 +115,12 @@ class CompressedTensors:
 
     def write(self, name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """`X.weight` -> `X.weight_packed`, `X.weight_scale`, ..., or int8 `X.weight` and its scale."""
+        if weight.outliers is not None:
+            raise InputError(f"{name}: columns in 16 bits have no layout here")
         if weight.scheme.inputs is None:
             return write_packed(name, "_packed", weight)
-        if weight.outliers is not None or weight.order is not None:
-            raise InputError(f"{name}: columns in 16 bits, or in another order, have no layout here")
+        if weight.order is not None:
+            raise InputError(f"{name}: columns in another order have no layout here")
         signed = (weight.codes.to(torch.int16) - weight.scheme.middle).to(torch.int8)
         return {name: signed, f"{name}_scale": weight.per_row().scale}
 
