@@ -21,7 +21,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError
-from fewbits.formats import FORMATS, Format, GgufLayout, ScaleRange
+from fewbits.formats import FORMATS, Format, GgufLayout, Reader, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.gguf_file import GgufCheckpoint
 from fewbits.journal import Journal
@@ -121,7 +121,7 @@ class Dequantized(Checkpoint):
     """
 
     stored: Checkpoint = field(kw_only=True)
-    layout: Format = field(kw_only=True)
+    layout: Reader = field(kw_only=True)
     quantized: dict[str, Matrix] = field(kw_only=True)
     schemes: dict[str, QuantScheme] = field(kw_only=True)
 
@@ -195,7 +195,7 @@ def _as_in_the_model(matrix: Matrix) -> Matrix:
 
 def _seen(
     stored: Checkpoint,
-    layout: Format,
+    layout: Reader,
     matrices: dict[str, Matrix],
     schemes: dict[str, QuantScheme],
 ) -> dict[str, QuantScheme]:
@@ -455,4 +455,4 @@ def _same_codes(
     scale = weight.scale.to(dtype)
     if not plain or own != wanted or not bool((torch.isfinite(scale) & (scale != 0)).all()):
         return None
-    return replace(weight, scale=scale, scheme=wanted)
+    return replace(weight, scale=scale, scheme=on_disk(scheme))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
-from fewbits.formats import FORMATS, Format, GgufLayout, format_of
+from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
 from fewbits.gguf_file import GgufCheckpoint, open_gguf
 from fewbits.linear import QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
@@ -189,7 +189,7 @@ def check_forward(folder: Path) -> None:
 # -- what is quantized -----------------------------------------------------------------------------
 
 
-def quantization_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | None:
+def quantization_of(checkpoint: Checkpoint) -> tuple[Reader, dict[str, Any]] | None:
     """The format of a quantized checkpoint, and what its config says; None for one in float.
 
     Raises:
@@ -206,7 +206,7 @@ def quantization_of(checkpoint: Checkpoint) -> tuple[Format, dict[str, Any]] | N
     if layout is None:
         raise InputError(
             f"{checkpoint.folder} has quant_method {shown(quantization.get('quant_method'))}, which is "
-            f"not read; accepted are {', '.join(FORMATS)}"
+            f"not read; accepted are {', '.join((*FORMATS, *READ_ONLY))}"
         )
     return layout, quantization
 

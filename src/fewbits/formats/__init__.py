@@ -6,10 +6,11 @@ Every other tool's zero-point and layout convention is translated in exactly one
 from typing import Any
 
 from fewbits.formats.awq import AwqLayout
+from fewbits.formats.bitsandbytes import BitsAndBytes
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.gguf import GgufLayout
 from fewbits.formats.gptq import GptqLayout
-from fewbits.formats.layout import Format, Integers, Names, ScaleRange
+from fewbits.formats.layout import Format, Integers, Names, Reader, ScaleRange
 from fewbits.formats.own import Own
 from fewbits.formats.placement import Placement
 
@@ -22,16 +23,20 @@ _LAYOUTS: tuple[Format, ...] = (
     Own(),
 )
 FORMATS: dict[str, Format] = {layout.name: layout for layout in _LAYOUTS}
+READ_ONLY: dict[str, Reader] = {layout.name: layout for layout in (BitsAndBytes(),)}
 
 
-def format_of(config: dict[str, Any]) -> Format | None:
+def format_of(config: dict[str, Any]) -> Reader | None:
     """The format that wrote a `quantization_config`; None if it is not read."""
-    return next((layout for layout in FORMATS.values() if layout.reads(config)), None)
+    readers = (*FORMATS.values(), *READ_ONLY.values())
+    return next((layout for layout in readers if layout.reads(config)), None)
 
 
 __all__ = [
     "FORMATS",
+    "READ_ONLY",
     "AwqLayout",
+    "BitsAndBytes",
     "CompressedTensors",
     "Format",
     "GgufLayout",
@@ -40,6 +45,7 @@ __all__ = [
     "Names",
     "Own",
     "Placement",
+    "Reader",
     "ScaleRange",
     "format_of",
 ]

@@ -97,12 +97,12 @@ class Stored(Protocol):
         """One tensor."""
 
 
-class Format(Protocol):
-    """Refuses what it cannot hold, or what its clients cannot load; never rounds."""
+class Reader(Protocol):
+    """Of a layout that other tools write, and fewbits perhaps as well."""
 
     @property
     def name(self) -> str:
-        """As in `--format`."""
+        """As in `--format`, where it is written too."""
 
     @property
     def quant_method(self) -> str:
@@ -110,6 +110,33 @@ class Format(Protocol):
 
     def reads(self, config: dict[str, Any]) -> bool:
         """Whether a `quantization_config` is this format's."""
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """The inverse of `write`, from any mapping that holds those tensors.
+
+        Raises:
+            InputError: a tensor is missing, or its shape does not belong to the scheme.
+        """
+
+    def tensors(self, name: str) -> Names:
+        """What a weight consists of on disk."""
+
+    def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
+        """(out, in) of a quantized weight, experts in front where they are stacked."""
+
+    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
+        """The scheme that `quantization_config` gives to the weight `name` of `module`; None: float.
+
+        Raises:
+            InputError: the configuration is not understood.
+        """
+
+    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
+        """The weights of which a checkpoint with these tensors holds codes, or part of them."""
+
+
+class Format(Reader, Protocol):
+    """Is written too; refuses what it cannot hold, or what its clients cannot load; never rounds."""
 
     def scales(self, dtype: torch.dtype) -> ScaleRange:
         """How methods must choose the scales of a source weight in `dtype`."""
@@ -137,23 +164,10 @@ class Format(Protocol):
             InputError: as `held`.
         """
 
-    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        """The inverse of `write`, from any mapping that holds those tensors.
-
-        Raises:
-            InputError: a tensor is missing, or its shape does not belong to the scheme.
-        """
-
     def decode(
         self, name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> Integers:
         """What `read` gives, by a library that is not ours."""
-
-    def tensors(self, name: str) -> Names:
-        """What a weight consists of on disk."""
-
-    def shape(self, config: dict[str, Any], name: str, stored: Stored) -> tuple[int, ...]:
-        """(out, in) of a quantized weight, experts in front where they are stacked."""
 
     def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
         """What `write` writes for one weight whose source has values of `itemsize` bytes."""
@@ -171,13 +185,3 @@ class Format(Protocol):
 
     def remarks(self, placements: Mapping[str, Placement]) -> list[str]:
         """What a user must know to load these weights in the format's clients."""
-
-    def scheme_of(self, config: dict[str, Any], name: str, module: str) -> QuantScheme | None:
-        """The scheme that `quantization_config` gives to the weight `name` of `module`; None: float.
-
-        Raises:
-            InputError: the configuration is not understood.
-        """
-
-    def quantized_names(self, config: dict[str, Any], tensors: Iterable[str]) -> set[str]:
-        """The weights of which a checkpoint with these tensors holds codes, or part of them."""
