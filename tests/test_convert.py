@@ -321,6 +321,23 @@ def test_experts_of_several_schemes_become_one(tmp_path, format):
     assert found == {(4, 32)}
 
 
+def test_experts_that_the_model_joins_become_one(tmp_path):
+    """No run of ours writes such a file; others give each expert what it is worth."""
+    first, other = (make(tmp_path, label, "fewbits", "mixtral") for label in ("w4-g32", "w8-channel"))
+    name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    low, high = (safetensors.torch.load_file(f / "model.safetensors") for f in (first, other))
+    spliced = low | {key: tensor for key, tensor in high.items() if key.startswith(name)}
+    safetensors.torch.save_file(spliced, first / "model.safetensors", {"format": "pt"})
+    config = json.loads((first / "config.json").read_text())
+    config["quantization_config"]["weights"][name] = "w8-channel"
+    (first / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="joins these weights into one"):
+        convert(first, tmp_path / "out", format="fewbits")
+    result = convert(first, tmp_path / "out", format="fewbits", requantize=True)
+    assert losses(result).keys() == {name}
+    assert {weight.scheme.label for weight in weights_of(result.out).values()} == {"w4-g32"}
+
+
 @pytest.mark.parametrize("source_format", ["fewbits", "gptq-v2", "gguf"])
 def test_a_head_whose_codes_have_no_place_is_written_in_float(tmp_path, source_format):
     source = tiny_checkpoint(tmp_path / "source", "llama")
