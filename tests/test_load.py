@@ -395,7 +395,7 @@ def edit(folder: Path, key: str, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("method", ["exl2", "bitsandbytes", None])
+@pytest.mark.parametrize("method", ["exl2", "quanto", None])
 def test_an_unknown_quantization_is_refused_with_those_that_are_read(copied, method):
     folder = copied("llama", "w4-g32")
     edit(folder, "quant_method", method)
