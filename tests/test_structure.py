@@ -23,6 +23,7 @@ SMALL = {
 }  # fmt: skip
 LLAMA = SMALL | {"model_type": "llama"}
 MIXTRAL = SMALL | {"model_type": "mixtral", "num_local_experts": 3}
+QWEN3_MOE = SMALL | {"model_type": "qwen3_moe", "num_experts": 14, "moe_intermediate_size": 8}
 GPT_OSS = SMALL | {"model_type": "gpt_oss", "num_local_experts": 3}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 2, "n_inner": 24, "vocab_size": 20}
 
@@ -235,6 +236,37 @@ def test_experts_fused_on_disk_are_found_as_stacks(config, transposed):
     matrix = matrices["model.layers.0.mlp.experts.gate_up_proj"]
     assert (matrix.kind, matrix.stacked, matrix.transposed) == ("expert", True, transposed)
     assert matrix.rows_columns == (48, 16)
+
+
+@pytest.mark.parametrize("odd", [None, r"experts\.1\.", r"experts\.(?P<n>\d+)\.(?P=n)\."])
+@pytest.mark.parametrize("config", [MIXTRAL, LLAMA, GPT2, QWEN3_MOE], ids=lambda c: c["model_type"])
+def test_names_are_located_together_as_each_by_itself(monkeypatch, config, odd):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+
+    model = skeleton(config)
+    names = list(revert_weight_conversion(model, model.state_dict()))
+    more = [name.replace("layers.1.", "layers.2.") for name in names if "layers.1." in name]
+    names += [
+        *more,
+        *(name.replace("experts.1.", "experts.1.1.") for name in names),
+        "model.unknown.3.x",
+    ]
+    names = list(dict.fromkeys(names))[::-1]
+    if odd is not None:  # a pattern for which one number is not as another
+        of = conversion_mapping.get_model_conversion_mapping
+        also = WeightRenaming(odd, "experts.0.")
+        monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda m: [*of(m), also])
+    found = locate(model, names)
+    for name in names:
+        alone = locate(model, [name])
+        assert (name in found) == bool(alone)
+        if alone:
+            one, other = found[name], alone[name]
+            assert (one.parameter, one.pattern, one.renamed) == (
+                other.parameter, other.pattern, other.renamed
+            )  # fmt: skip
+    assert list(found) == [name for name in names if name in found]
 
 
 def test_tensors_that_the_model_does_not_know_are_left_out():

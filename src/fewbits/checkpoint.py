@@ -8,6 +8,7 @@ memory of our own.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -71,10 +72,7 @@ class TensorInfo:
     @property
     def count(self) -> int:
         """Of its elements."""
-        product = 1
-        for n in self.shape:
-            product *= n
-        return product
+        return math.prod(self.shape)
 
 
 @dataclass(slots=True)
@@ -451,10 +449,13 @@ def _header_entry(
         )
     if not counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has offsets {shown(offsets)}; accepted are two numbers from 0")
-    shape = shapes.setdefault(tuple(shape), tuple(shape))
-    info = TensorInfo(name, _DTYPES[dtype], shape, file)
+    dims = tuple(shape)
+    shape = shapes.get(dims)
+    if shape is None and not _overflows(dims):
+        shape = shapes[dims] = dims
+    info = TensorInfo(name, _DTYPES[dtype], dims if shape is None else shape, file)
     begin, end = offsets
-    if end - begin != info.size_bytes or _overflows(shape):
+    if shape is None or end - begin != info.size_bytes:
         raise ValueError(f"{name} does not fit its offsets")
     return info, begin, end
 

@@ -281,6 +281,9 @@ def plan(
     from fewbits.outlook import look_ahead
     from fewbits.report.plan import advice_lines, forecast_lines, forecast_table, headline
 
+    gc.set_threshold(
+        500_000
+    )  # headers of tens of thousands of tensors stay until the end, which is near
     named, last = method is not None, (method or "rtn").rpartition("+")[2]
     calibrated = last == "llm-int8" and calibration is not None
     scheme = _scheme(method or "rtn", bits, group_size, per_tensor, asymmetric, threshold, calibrated)

@@ -207,6 +207,8 @@ def rescheme(
 ) -> Plan:
     """The same plan, were all that is in one scheme in another; whether groups fit was seen to before.
 
+    Its placements are those of one name for each place, unless a format is named or has to know all.
+
     Args:
         plan: of a recipe whose scheme is `chosen`.
         chosen: the very object.
@@ -216,11 +218,15 @@ def rescheme(
     Raises:
         InputError: the format that was named cannot hold it.
     """
+    some = _some_experts_float(plan.matrices, plan.placements)
+    distinct = {id(place): name for name, place in plan.placements.items()}
     others: dict[int, Placement] = {}
-    for place in {id(p): p for p in plan.placements.values()}.values():
+    for name in distinct.values():
+        place = plan.placements[name]
         others[id(place)] = replace(place, scheme=scheme) if place.scheme is chosen else place
-    placements = {name: others[id(place)] for name, place in plan.placements.items()}
-    some = _some_experts_float(plan.matrices, placements)
+    every = format_name is not None or any(place.scheme.two_level for place in others.values())
+    names = plan.placements if every else distinct.values()
+    placements = {name: others[id(plan.placements[name])] for name in names}
     layout, notes = _choose_format(format_name, plan.config, placements, some)
     result = replace(plan, placements=placements, format=layout, notes=notes)
     if format_name is not None:

@@ -41,6 +41,10 @@ _JOINING = {"MergeModulelist", "Concatenate"}
 _UNSEEN_LIMIT = 0.05
 # Of one model; 61 blocks of 256 experts, each a module with three linears, have 65,000. Not tuned.
 _MAX_MODULES = 2**17
+# Names of tensors: their last number. And patterns that may not take all digits alike.
+_LAST_NUMBER = re.compile(r"(.*\.)([0-9]+)(\.\D*)")
+_OTHER_DIGITS = str.maketrans("0123456789", "1234567890")
+_DIGIT = re.compile(r"\d|\(\?P=")
 # Ways to compute attention and experts that a config may name: the others may be fetched from the hub.
 _IMPLEMENTATION = ("attn_implementation", "experts_implementation", "_implementation_internal")
 _BUILT_IN = (None, "eager", "sdpa")
@@ -271,18 +275,50 @@ def locate(model: nn.Module, names: list[str]) -> dict[str, _Target]:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
     prefix, known = model.base_model_prefix, model.state_dict()
-    targets = {}
-    for name in names:
+
+    def find(name: str) -> _Target | None:
         renamed, _ = rename_source_key(name, renamings, [])
         parameter, pattern = rename_source_key(renamed, [], converters, prefix, known)  # type: ignore[arg-type]
         if parameter not in known:
             parameter, pattern = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
-        if parameter in known:
-            converter = by_pattern[pattern] if pattern is not None else None
-            # Interned: thousands of experts of one block end in one parameter.
-            parameter, renamed = sys.intern(str(parameter)), name if renamed == name else renamed
-            targets[name] = _Target(parameter, converter, pattern, renamed)
-    return targets
+        if parameter not in known:
+            return None
+        converter = by_pattern[pattern] if pattern is not None else None
+        # Interned: thousands of experts of one block end in one parameter.
+        return _Target(sys.intern(str(parameter)), converter, pattern, renamed)
+
+    if any(_DIGIT.search(p) for entry in mapping for p in entry.source_patterns):
+        found = {name: find(name) for name in names}  # some numbers may not be like others
+    else:
+        found = _find_alike(names, find)
+    return {name: target for name, target in found.items() if target is not None}
+
+
+def _find_alike(names: list[str], find: Callable[[str], _Target | None]) -> dict[str, _Target | None]:
+    """Targets of names of which thousands differ in their last number alone, as those of experts do.
+
+    Patterns that name no digit take one digit for another. So where a name ends in the same parameter
+    whatever the digits of that number, all do whose number is as long.
+    """
+    alike: dict[tuple[str, int, str], list[str]] = {}
+    for name in names:
+        parts = _LAST_NUMBER.fullmatch(name)
+        key = (name, 0, "") if parts is None else (parts[1], len(parts[2]), parts[3])
+        alike.setdefault(key, []).append(name)
+    found: dict[str, _Target | None] = {}
+    for (before, digits, after), members in alike.items():
+        first = find(members[0])
+        found[members[0]] = first
+        others = members[1:]
+        if first is not None and others and first.renamed == members[0]:
+            number = members[0][len(before) : len(before) + digits]
+            unlike = before + number.translate(_OTHER_DIGITS) + after
+            at = first.parameter, first.converter, first.pattern
+            if find(unlike) == _Target(*at, unlike):
+                found |= {name: _Target(*at, name) for name in others}
+                continue
+        found |= {name: find(name) for name in others}
+    return {name: found[name] for name in names}
 
 
 def find_matrices(

@@ -16,10 +16,11 @@ def headline(outlook: Outlook) -> str:
     if plan is None:
         size = bytes_text(found.rows[0].weight_bytes)
         return f"{found.name}: quantized already ({found.quantized}), {size}"
-    bits = 8 * plan.written_bytes / plan.parameters
+    written = plan.written_bytes
+    bits = 8 * written / plan.parameters
     return (
         f"{len(plan.placements)} of {len(plan.checkpoint.tensors)} tensors in {outlook.scheme}, format "
-        f"{plan.format.name}: {bytes_text(plan.source_bytes)} -> {bytes_text(plan.written_bytes)}, "
+        f"{plan.format.name}: {bytes_text(plan.source_bytes)} -> {bytes_text(written)}, "
         f"{bits:.2f} bits per weight"
     )
 
