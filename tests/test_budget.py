@@ -105,6 +105,30 @@ def test_smaller_budgets_never_do_more_at_a_time_or_take_more_than_they_may(wide
                 assert less.limits.statistics_bytes <= more.limits.statistics_bytes
 
 
+@pytest.mark.parametrize("shape", [(64, 512), (8, TOKENS), (8, 2 * TOKENS)], ids=str)
+@pytest.mark.parametrize(("model_type", "name"), [case for case in CASES if case[1] != "rtn"])
+def test_the_least_budget_to_the_byte_has_room_for_what_it_is_the_least_for(
+    wide, model_type, name, shape
+):
+    plan = make_plan(wide(model_type), RECIPES[name])
+    refused, least = 0, least_of(plan, name, shape)
+    while least - refused > 1:  # it is said in steps of 0.1 GB
+        middle = (refused + least) // 2
+        try:
+            divided(plan, name, middle, shape)
+            least = middle
+        except InputError:
+            refused = middle
+    budget, roomy = divided(plan, name, least, shape), divided(plan, name, 10**11, shape)
+    assert budget.peak_bytes <= least
+    assert roomy.limits.tokens == TOKENS
+    # A sample is never cut: of longer ones no fewer tokens can be run than one has.
+    assert budget.limits.tokens in (min(shape[1], TOKENS), TOKENS)
+    if "hessian" in RECIPES[name].method.needs:
+        widest = max(plan.matrices[n].rows_columns[1] for n in plan.placements)
+        assert budget.limits.statistics_bytes >= 4 * widest**2
+
+
 def test_what_a_process_has_loaded_already_counts(tiny):
     plan = make_plan(tiny["llama"], RECIPES["gptq"])
     few, many = (

@@ -19,7 +19,7 @@ from fewbits.stream import TOKENS, fast_dtype
 LIBRARIES_BYTES = 600 * 10**6
 # Of one matrix that is rounded to nearest, packed and read back: float32, quotients, codes, words.
 _ROUNDED = 12
-_SPARE = 0.05  # of the whole: pieces that malloc keeps; not tuned
+_SPARE = 20  # one part in so many comes on top: pieces that malloc keeps; not tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,20 @@ def plan_memory(
     if most is None:
         return Budget(Limits(), _with_spare(whole + every))
     _check(most, _with_spare(least + largest))
-    room = int(most / (1 + _SPARE))
+    room = _without_spare(most)
     if whole + every <= room:
         return Budget(Limits(TOKENS, room - whole), _with_spare(whole + every))
     tokens, rest = (TOKENS, whole) if whole + largest <= room else (shape[1], least)
     return Budget(Limits(tokens, room - rest), min(most, _with_spare(rest + every)))
 
 
-def _with_spare(size: float) -> int:
-    return int(size * (1 + _SPARE))
+def _with_spare(size: int) -> int:
+    return size + size // _SPARE
+
+
+def _without_spare(size: int) -> int:
+    """The most that stays within a size with what comes on top."""
+    return (_SPARE * (size + 1) - 1) // (_SPARE + 1)
 
 
 def _check(most: int | None, least: int) -> None:
