@@ -27,13 +27,14 @@ from fewbits import (
     stream,
     verify,
 )
-from fewbits.blockwise import Position, quantize_blocks
+from fewbits.blockwise import Position, _Run, quantize_blocks
+from fewbits.budget import plan_memory
 from fewbits.ledger import Codes, read_ledger
 from fewbits.plan import make_plan
 from fewbits.recipe import Recipe
 from fewbits.structure import find_blocks, find_matrices, is_experts, skeleton
 from fewbits.wiring import Wiring
-from models import ALL, VOCABULARY, tiny_checkpoint
+from models import ALL, VOCABULARY, tiny_checkpoint, tiny_model
 
 G32, W8 = QuantScheme(4, "group", 32), QuantScheme(8)
 IDS = torch.randint(3, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
@@ -570,6 +571,30 @@ def test_the_same_input_gives_the_same_bytes(tiny, tmp_path, model_type, method)
     assert one == two
 
 
+@pytest.mark.parametrize(("model_type", "method"), [("llama", "awq+gptq"), ("mixtral", "gptq")])
+def test_hessians_in_several_passes_give_the_same_bytes(tiny, tmp_path, monkeypatch, model_type, method):
+    passes: list[int] = []
+
+    def one_at_a_time(*args, real=plan_memory):
+        budget = real(*args)
+        return replace(budget, limits=replace(budget.limits, statistics_bytes=1))
+
+    def counting(self, *args, real=_Run._passes):
+        found = real(self, *args)
+        passes.append(len(found))
+        return found
+
+    monkeypatch.setattr("fewbits.steps.plan_memory", one_at_a_time)
+    monkeypatch.setattr(_Run, "_passes", counting)
+    quantize(tiny.source(model_type), tmp_path / "out", method=method, scheme=G32, calibration=IDS)
+    assert len(passes) == 2
+    assert min(passes) >= 4
+    one, several = contents(tiny.out(model_type, method)), contents(tmp_path / "out")
+    assert one.pop("run.json")
+    assert several.pop("run.json")
+    assert one == several
+
+
 def test_the_finished_result_of_the_same_run_is_reused_without_work(tiny, monkeypatch):
     out = tiny.out("llama", "gptq")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
@@ -763,6 +788,83 @@ def test_the_error_of_rounding_to_nearest_is_that_of_a_block_that_is(tiny, tmp_p
     ledger = quantize(source, tmp_path / "out", method=Nearest(), scheme=G32, calibration=IDS).ledger
     assert ledger.blocks[0]["error"] == ledger.blocks[0]["nearest"] == first["nearest"]
     assert first["error"] < first["nearest"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@torch.no_grad()
+def test_the_error_of_rounding_to_nearest_is_that_of_transformers_own_block(tiny, model_type):
+    out = tiny.out(model_type, "gptq")
+    model, quantized = (load(folder, dtype=torch.float32) for folder in (tiny.source(model_type), out))
+    names = [m["name"].removesuffix(".weight") for m in matrices_of(read_ledger(out))]
+    for number, (block, rounded) in enumerate(zip(blocks_of(model), blocks_of(quantized), strict=True)):
+        outputs: list[Tensor] = []
+
+        def keep(_module, _args, output, outputs=outputs):
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = block.register_forward_hook(keep)
+        logits(model, HELD_OUT, between=True)
+        inside = [
+            n for n, m in block.named_modules() if any(name.endswith(f".{number}.{n}") for name in names)
+        ]
+        for name in inside:
+            module = block.get_submodule(name)
+            conv = type(module).__name__ == "Conv1D"
+            weight = module.weight.T if conv else module.weight
+            nearest = quantize_tensor(weight.bfloat16(), G32).dequantize(torch.float32)
+            module.weight.copy_(nearest.T if conv else nearest)
+        logits(model, HELD_OUT, between=True)
+        handle.remove()
+        wanted, got = (output.double() for output in outputs)
+        told = read_ledger(out).blocks[number]["nearest"]
+        assert told == pytest.approx(float((got - wanted).square().mean() / wanted.var()), rel=1e-4)
+        for name in inside:  # what the next block is given
+            module, other = block.get_submodule(name), rounded.get_submodule(name)
+            conv = type(module).__name__ == "Conv1D"
+            module.weight.copy_(other.weight.T if conv else other.weight)
+    assert len(names) == sum(1 for m in read_ledger(out).tensors.values() if m.outcome == "quantized")
+
+
+@dataclass(frozen=True, slots=True)
+class Overflowing(AWQ):
+    """Moves so much from a norm of one block to its readers that float16 cannot hold these."""
+
+    victim: str = ""  # the sum of the norm
+
+    def __call__(self, block, wiring, schemes, search, held_out, dtype):
+        norm, readers = block.input_layernorm, ("q_proj", "k_proj", "v_proj")
+        if str(float(norm.weight.sum())) == self.victim:
+            norm.weight.data /= 2.0**18
+            for reader in readers:
+                weight = block.self_attn.get_submodule(reader).weight
+                weight.data = weight.data * 2.0**18
+        return []
+
+
+@pytest.mark.parametrize("rounder", [GPTQ(), WeightedRTN()], ids=["gptq", "awq"])
+def test_a_block_with_a_folded_weight_beyond_its_dtype_is_rounded_to_nearest(tmp_path, rounder):
+    tiny_model("llama").half().save_pretrained(tmp_path / "model")
+    before = tensors_of(tmp_path / "model")
+    kept, norm = (f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "input_layernorm"))
+    assert not torch.isfinite(before[kept] * 2.0**18).all()
+    transform = Overflowing(victim=str(float(before[norm].float().sum())))
+    result = quantize(
+        tmp_path / "model", tmp_path / "out", method=rounder, transforms=(transform,), scheme=G32,
+        overrides=(("*.q_proj", None),), calibration=IDS,
+    )  # fmt: skip
+    ledger, after = result.ledger, tensors_of(tmp_path / "out")
+    bad, good = ledger.blocks
+    (note,) = [n for n in ledger.notes if n.where == "model.layers.0"]
+    assert note.kind == "fallback"
+    assert re.fullmatch(r"error (nan|inf) of the block, \S+ if rounded to nearest: .*", note.what)
+    assert [m["method"] for m in bad["matrices"]] == ["RTN"] * 6
+    assert all(m["method"] == type(rounder).__name__ for m in good["matrices"])
+    assert bad["error"] == bad["nearest"]
+    assert math.isfinite(bad["error"] + bad["kl"] + good["kl"])
+    for name in (kept, norm):  # as if nothing had been tried
+        assert ledger.tensors[name].outcome == "copied"
+        assert torch.equal(after[name], before[name])
+    assert result.verification.problems == []
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
