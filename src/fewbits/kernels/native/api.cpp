@@ -133,7 +133,8 @@ extern "C" int fewbits_use(int which) {
 }
 
 extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64_t rows, int64_t stride,
-                              int type, void *y, int inputs, int threads, fewbits_parallel parallel) {
+                              int type, const void *bias, void *y, int inputs, int threads,
+                              fewbits_parallel parallel) {
   const fewbits_weight &w = *weight;
   if (!right(w, inputs, type) || rows < 0) return 1;
   const Isa &isa = *isa_of(fewbits_isa());
@@ -173,7 +174,7 @@ extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64
         const int64_t from = block * ROWS, filled = w.out - from < ROWS ? w.out - from : ROWS;
         for (int64_t row = 0; row < count; row++)
           for (int64_t i = 0; i < filled; i++)
-            store(result[row * ROWS + i] + (w.bias ? w.bias[from + i] : 0.0f), type, y,
+            store(result[row * ROWS + i] + (bias ? load(bias, type, from + i) : 0.0f), type, y,
                   (first + row) * w.out + from + i);
       }
     });

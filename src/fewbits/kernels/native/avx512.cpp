@@ -384,13 +384,14 @@ void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *total
     // A NaN or an infinity must not vanish: the scale is then NaN, and so is the row of the result.
     const Floats odd = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b));
     const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    const float inverse = most > 0 ? 127 / most : 0;
+    const float inverse = most >= LEAST_INPUT ? 127 / most : 0;
     const Floats times = _mm512_set1_ps(inverse);
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, times));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, times));
+    const bool finite = _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q) == 0;
+    const __mmask16 all = finite ? 0xffff : 0;
+    const __m512i qa = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(a, times));
+    const __m512i qb = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(b, times));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(x8), _mm512_cvtsepi32_epi8(qa));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(x8 + 16), _mm512_cvtsepi32_epi8(qb));
-    const bool finite = _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q) == 0;
     scales[c] = finite ? most / 127 : __builtin_nanf("");
     totals[c] = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
   }

@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 1
+#define FEWBITS_INTERFACE 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -54,7 +54,6 @@ typedef struct {
   const void *scales;    // (blocks, groups, 32)
   const void *zeros;     // (blocks, groups, 32) int8 or float; NULL for a middle or a table
   const float *table;    // (16,), for a table of 4-bit codes
-  const float *bias;     // (out,), or NULL
 } fewbits_weight;
 
 // Runs `work(data)` in `threads` threads at once, the caller among them. GOMP_parallel is such a
@@ -74,10 +73,11 @@ FEWBITS_API int fewbits_pack(const uint8_t *codes, int64_t out, int64_t in, int6
 // Layout -> weights (out, in) in `type`, each rounded once.
 FEWBITS_API int fewbits_unpack(const fewbits_weight *w, int type, void *result);
 
-// y (rows, out) = x (rows, in) @ W.T + bias; both row-major in `type`, rows of x `stride` apart.
-// `parallel` NULL: threads of our own.
+// y (rows, out) = x (rows, in) @ W.T + bias, all in `type`; rows of x are `stride` apart, bias (out,) may
+// be NULL. `parallel` NULL: threads of our own.
 FEWBITS_API int fewbits_linear(const fewbits_weight *w, const void *x, int64_t rows, int64_t stride,
-                               int type, void *y, int inputs, int threads, fewbits_parallel parallel);
+                               int type, const void *bias, void *y, int inputs, int threads,
+                               fewbits_parallel parallel);
 
 // Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.
 FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,

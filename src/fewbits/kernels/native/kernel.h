@@ -11,6 +11,7 @@ namespace fewbits {
 constexpr int ROWS = 32;   // of W in a block
 constexpr int CHUNK = 32;  // columns: the inputs that share a scale when they are rounded to int8
 constexpr int PANEL = 8;   // chunks that are gone through for all rows of x before the next
+constexpr float LEAST_INPUT = 0x1p-120f;  // 127 divided by less is no float: 32 inputs below it are zeros
 constexpr int WIDE = PANEL * CHUNK;
 
 static constexpr int64_t chunk_bytes(int bits) { return CHUNK * ROWS * bits / 8; }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 1  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 2  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -43,7 +43,6 @@ class Weight(ctypes.Structure):
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("table", c_void_p),
-        ("bias", c_void_p),
     ]
     out: int
     in_: int
@@ -63,7 +62,6 @@ def describe(
     zero_type: int = MIDDLE,
     zeros: Tensor | None = None,
     table: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> Weight:
     """A weight as the library reads it.
 
@@ -76,7 +74,6 @@ def describe(
         zero_type: what is taken off a code: MIDDLE, ZERO_POINT, OFFSET or TABLE of fewbits.h.
         zeros: as `scales`, in int8 for ZERO_POINT, in float32 for OFFSET, else None.
         table: (16,) float32, for TABLE.
-        bias: (out,) float32.
 
     Raises:
         ValueError: a tensor has another dtype, size or device, or is not contiguous.
@@ -91,8 +88,7 @@ def describe(
     _check("scales", scales, scales.dtype, count)
     _check("zeros", zeros, _ZEROS[zero_type], count)
     _check("table", table, torch.float32 if zero_type == TABLE else None, 16)
-    _check("bias", bias, torch.float32 if bias is not None else None, out)
-    tensors = (codes, scales, zeros, table, bias)
+    tensors = (codes, scales, zeros, table)
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     weight = Weight(out, inputs, columns, bits, group, TYPES[scales.dtype], zero_type, *places)
     weight.tensors = tensors
@@ -130,7 +126,7 @@ class Library:
             (
                 "linear",
                 c_int,
-                (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_int, c_int, c_void_p),
+                (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
             ),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
@@ -168,19 +164,27 @@ class Library:
         return result
 
     def linear(
-        self, weight: Weight, x: Tensor, inputs: int = INPUTS_16, threads: int | None = None
+        self,
+        weight: Weight,
+        x: Tensor,
+        bias: Tensor | None = None,
+        inputs: int = INPUTS_16,
+        threads: int | None = None,
     ) -> Tensor:
         """`x @ W.T + bias`, (rows, in) -> (rows, out) in the dtype of x, rounded once.
 
         Args:
             weight: see `describe`.
             x: its rows may lie apart, their values may not.
+            bias: (out,) in the dtype of x.
             inputs: INPUTS_16 rounds x to bfloat16, INPUTS_8 to int8 in groups of 32 columns.
             threads: as many as torch uses, if None.
         """
         rows, columns = x.shape
         if columns != weight.in_ or x.dtype not in TYPES or x.device.type != "cpu":
             raise ValueError(f"x is {columns} columns of {x.dtype} on {x.device}; W has {weight.in_}")
+        if bias is not None:
+            _check("bias", bias, x.dtype, weight.out)
         if x.stride(1) != 1 and columns > 1:
             x = x.contiguous()
         y = torch.empty(rows, weight.out, dtype=x.dtype)
@@ -190,6 +194,7 @@ class Library:
             rows,
             x.stride(0),
             TYPES[x.dtype],
+            None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             inputs,
             torch.get_num_threads() if threads is None else threads,

@@ -98,6 +98,10 @@ float value_at(const fewbits_weight &w, int64_t row, int64_t column) {
 
 extern "C" int fewbits_unpack(const fewbits_weight *w, int type, void *result) {
   if (!fits(w->out, w->in, w->columns, w->bits) || type < FEWBITS_BF16 || type > FEWBITS_F32) return 1;
+  if (w->group <= 0 || w->group % CHUNK || w->columns % w->group) return 1;
+  if (w->scale_type < FEWBITS_BF16 || w->scale_type > FEWBITS_F32) return 1;
+  if (w->zero_type < FEWBITS_MIDDLE || w->zero_type > FEWBITS_TABLE) return 1;
+  if (w->zero_type == FEWBITS_TABLE && w->bits != 4) return 1;
   for (int64_t row = 0; row < w->out; row++)
     for (int64_t column = 0; column < w->in; column++)
       store(value_at(*w, row, column), type, result, row * w->in + column);

@@ -110,7 +110,7 @@ void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *total
       most = std::fmax(most, std::fabs(x[i]));
       odd += x[i] - x[i];  // NaN where x is not finite
     }
-    const float inverse = most > 0 ? 127 / most : 0;
+    const float inverse = most >= LEAST_INPUT ? 127 / most : 0;
     totals[c] = 0;
     for (int i = 0; i < CHUNK; i++) {
       x8[i] = odd == 0 ? int8_t(std::nearbyint(x[i] * inverse)) : int8_t(0);

@@ -1,0 +1,350 @@
+// The native kernels under the compiler's sanitizers (`make sanitize`): every buffer ends where it must, so
+// that a byte too many is seen. Products are compared with plain loops in double, for every instruction set of
+// this machine; then eight threads call at once.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "fewbits.h"
+
+namespace {
+
+std::mt19937_64 source(20261126);
+
+int64_t pick(int64_t least, int64_t most) { return least + int64_t(source() % uint64_t(most - least + 1)); }
+
+// -- numbers, by their definition --------------------------------------------------------------------
+
+constexpr int DIGITS[3] = {8, 11, 24};  // of bfloat16, float16 and float32, the hidden one included
+constexpr int FRACTION[3] = {7, 10, 23};
+constexpr int BIAS[3] = {127, 15, 127};
+constexpr int SIZE[3] = {2, 2, 4};
+
+uint32_t word(const uint8_t *data, int type, int64_t i) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, data + i * SIZE[type], SIZE[type]);
+  return bits;
+}
+
+double number(const uint8_t *data, int type, int64_t i) {
+  const uint32_t bits = word(data, type, i), fraction = bits & ((1u << FRACTION[type]) - 1);
+  const int top = 2 * BIAS[type] + 1, exponent = int(bits >> FRACTION[type]) & top;
+  const double sign = bits >> (SIZE[type] * 8 - 1) ? -1 : 1;
+  if (exponent == top) return fraction ? NAN : sign * INFINITY;
+  const double digits = fraction + (exponent ? double(1u << FRACTION[type]) : 0);
+  return sign * std::ldexp(digits, (exponent ? exponent : 1) - BIAS[type] - FRACTION[type]);
+}
+
+// Numbers between 2^least and 2^most, of either sign, and now and then a zero.
+std::vector<uint8_t> numbers(int64_t count, int type, int least, int most, bool positive) {
+  std::vector<uint8_t> data(count * SIZE[type]);
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = uint32_t(BIAS[type] + pick(least, most - 1)) << FRACTION[type];
+    bits |= uint32_t(source()) & ((1u << FRACTION[type]) - 1);
+    if (!positive && pick(0, 1)) bits |= 1u << (SIZE[type] * 8 - 1);
+    if (!positive && pick(0, 15) == 0) bits = 0;
+    std::memcpy(&data[i * SIZE[type]], &bits, SIZE[type]);
+  }
+  return data;
+}
+
+// To nearest with that many digits, ties to even.
+double rounded(double value, int digits) {
+  int exponent;
+  const double part = std::frexp(value, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(part, digits)), exponent - digits);
+}
+
+// -- a weight ----------------------------------------------------------------------------------------
+
+struct Case {
+  fewbits_weight w{};
+  std::vector<uint8_t> codes, packed, scales, zeros;
+  std::vector<float> table;
+  std::vector<double> value, size;  // (out, in): the weight, and what its parts add up to at most
+
+  Case(int64_t out, int64_t in, int bits, int group, int scale_type, int zero_type) {
+    const int64_t columns = (in + group - 1) / group * group, groups = columns / group, blocks = (out + 31) / 32;
+    const int64_t count = blocks * groups * 32;
+    codes.resize(out * in);
+    for (auto &code : codes) code = uint8_t(pick(0, (1 << bits) - 1));
+    packed.resize(fewbits_packed_bytes(out, columns, bits));
+    if (fewbits_pack(codes.data(), out, in, columns, bits, packed.data())) std::abort();
+    scales = numbers(count, scale_type, -8, 0, true);
+    if (zero_type == FEWBITS_ZERO_POINT) {
+      zeros.resize(count);
+      for (auto &zero : zeros) zero = uint8_t(int8_t(pick(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)));
+    }
+    if (zero_type == FEWBITS_OFFSET) zeros = numbers(count, FEWBITS_F32, -6, 2, false);
+    if (zero_type == FEWBITS_TABLE)
+      for (int i = 0; i < 16; i++) table.push_back(float(pick(-255, 255)) / 64);  // exact in bfloat16
+    w = {out, in, columns, bits, group, scale_type, zero_type, packed.data(), scales.data(),
+         zeros.empty() ? nullptr : zeros.data(), table.empty() ? nullptr : table.data()};
+    for (int64_t row = 0; row < out; row++)
+      for (int64_t column = 0; column < in; column++) {
+        const int64_t at = (row / 32 * groups + column / group) * 32 + row % 32;
+        const int code = codes[row * in + column], level = code - (1 << (bits - 1));
+        const double scale = number(scales.data(), scale_type, at);
+        double steps = zero_type == FEWBITS_TABLE ? table[code] : level, less = 0;
+        double parts = std::fabs(steps) + (bits == 8 ? 32 : 0);  // eight bits may be summed as 16 a + b
+        if (zero_type == FEWBITS_ZERO_POINT) {
+          steps -= int8_t(zeros[at]);
+          parts += std::abs(int8_t(zeros[at]));
+        }
+        if (zero_type == FEWBITS_OFFSET) less = number(zeros.data(), FEWBITS_F32, at);
+        value.push_back(scale * steps - less);
+        size.push_back(scale * parts + std::fabs(less));
+      }
+  }
+};
+
+const char *name = "";
+
+void check(bool right, const Case &c, const char *what, int type, int inputs, int64_t rows, int64_t at) {
+  if (right) return;
+  std::printf("%s: %s is wrong at %lld: out %lld, in %lld, bits %d, group %d, scales %d, zeros %d, "
+              "type %d, inputs %d, rows %lld\n", name, what, (long long)at, (long long)c.w.out,
+              (long long)c.w.in, c.w.bits, c.w.group, c.w.scale_type, c.w.zero_type, type,
+              inputs, (long long)rows);
+  std::exit(1);
+}
+
+// Once rounded to `type`, after `roundings` to float of what adds up to `size`.
+bool near(double got, double exact, double size, int64_t roundings, int type) {
+  const double before = double(roundings) * std::ldexp(size, -23);  // twice the first order
+  return std::fabs(got - exact) <= before + std::ldexp(std::fabs(exact) + before, -DIGITS[type]) + 0x1p-25;
+}
+
+void check_unpack(const Case &c, int type) {
+  std::vector<uint8_t> result(c.value.size() * SIZE[type]);
+  check(fewbits_unpack(&c.w, type, result.data()) == 0, c, "the end of unpack", type, 0, 0, 0);
+  for (size_t i = 0; i < c.value.size(); i++)
+    check(near(number(result.data(), type, i), c.value[i], c.size[i], 2, type), c, "unpack", type, 0, 0, i);
+}
+
+// -- a product ---------------------------------------------------------------------------------------
+
+// x (rows, in), its rows apart, and a bias.
+struct Rows {
+  int64_t rows, stride;
+  int type;
+  std::vector<uint8_t> x, bias;
+
+  Rows(const Case &c, int64_t rows, int64_t apart, int type)
+      : rows(rows), stride(c.w.in + apart), type(type),
+        x(numbers(rows ? (rows - 1) * stride + c.w.in : 0, type, pick(0, 15) ? -5 : 1 - BIAS[type],
+                  pick(0, 15) ? 4 : BIAS[type] / 2, false)),
+        bias(numbers(pick(0, 1) ? c.w.out : 0, type, -5, 4, false)) {}
+};
+
+std::vector<uint8_t> product(const Case &c, const Rows &r, int inputs, int threads, fewbits_parallel parallel) {
+  std::vector<uint8_t> y(r.rows * c.w.out * SIZE[r.type]);
+  const int error = fewbits_linear(&c.w, r.x.data(), r.rows, r.stride, r.type,
+                                   r.bias.empty() ? nullptr : r.bias.data(), y.data(), inputs, threads, parallel);
+  check(error == 0, c, "the end of a product", r.type, inputs, r.rows, error);
+  return y;
+}
+
+// As fewbits.h says that x is rounded.
+std::vector<double> inputs_of(const Case &c, const uint8_t *x, int type, int inputs, int64_t from) {
+  std::vector<double> line(c.w.in);
+  for (int64_t i = 0; i < c.w.in; i++) line[i] = number(x, type, from + i);
+  for (int64_t i = 0; i < c.w.in; i++)
+    if (inputs == FEWBITS_INPUTS_16) line[i] = rounded(line[i], 8);
+  for (int64_t begin = 0; inputs == FEWBITS_INPUTS_8 && begin < c.w.in; begin += 32) {
+    const int64_t end = std::min(begin + 32, c.w.in);
+    float most = 0;
+    for (int64_t i = begin; i < end; i++) most = std::fmax(most, float(std::fabs(line[i])));
+    const float inverse = most >= 0x1p-120f ? 127 / most : 0, step = most / 127;
+    for (int64_t i = begin; i < end; i++) line[i] = double(std::nearbyint(float(line[i]) * inverse)) * step;
+  }
+  return line;
+}
+
+// Teams as OpenMP may make them: as many threads as were asked for, or the caller alone.
+void team(void (*work)(void *), void *data, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < threads; i++) others.emplace_back(work, data);
+  work(data);
+  for (auto &other : others) other.join();
+}
+
+void alone(void (*work)(void *), void *data, unsigned, unsigned) { work(data); }
+
+void check_product(const Case &c, int type, int inputs, int64_t rows, int64_t apart) {
+  Rows r(c, rows, apart, type);
+  const auto y = product(c, r, inputs, 1, nullptr);
+  const auto right = [&](bool is, const char *what, int64_t at) { check(is, c, what, type, inputs, rows, at); };
+  for (int64_t row = 0; row < rows; row++) {
+    const auto line = inputs_of(c, r.x.data(), type, inputs, row * r.stride);
+    for (int64_t o = 0; o < c.w.out; o++) {
+      double exact = r.bias.empty() ? 0 : number(r.bias.data(), type, o), size = std::fabs(exact);
+      for (int64_t i = 0; i < c.w.in; i++) {
+        exact += line[i] * c.value[o * c.w.in + i];
+        size += std::fabs(line[i]) * c.size[o * c.w.in + i];
+      }
+      const int64_t at = row * c.w.out + o;
+      right(near(number(y.data(), type, at), exact, size, c.w.in + 16, type), "a product", at);
+    }
+  }
+  right(product(c, r, inputs, 3, nullptr) == y, "a product of own threads", 0);
+  right(product(c, r, inputs, 4, alone) == y, "a product of a lone thread", 0);
+  if (rows == 0) return;
+  // What is not a number does not vanish, and stays in its row.
+  const int64_t bad = pick(0, rows - 1);
+  const uint32_t bits = uint32_t(2 * BIAS[type] + 1) << FRACTION[type] | uint32_t(pick(0, 1));  // infinity, NaN
+  std::memcpy(&r.x[(bad * r.stride + pick(0, c.w.in - 1)) * SIZE[type]], &bits, SIZE[type]);
+  const auto spoiled = product(c, r, inputs, 1, nullptr);
+  for (int64_t at = 0; at < rows * c.w.out; at++)
+    if (at / c.w.out != bad)
+      right(word(spoiled.data(), type, at) == word(y.data(), type, at), "a row beside NaN", at);
+    else
+      right(!std::isfinite(number(spoiled.data(), type, at)), "a row with NaN", at);
+}
+
+Case any_case(int64_t out, int64_t in, int inputs) {
+  static const int all_bits[4] = {2, 3, 4, 8};
+  const int zero_type = int(pick(0, inputs == FEWBITS_INPUTS_8 ? 2 : 3));
+  const int bits = zero_type == FEWBITS_TABLE ? 4 : all_bits[pick(0, 3)];
+  const int group = pick(0, 3) ? 32 << pick(0, 3) : int((in + 31) / 32 * 32);  // or whole rows
+  return Case(out, in, bits, group, int(pick(0, 2)), zero_type);
+}
+
+int check_products(int count) {
+  int done = 0;
+  for (int inputs = 0; inputs < 2; inputs++) {
+    for (int64_t rows = 0; rows <= 70; rows++, done++)
+      check_product(any_case(pick(1, 40), pick(1, 70), inputs), int(pick(0, 2)), inputs, rows, pick(0, 3));
+    for (int64_t rows : {255, 256, 257, 600}) {
+      check_product(any_case(pick(1, 5), pick(1, 40), inputs), int(pick(0, 2)), inputs, rows, 0);
+      done++;
+    }
+    // Weights that are worth several threads.
+    for (int64_t rows : {1, 7, 20}) {
+      check_product(any_case(pick(300, 400), pick(2000, 2100), inputs), int(pick(0, 2)), inputs, rows, 1);
+      done++;
+    }
+  }
+  for (; done < count; done++) {
+    const int inputs = int(pick(0, 1));
+    const Case c = any_case(pick(1, 100), pick(1, pick(0, 3) ? 70 : 700), inputs);
+    check_product(c, int(pick(0, 2)), inputs, pick(0, pick(0, 3) ? 8 : 70), pick(0, 3));
+    check_unpack(c, int(pick(0, 2)));
+  }
+  return done;
+}
+
+// -- calls at once -----------------------------------------------------------------------------------
+
+constexpr int CALLERS = 8, CALLS = 10000;
+
+struct Call {
+  Case c;
+  Rows r;
+  int inputs;
+  std::vector<uint8_t> y;
+
+  Call(int64_t out, int64_t in, int64_t rows, int inputs)
+      : c(any_case(out, in, inputs)), r(c, rows, 0, int(pick(0, 2))), inputs(inputs),
+        y(product(c, r, inputs, 1, nullptr)) {}
+};
+
+void check_calls() {
+  std::vector<Call> calls;  // of many rows, which threads share; and one of a larger weight
+  for (int i = 0; i < 16; i++) calls.emplace_back(pick(1, 40), pick(1, 70), pick(9, 24), i % 2);
+  calls.emplace_back(130, 1030, 1, FEWBITS_INPUTS_8);
+  team([](void *data) {
+    const auto &all = *static_cast<std::vector<Call> *>(data);
+    static std::atomic<int> next{0};
+    const int first = next++ % CALLERS;
+    for (int i = first; i < CALLS; i += CALLERS) {
+      const Call &call = all[i / CALLERS % 64 == 0 ? 16 : i % 16];
+      const int threads = 2 + i % 3;
+      const auto y = product(call.c, call.r, call.inputs, threads, i % 100 == 0 ? team : nullptr);
+      check(y == call.y, call.c, "one of many calls", call.r.type, call.inputs, call.r.rows, i);
+    }
+  }, &calls, CALLERS, 0);
+}
+
+// -- the rest ----------------------------------------------------------------------------------------
+
+void check_stream() {
+  for (int64_t bytes : {0, 1, 63, 64, 65, 4096, 100000, 640000, 1000000}) {
+    std::vector<uint64_t> data(bytes / 8 + 1);
+    for (auto &each : data) each = source();
+    std::vector<uint8_t> exact(reinterpret_cast<uint8_t *>(data.data()),
+                               reinterpret_cast<uint8_t *>(data.data()) + bytes);
+    uint64_t all = 0;
+    for (int64_t i = 0; i < bytes / 8; i++) all ^= data[i];
+    for (int threads : {1, 2, 5})
+      for (fewbits_parallel parallel : {fewbits_parallel(nullptr), fewbits_parallel(team)}) {
+        const uint64_t got = fewbits_stream(exact.data(), bytes, threads, parallel);
+        if (bytes % 64 == 0 && got != all) {
+          std::printf("stream: %lld bytes in %d threads are wrong\n", (long long)bytes, threads);
+          std::exit(1);
+        }
+      }
+  }
+}
+
+// Each is one thing wrong; nothing may be read or written.
+void check_refusals() {
+  const Case c(5, 40, 4, 32, FEWBITS_F32, FEWBITS_MIDDLE);
+  int refused = 0;
+  const auto linear = [&](const fewbits_weight &w, int64_t rows, int type, int inputs) {
+    refused += fewbits_linear(&w, nullptr, rows, 40, type, nullptr, nullptr, inputs, 1, nullptr) != 0;
+  };
+  const auto with = [&](auto change) {
+    fewbits_weight w = c.w;
+    change(w);
+    linear(w, 1, FEWBITS_F32, FEWBITS_INPUTS_16);
+    refused += fewbits_unpack(&w, FEWBITS_F32, nullptr) != 0;
+  };
+  with([](auto &w) { w.bits = 5; });
+  with([](auto &w) { w.columns = 33; });
+  with([](auto &w) { w.columns = 32; });
+  with([](auto &w) { w.group = 0; });
+  with([](auto &w) { w.group = 48; });
+  with([](auto &w) { w.out = -1; });
+  with([](auto &w) { w.scale_type = 3; });
+  with([](auto &w) { w.zero_type = 4; });
+  linear(c.w, -1, FEWBITS_F32, FEWBITS_INPUTS_16);
+  linear(c.w, 1, 3, FEWBITS_INPUTS_16);
+  linear(c.w, 1, FEWBITS_F32, 2);
+  refused += fewbits_unpack(&c.w, 3, nullptr) != 0;
+  for (int bits : {0, 1, 5, 6, 7, 9}) refused += fewbits_pack(nullptr, 1, 32, 32, bits, nullptr) != 0;
+  refused += fewbits_pack(nullptr, 1, 33, 32, 4, nullptr) != 0;
+  refused += fewbits_use(4) != 0;
+  if (refused != 16 + 3 + 1 + 6 + 1 + 1) {
+    std::printf("of 28 wrong arguments %d were refused\n", refused);
+    std::exit(1);
+  }
+}
+
+}  // namespace
+
+// `sanitize COUNT`: of products for each instruction set.
+int main(int arguments, char **argument) {
+  const int count = arguments > 1 ? std::atoi(argument[1]) : 1000;
+  static const char *const names[] = {"portable", "neon", "avx2", "avx512"};
+  check_refusals();
+  check_stream();
+  for (int isa = 0; isa < 4; isa++) {
+    name = names[isa];
+    if (fewbits_use(isa)) {
+      std::printf("%s: not of this machine\n", name);
+      continue;
+    }
+    const int done = check_products(count);
+    check_calls();
+    std::printf("%s: %d products, and %d calls of %d threads, are right\n", name, done, CALLS, CALLERS);
+    std::fflush(stdout);
+  }
+  return 0;
+}
