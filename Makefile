@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= build/demo
 INSTALLED := $(VENV)/installed
 MODEL := reference/model
+NATIVE := $(wildcard src/fewbits/kernels/native/*.cpp src/fewbits/kernels/native/*.h)
 
-.PHONY: demo test fuzz check fix bench interop torture reference-model clean
+.PHONY: demo test fuzz check fix bench interop torture sanitize reference-model clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python reference/corpus.py heldout $(DEMO)/heldout.jsonl
@@ -52,6 +53,15 @@ interop: $(INSTALLED)
 torture: $(INSTALLED)
 	$(BIN)/python tests/torture/run.py
 
+# The native kernels: bytes and numbers that are out of bounds; then what threads share. Needs cmake.
+sanitize:
+	cmake -S . -B build/sanitize -DFEWBITS_SANITIZE=address,undefined >/dev/null
+	cmake --build build/sanitize -j >/dev/null
+	build/sanitize/sanitize
+	cmake -S . -B build/sanitize-threads -DFEWBITS_SANITIZE=thread >/dev/null
+	cmake --build build/sanitize-threads -j >/dev/null
+	build/sanitize-threads/sanitize 200
+
 # About an hour on two cores. The settings keep malloc from returning pages to the system all the time.
 reference-model: $(INSTALLED)
 	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 \
@@ -61,7 +71,7 @@ clean:
 	rm -rf build $(VENV)
 
 # torch first: an open range would fetch gigabytes of CUDA packages on a machine without a GPU.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch numpy
 	$(PIP) install -q -c constraints.txt -e '.[test,check]'
