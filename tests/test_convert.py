@@ -265,7 +265,11 @@ def test_a_file_alone_is_converted_without_what_lies_about_beside_it(tmp_path, f
 
 # -- what a format has in one scheme ------------------------------------------------------------------
 
-NARROW = (("*.down_proj", QuantScheme(8, "group", 32)), ("*.k_proj", QuantScheme(3)))
+NARROW = (
+    ("*.down_proj", QuantScheme(8, "group", 32)),
+    ("*.k_proj", QuantScheme(3)),
+    ("*.v_proj", QuantScheme(4, "group", 64, symmetric=False)),  # is as the others in awq
+)
 
 
 def mixed(folder, overrides, label="w4-g64", model_type="llama", **changes):
