@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewbits import RTN, InputError, QuantScheme, Recipe, quantize
 from fewbits import cost as machine
+from fewbits.budget import LIBRARIES_BYTES, plan_memory
 from fewbits.checkpoint import open_checkpoint, open_headers
 from fewbits.cost import count_work, estimate_cost
 from fewbits.forecast import Choice, choices, fit, fitting_group, forecast, group_tensors, observe
 from fewbits.formats import FORMATS
+from fewbits.methods import LLMInt8
 from fewbits.outlook import look_ahead
 from fewbits.plan import make_plan, survey
+from fewbits.recipe import parse_method
+from fewbits.scheme import InputScheme
 from fewbits.structure import skeleton, text_config
 from fewbits.tensor import Note
 from models import TINY, tiny_checkpoint, tiny_model
@@ -400,6 +405,49 @@ def test_hessians_are_counted_by_tokens_and_width(checkpoint):
     fitted = (64 - 2) * 16  # one in 32 is held out
     expected = sum(2 * fitted * n * (n + 256) / 2 for n in (64, 128, 64, 96))
     assert found.parts_s["hessians"] == pytest.approx(expected)
+
+
+SHAPES = {  # wide, narrow, higher than wide, of many experts and of few; two blocks, headers alone
+    "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+    "gpt2": {},
+    "gemma2": {"hidden_size": 256, "intermediate_size": 4096, "num_attention_heads": 2, "head_dim": 64,
+               "num_key_value_heads": 1, "vocab_size": 300},
+    "mixtral": {"hidden_size": 512, "intermediate_size": 1408, "num_local_experts": 8,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 2000},
+    "qwen3_moe": {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64},
+    "gpt_oss": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_budget_is_never_below_what_is_expected(tmp_path, monkeypatch, model_type):
+    blocks = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
+    benchmark().make_headers(tmp_path, model_type, SHAPES[model_type] | {blocks: 2})
+    # The result is not loaded, for which budget.py does not provide: steps.py looks whether it fits.
+    monkeypatch.setattr(machine, "available_bytes", lambda: 0)
+    rates = machine.Rates(**UNIT)
+    on_the_way = machine._STARTED_BYTES + machine._CALIBRATED_BYTES
+    rates = replace(rates, baseline_bytes=LIBRARIES_BYTES - on_the_way)
+    seen = survey(open_headers(tmp_path))
+    config = text_config(seen.model)
+    readers = observe(seen.model, 64).readers
+    for method in ("rtn", "gptq", "awq", "awq+gptq", "weighted-rtn", "llm-int8"):
+        transforms, rounder = parse_method(method)
+        scheme = QuantScheme(8, inputs=InputScheme(static=True)) if method == "llm-int8" else G32
+        rounder = LLMInt8(static=True) if method == "llm-int8" else rounder
+        recipe = Recipe(rounder, scheme, transforms=transforms)
+        plan = make_plan(seen, recipe)
+        groups, _ = group_tensors(plan, seen, scheme)
+        for shape in ((2, 16), (16, 64), (128, 512), (512, 1024), (16, 4096)):
+            if shape[1] > getattr(config, "max_position_embeddings", shape[1]):
+                continue
+            work = count_work(plan, groups, readers, config, *shape, None)
+            expected = estimate_cost(Choice(method, scheme), groups, work, rates, plan.format)
+            given = None if method == "rtn" else shape
+            bound = plan_memory(plan, recipe, given, LIBRARIES_BYTES, None).peak_bytes
+            assert expected.peak_bytes <= bound, (method, shape)
+            assert bound - LIBRARIES_BYTES < 3 * (expected.peak_bytes - rates.baseline_bytes)
 
 
 def test_the_probe_gives_rates_that_are_times(checkpoint):

@@ -19,6 +19,7 @@ from fewbits.stream import TOKENS, fast_dtype
 LIBRARIES_BYTES = 600 * 10**6
 # Of one matrix that is rounded to nearest, packed and read back: float32, quotients, codes, words.
 _ROUNDED = 12
+_COPIES = 4  # of the columns of a matrix that GPTQ holds, at most
 _SPARE = 20  # one part in so many comes on top: pieces that malloc keeps; not tuned
 
 
@@ -87,10 +88,43 @@ def _check(most: int | None, least: int) -> None:
         )
 
 
+# -- what a stage takes, in bytes: `cost` has its numbers as expected, this file from above -------------
+
+
+def running_bytes(tokens: int, widest: int) -> int:
+    """Of a block that is run: four float32 of the widest states are alive at a time."""
+    return 4 * 4 * tokens * widest
+
+
+def collecting_bytes(block: int, fast: int, running: int) -> int:
+    """A block in float32 and in the fast dtype, of so many bytes a value, while it is run."""
+    return (4 + fast) * block + running
+
+
+def matrix_bytes(matrix: int, tensor: int) -> int:
+    """A matrix that is rounded to nearest, and codes and words of all in its tensor, as of experts."""
+    return _ROUNDED * matrix + 2 * tensor
+
+
+def rounding_bytes(block: int, beside: int) -> int:
+    """A block in float32 and its codes, and what the matrix in hand takes beside them."""
+    return (4 + 1) * block + beside
+
+
+def factor_bytes(columns: int, rows: int, copies: int) -> int:
+    """A Hessian's factor beside what it is made from; or beside so many copies of the matrix."""
+    return 4 * columns * max(2 * columns, columns + copies * rows)
+
+
+def fast_bytes(plan: Plan) -> int:
+    """Of a value in the dtype that samples are run in; 0 where that is float32."""
+    return 2 if fast_dtype(plan.checkpoint.dtype) is not None else 0
+
+
 def _uncalibrated(plan: Plan) -> int:
     """One tensor is rounded, packed and written at a time; all experts of a stack together."""
     sizes = [_elements(plan, name) for name in plan.placements]
-    return max((_ROUNDED * matrix + 2 * whole for matrix, whole in sizes), default=0)
+    return max((matrix_bytes(*size) for size in sizes), default=0)
 
 
 def _elements(plan: Plan, name: str) -> tuple[int, int]:
@@ -139,18 +173,17 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
     matrix = max(map(math.prod, shapes), default=0)
     experts = any(plan.matrices[n].kind == "expert" for n in plan.placements)
     held = held_out_samples(samples, length) * length
-    running = 16 * max(tokens, length) * max(rows, columns, plan.hidden_size)
+    running = running_bytes(max(tokens, length), max(rows, columns, plan.hidden_size))
     kept = 4 * 4 * held * plan.hidden_size  # states that are compared: float, wanted, got, and a sum
-    fast = 2 if fast_dtype(plan.checkpoint.dtype) is not None else 0
     stages = [
         (4 + (2 if experts else 0)) * block,  # load: experts are joined first
-        (4 + fast) * block + running,  # collect, go on
-        5 * block + (_rounding(plan) if hessians else _ROUNDED * matrix),
+        collecting_bytes(block, fast_bytes(plan), running),  # and go on
+        rounding_bytes(block, _rounding(plan) if hessians else matrix_bytes(matrix, 0)),
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]
     if recipe.transforms:  # all that read one tensor are tried together
         together = block if experts else 2 * matrix
-        stages.append(4 * block + running + 4 * together + _ROUNDED * matrix)
+        stages.append(4 * block + running + 4 * together + matrix_bytes(matrix, 0))
     return max(max(stages) + kept, _uncalibrated(plan))
 
 
@@ -166,7 +199,7 @@ def _rounding(plan: Plan) -> int:
             key = matrix.module if matrix.kind == "expert" else matrix.module.rpartition(".")[0]
             height, columns = matrix.rows_columns
             together[key, matrix.expert, columns] += height
-    return max((4 * n * max(2 * n, n + 4 * height) for (_, _, n), height in together.items()), default=0)
+    return max((factor_bytes(n, rows, _COPIES) for (_, _, n), rows in together.items()), default=0)
 
 
 def _vocabulary(plan: Plan) -> int:

@@ -6,6 +6,7 @@ operations for some milliseconds each. Nothing is fitted to the time of whole ru
 """
 
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -19,6 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.budget import (
+    collecting_bytes,
+    factor_bytes,
+    fast_bytes,
+    matrix_bytes,
+    rounding_bytes,
+    running_bytes,
+)
 from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.errors import InputError
 from fewbits.evaluate import context_of
@@ -44,6 +53,7 @@ _WIDTH = 512  # of probed matrices, at most; wider ones run at the same rate. No
 _HELD_OUT, _JUDGED, _LENS = 32, 4096, 256  # as in blockwise
 _SWEEPS, _POINTS = GPTQ().sweeps, 11  # as GPTQ and AWQ have them by default
 _COMPARED_ROWS = 128  # as in blockwise
+_COPIES = 3  # of the columns of a matrix that GPTQ holds
 _DISTANCE = 32 * 32  # tokens that the model writes, and is run on, to judge calibration text
 
 # Streaming passes over float32 values, counted in the code; the probe's pass reads one and writes one.
@@ -123,7 +133,8 @@ class Work:
             many there are in the model.
         active: share of the experts' weights that a token meets.
         parameters: how many tensors the model has.
-        largest: elements of the largest block, and of the largest tensor.
+        largest_block, largest_matrix, largest_stack: elements of the largest, a stack being experts in
+            one tensor.
     """
 
     blocks: int
@@ -143,7 +154,9 @@ class Work:
     block_values: int
     largest_block: int
     largest_matrix: int
+    largest_stack: int
     hessian_bytes: int
+    fast_bytes: int
     widest: int
     scalable: int
     dense: bool
@@ -349,8 +362,10 @@ def count_work(
         attention_width=_attention_width(plan, groups),
         block_values=sum(values.values()),
         largest_block=max(values.values(), default=0),
-        largest_matrix=_largest_matrix(plan),
+        largest_matrix=_largest(plan, stacks=False),
+        largest_stack=_largest(plan, stacks=True),
         hessian_bytes=max(squares.values(), default=0),
+        fast_bytes=fast_bytes(plan),
         widest=max((columns for _, columns in sizes), default=0),
         scalable=len(places),
         dense=not expert_linears,
@@ -359,9 +374,11 @@ def count_work(
     )
 
 
-def _largest_matrix(plan: Plan) -> int:
-    shapes = {plan.matrices[name].shape[-2:] for name in plan.placements}
-    return max((rows * columns for rows, columns in shapes), default=0)
+def _largest(plan: Plan, stacks: bool) -> int:
+    """Elements of a matrix; or of all experts in one tensor, 0 where there are none."""
+    shapes = {plan.matrices[name].shape for name in plan.placements}
+    sizes = (shape if stacks else shape[-2:] for shape in shapes if len(shape) > 2 or not stacks)
+    return max(map(math.prod, sizes), default=0)
 
 
 def _scalable(
@@ -566,19 +583,23 @@ def _gptq(work: Work, rates: Rates) -> float:
 
 
 def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
-    """Beside what the process had before: the larger of what collecting and rounding hold at a time."""
+    """Beside what the process had before: the larger of what collecting and rounding hold at a time.
+
+    By what `budget` says of a stage, with numbers that are expected: Hessians of what the model was seen
+    to read, and no held-out states, which are small. A test holds that a budget is never below.
+    """
     if not calibrated:
-        # The result is loaded, to be run, and the codes stay. Beside them one matrix: float32, its
-        # quotients, codes, and their words while they are packed; unpacking takes no more.
+        # Experts in one tensor are written together. Later the result is loaded, to be run: its codes
+        # stay, beside one matrix, which takes no more to unpack than to round.
         loaded = codes if 3 * codes <= available_bytes() else 0  # larger ones are not run
-        return _STARTED_BYTES + loaded + 12 * work.largest_matrix
-    batch = max(TOKENS, work.length)
-    running = 4 * 4 * batch * work.widest
+        made = matrix_bytes(work.largest_matrix, work.largest_stack)
+        return _STARTED_BYTES + max(made, matrix_bytes(work.largest_matrix, 0) + loaded)
+    running = running_bytes(max(TOKENS, work.length), work.widest)
     hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
-    collecting = 6 * work.largest_block + running + hessians
+    collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + hessians
     tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
-    rounding = 5 * work.largest_block + hessians
-    if choice.method.endswith("gptq"):  # a Hessian's factor beside what it is made from, then columns
-        rounding += 4 * work.widest * max(2 * work.widest, work.widest + 3 * tallest)
+    gptq = choice.method.endswith("gptq")
+    beside = factor_bytes(work.widest, tallest, _COPIES) if gptq else 0
+    rounding = rounding_bytes(work.largest_block, beside) + hessians
     text = 6 * work.context_text_bytes  # documents and their tokens
     return _STARTED_BYTES + _CALIBRATED_BYTES + max(collecting, rounding, text)
