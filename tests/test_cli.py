@@ -469,3 +469,14 @@ def test_a_page_that_cannot_be_drawn_is_a_line_and_no_failure(model, tmp_path, m
     assert done.exit_code == 0
     assert "skip: no report.html" in done.stdout
     assert "fewbits[report]" in done.stdout
+
+
+def test_convert_says_what_was_written_and_asks_clients_first(int4, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("convert", int4, out, "--format", "gptq")
+    assert refused(run(*arguments, "--client", "llama.cpp"), "does not read gptq", "--format gguf")
+    assert refused(run(*arguments, "--tensor-parallel", "2"), "vLLM", "down_proj")  # 48 columns each
+    result = run("convert", int4, out, "--format", "awq", "--client", "gptqmodel")
+    assert result.exit_code == 0, result.output
+    assert f"{out}: written as awq, w4-g32-asym; " in result.stdout  # as it is read back
+    assert "converted" in result.stdout

@@ -437,7 +437,9 @@ def convert(
     if json_:
         _print_json(result.to_json())
         return
-    _print_written(result, result.ledger.request["scheme"])
+    codes = [entry.quantized for entry in result.ledger.tensors.values()]
+    schemes = sorted({held.scheme for held in codes if held is not None})
+    _print_written(result, ", ".join(schemes))
     _print_notes([str(note) for note in result.ledger.notes])
 
 
