@@ -323,28 +323,28 @@ def count_work(
         raise InputError(f"--samples {samples} --seq-len {length}; accepted are numbers from 2")
     if context is not None and length > context:  # as calibration will say
         raise InputError(f"--seq-len is {length}; accepted are at most the model's context, {context}")
-    inside = [plan.matrices[n] for n in plan.placements if plan.matrices[n].block is not None]
+    inside = _inside(plan)
     linears, expert_linears = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    together = Counter[Any]()  # rows that read one input; its columns come last
-    sizes = [matrix.rows_columns for matrix in inside]
-    for matrix, (rows, columns) in zip(inside, sizes, strict=True):
+    together = Counter[Any]()  # rows that read one input; how many such there are, and its columns
+    for matrix, count, experts in inside:
+        rows, columns = matrix.rows_columns
         if matrix.kind != "expert":
-            linears[rows, columns] += 1
-            together[matrix.block, readers.get(matrix.module, matrix.module), None, columns] += rows
-            continue
-        for expert in range(matrix.shape[0]) if matrix.expert is None else (matrix.expert,):
-            expert_linears[rows, columns] += 1
-            together[matrix.block, matrix.module, expert, columns] += rows
-    inputs = Counter[tuple[int, int]]((rows, key[-1]) for key, rows in together.items())
-    values: Counter[int] = Counter()
-    for name, number in plan.blocks.items():
-        values[number] += plan.info(name).count
+            linears[rows, columns] += count
+            together[matrix.block, readers.get(matrix.module, matrix.module), 1, columns] += rows
+        else:
+            expert_linears[rows, columns] += count
+            together[matrix.block, matrix.module, experts, columns] += rows * (count // experts)
+    inputs: Counter[tuple[int, int]] = Counter()
     squares: Counter[int | None] = Counter()
-    for block, _, _, columns in together:
-        squares[block] += 4 * columns * columns
-    places = _scalable(inside, sizes, readers)
+    for (block, _, number, columns), rows in together.items():
+        inputs[rows, columns] += number
+        squares[block] += number * 4 * columns * columns
+    values: Counter[int] = Counter()
+    for name, block in plan.blocks.items():
+        values[block] += plan.info(name).count
+    places = _scalable(inside, readers)
     chosen = getattr(config, "num_experts_per_tok", None)
-    count = max((m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in inside), default=1)
+    count = max((experts for _, _, experts in inside), default=1)
     return Work(
         blocks=max(1, len(values)),
         samples=samples,
@@ -366,7 +366,7 @@ def count_work(
         largest_stack=_largest(plan, stacks=True),
         hessian_bytes=max(squares.values(), default=0),
         fast_bytes=fast_bytes(plan),
-        widest=max((columns for _, columns in sizes), default=0),
+        widest=max((matrix.rows_columns[1] for matrix, _, _ in inside), default=0),
         scalable=len(places),
         dense=not expert_linears,
         has_text=text is not None and text != "self",
@@ -381,8 +381,27 @@ def _largest(plan: Plan, stacks: bool) -> int:
     return max(map(math.prod, sizes), default=0)
 
 
+def _inside(plan: Plan) -> list[tuple[Matrix, int, int]]:
+    """The first matrix of each place in the blocks, how many stand there, and of how many experts."""
+    counts = Counter(map(id, plan.placements.values()))
+    experts: dict[str, int] = {}
+    firsts: dict[int, Matrix] = {}
+    for name, place in plan.placements.items():
+        matrix = plan.matrices[name]
+        firsts.setdefault(id(place), matrix)
+        if matrix.expert is not None and matrix.expert >= experts.get(matrix.module, 0):
+            experts[matrix.module] = matrix.expert + 1
+    found = []
+    for number, matrix in firsts.items():
+        stacked = matrix.shape[0] if matrix.stacked else 1
+        several = stacked if matrix.stacked else experts.get(matrix.module, 1)
+        if matrix.block is not None:
+            found.append((matrix, counts[number] * stacked, several))
+    return found
+
+
 def _scalable(
-    inside: list[Matrix], sizes: list[tuple[int, int]], readers: dict[str, int]
+    inside: list[tuple[Matrix, int, int]], readers: dict[str, int]
 ) -> dict[Any, tuple[int, int]]:
     """Places of AWQ: inputs that a norm or a linear makes; what reads them, (weights, block).
 
@@ -392,13 +411,14 @@ def _scalable(
     firsts: dict[Any, Matrix] = {}
     members, weights = Counter[Any](), Counter[Any]()
     heights: dict[str, list[tuple[str, int]]] = {}
-    for matrix, (rows, columns) in zip(inside, sizes, strict=True):
+    for matrix, count, _ in inside:
+        rows, columns = matrix.rows_columns
         expert = matrix.kind == "expert"
         shared = "experts" if expert else readers.get(matrix.module, matrix.module)
         key = (matrix.block, shared, columns)
         firsts.setdefault(key, matrix)
-        members[key] += 1
-        weights[key] += rows * columns * (matrix.shape[0] if matrix.stacked else 1)
+        members[key] += count
+        weights[key] += rows * columns * count
         if not expert:
             parent = matrix.module.rpartition(".")[0]
             heights.setdefault(parent, []).append((matrix.module, rows))

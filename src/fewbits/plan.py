@@ -81,16 +81,12 @@ class Plan:
             for name, info in self.checkpoint.tensors.items()
             if name not in self.placements
         )
-        alike = Counter[Any]()
-        schemes = {id(p.scheme): p.scheme for p in self.placements.values()}
-        for name, placement in self.placements.items():
-            matrix = self.matrices[name]
-            dtype = self.info(name).dtype
-            alike[matrix.shape, matrix.transposed, id(placement.scheme), dtype] += 1
-        for (shape, transposed, scheme, dtype), count in alike.items():
-            rows, columns = shape[-2:][::-1] if transposed else shape[-2:]
-            size = self.format.written_bytes(rows, columns, schemes[scheme], dtype.itemsize)
-            total += count * math.prod(shape[:-2]) * size
+        alike = Counter((id(p), self.info(name).dtype) for name, p in self.placements.items())
+        firsts = {id(place): name for name, place in self.placements.items()}
+        for (place, dtype), count in alike.items():
+            matrix, scheme = self.matrices[firsts[place]], self.placements[firsts[place]].scheme
+            size = self.format.written_bytes(*matrix.rows_columns, scheme, dtype.itemsize)
+            total += count * math.prod(matrix.shape[:-2]) * size
         return total
 
     def quantization(self) -> dict[str, Any]:
@@ -358,9 +354,9 @@ def _check_fit(
 
 def _some_experts_float(matrices: dict[str, Matrix], placements: dict[str, Placement]) -> str | None:
     """An expert that stays in float while others are quantized."""
-    experts = [name for name, matrix in matrices.items() if matrix.kind == "expert"]
-    floats = [name for name in experts if name not in placements]
-    return floats[0] if 0 < len(floats) < len(experts) else None
+    floats = [n for n, matrix in matrices.items() if n not in placements and matrix.kind == "expert"]
+    some = bool(floats) and any(matrices[name].kind == "expert" for name in placements)
+    return floats[0] if some else None
 
 
 def _choose_format(
