@@ -214,12 +214,15 @@ def test_generate_streams_text_and_is_repeatable(int4):
 
 
 def test_bench_says_which_kernel_runs_and_why_not_another(model, tmp_path):
+    from fewbits.kernels.native.library import summary
+
     out = tmp_path / "out"
     assert run("quantize", model, out, "--group-size", "16").exit_code == 0
     result = run("bench", out, "--prompt", "8", "--new-tokens", "2")
     assert result.exit_code == 0, result.output
     assert "reference" in result.stdout
     assert "needs groups of a multiple of 32 columns, not 16" in result.stdout
+    assert f"native library {summary()} threads" in " ".join(result.stdout.split())
 
 
 def interrupt(*args, **kwargs):

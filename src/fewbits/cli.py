@@ -686,6 +686,7 @@ def bench(
 ) -> None:
     """Measure memory and speed of MODEL, and say which kernel runs and why."""
     from fewbits.checkpoint import resolve
+    from fewbits.kernels.native.library import summary
     from fewbits.load import kernel_notes, load
     from fewbits.report import bytes_text
     from fewbits.speed import measure_size, measure_speed
@@ -698,7 +699,7 @@ def bench(
     speed = measure_speed(network, prompt, new_tokens)
     if json_:
         sizes = {"weight_bytes": size.weight_bytes, "bits_per_weight": size.bits_per_weight}
-        _print_json(speed.to_json() | sizes | {"notes": notes})
+        _print_json(speed.to_json() | sizes | {"native_library": summary(), "notes": notes})
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row(
@@ -708,6 +709,7 @@ def bench(
     table.add_row("prefill", f"{speed.prefill:.0f} tokens/s ({speed.prompt} tokens)")
     table.add_row("decode", f"{speed.decode:.1f} tokens/s ({speed.new_tokens} tokens)")
     table.add_row("kernels", ", ".join(f"{count} x {name}" for name, count in speed.kernels.items()))
+    table.add_row("native library", summary())
     table.add_row("threads", str(speed.threads))
     out.print(table)
     _print_notes(notes)

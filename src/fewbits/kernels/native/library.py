@@ -144,8 +144,8 @@ class Library:
 
     @property
     def threads(self) -> str:
-        """Whose threads work: "torch" or "own"."""
-        return "own" if self._parallel is None else "torch"
+        """Whose threads work: "torch's" or "its own"."""
+        return "its own" if self._parallel is None else "torch's"
 
     def pack(self, codes: Tensor, bits: int, columns: int) -> Tensor:
         """Codes (out, in), uint8, in the layout that is streamed, padded to `columns`: (bytes,)."""
@@ -226,6 +226,18 @@ def why_absent() -> str | None:
     return None if isinstance(found, Library) else found
 
 
+def summary() -> str:
+    """What the library runs on this machine, or why there is none; in a few words.
+
+    Raises:
+        InputError: see `library`.
+    """
+    found = library()
+    if found is None:
+        return f"none: it {why_absent()}"
+    return f"{found.isa}, {found.threads} threads"
+
+
 def _switched_off() -> str | None:
     value = os.environ.get(_SWITCH, "1")
     if value not in ("0", "1"):
@@ -235,8 +247,9 @@ def _switched_off() -> str | None:
 
 @cache
 def _open() -> Library | str:
-    # In an editable install the package has two folders: that of the sources has no library.
-    folders = [Path(folder) for folder in sys.modules["fewbits.kernels.native"].__path__]
+    # In an editable install the package has two folders; one among the sources is a developer's own.
+    package = sys.modules["fewbits.kernels.native"].__path__
+    folders = [Path(__file__).parent, *(Path(folder) for folder in package)]
     path = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
     if path is None:
         return "was not compiled when fewbits was installed (`pip install -v` says why)"
