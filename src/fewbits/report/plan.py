@@ -78,9 +78,12 @@ def forecast_lines(forecast: Forecast) -> Iterator[str]:
     if forecast.memory_bytes is not None:
         best = "nothing of this" if forecast.best is None else f"{forecast.best} is the best that"
         yield f"in {bytes_text(forecast.memory_bytes)}: {best} fits"
+    refused: dict[str, list[str]] = {}
     for row in forecast.rows:
         if row.refused is not None:
-            yield f"{row.name}: {row.refused}"
+            refused.setdefault(row.refused, []).append(row.name)
+    for reason, names in refused.items():
+        yield f"{', '.join(names)}: {reason}"
     yield from (str(note) for note in forecast.notes)
 
 
