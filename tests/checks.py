@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fewbits.errors import InputError
 from fewbits.formats import Format, Placement
 from fewbits.formats.packed import on_disk
-from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Reference
+from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Native, NativeInt8, Reference
+from fewbits.kernels.native import library
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
@@ -473,8 +474,19 @@ def product_and_bound(
     # `terms` are the magnitudes that are summed, `operands` how far rounding moves each weight.
     zero = scale * (middle - point) - _offset(weight)
     terms = (scale * (codes - middle)).abs() + zero.abs()
+    of_inputs = torch.zeros(())  # how far a product is off because inputs were rounded
     if kernel_class is Reference:
         terms, operands = w.abs(), half_step(w, dtype)
+    elif issubclass(kernel_class, Native):
+        operands = half_step(zero, torch.float32) * (weight.offset is not None)
+        if (
+            weight.scheme.bits == 8
+        ):  # as 16 times the upper half, which is the middle's share, and the rest
+            upper = codes.div(16, rounding_mode="floor") * 16
+            terms = scale * ((upper - middle).abs() + codes - upper) + zero.abs()
+        if kernel_class is NativeInt8:
+            rounded = _half_step_int8(x)
+            of_inputs, size = rounded @ w.abs().t(), size + rounded
     elif kernel_class is Int8Pack:  # q * scale
         operands = half_step(scale, dtype) * (codes - middle).abs()
     else:  # (c - 8) * scale + zero, with both rounded
@@ -484,5 +496,23 @@ def product_and_bound(
             operands += half_step(w.abs() + operands, dtype)
         else:
             assert kernel_class is Int4Pack, "give the new kernel's roundings here"
-    bound = size @ operands.t() + (columns + 2) * eps * (size @ terms.t())
+    bound = size @ operands.t() + (columns + 2) * eps * (size @ terms.t()) + of_inputs
     return exact, bound + half_step(exact.abs() + bound, dtype)
+
+
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on as where fewbits was installed without a compiler."""
+    monkeypatch.setenv("FEWBITS_NATIVE", "0")
+
+
+def fast_kernel(otherwise: str) -> str:
+    """The kernel that bfloat16 runs on this machine: the native one, or torch's where there is none."""
+    found = library()
+    return otherwise if found is None or found.isa == "portable" else "native"
+
+
+def _half_step_int8(x: Tensor) -> Tensor:
+    """(rows, in): how far rounding by absmax / 127 of 32 neighbours moves each input, float64."""
+    groups = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    half = groups.abs().amax(-1, keepdim=True) / 254 * (1 + 2**-20)
+    return half.expand_as(groups).flatten(1)[:, : x.shape[1]]

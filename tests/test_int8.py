@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checks import DTYPES, random_weight, schemes
+from checks import DTYPES, fast_kernel, random_weight, schemes, without_native
 from fewbits.errors import InputError
 from fewbits.kernels import KERNELS, Int8Inputs, choose_kernel
 from fewbits.linear import QuantizedLinear
@@ -389,10 +389,15 @@ def test_no_graph_is_built_that_nobody_needs(label):
         assert not linear(x.clone().requires_grad_()).requires_grad
 
 
-def test_every_kernel_says_its_weight():
-    labels = {"int8": PLAIN, "int4pack": "w4-g32", "int8pack": "w8-channel", "reference": "w3-g8-asym"}
-    assert {*labels, "int4pack-cuda"} == set(KERNELS)
+def test_every_kernel_says_its_weight(monkeypatch):
+    labels = {"native": "w4-g32", "int8": PLAIN, "int4pack": "w4-g32", "int8pack": "w8-channel"}
+    labels["reference"] = "w3-g8-asym"
+    assert {*labels, "int4pack-cuda", "native-int8"} == set(KERNELS)
+    if fast_kernel("int4pack") != "native":
+        del labels["native"]
     for name, label in labels.items():
+        if name != "native":
+            without_native(monkeypatch)
         scales = torch.tensor([0.5, 1.0])
         weight = random_weight(QuantScheme.parse(label), (33, 96), torch.bfloat16, scales)
         linear = QuantizedLinear(weight)

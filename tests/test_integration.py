@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import fewbits
+from checks import without_native
 from fewbits import InputError, QuantizedLinear, QuantScheme
 from fewbits.integration import _Finder, give_back
 from fewbits.kernels import KERNELS
@@ -434,7 +435,10 @@ def test_importing_does_not_import_transformers():
      ("w8-tensor", 64), ("w8-g32-asym", 64), ("w3-channel-asym", 50)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kernels_give_their_codes_back(label, columns, dtype):
+@pytest.mark.parametrize("native", [True, False])
+def test_kernels_give_their_codes_back(label, columns, dtype, native, monkeypatch):
+    if not native:
+        without_native(monkeypatch)
     weight = torch.randn(20, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     given = fewbits.quantize_tensor(weight, QuantScheme.parse(label))
     back = give_back(QuantizedLinear(given, None, dtype))
@@ -446,4 +450,5 @@ def test_kernels_give_their_codes_back(label, columns, dtype):
 
 
 def test_every_kernel_is_understood():
-    assert set(KERNELS) == {"int4pack-cuda", "int4pack", "int8pack", "int8", "reference"}
+    torch_s = {"int4pack-cuda", "int4pack", "int8pack"}
+    assert set(KERNELS) == torch_s | {"native", "native-int8", "int8", "reference"}

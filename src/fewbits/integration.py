@@ -38,6 +38,7 @@ from fewbits.kernels import (
     Int8Inputs,
     Int8Pack,
     Kernel,
+    Native,
     Reference,
 )
 from fewbits.linear import ExpertLinears, QuantizedLinear
@@ -591,6 +592,9 @@ def _from_kernel(linear: QuantizedLinear) -> QuantizedTensor:
         scale = _narrowed(kernel.scale.cpu()[:, None].clone(), linear.dtype)
         outliers = _outliers(kernel) if isinstance(kernel, Int8Inputs) else None
         return QuantizedTensor(codes, scale, _middle(scale, scheme), scheme, outliers)
+    if isinstance(kernel, Native):
+        codes, scale, zero_point = kernel.numbers()
+        return QuantizedTensor(codes, scale, zero_point, scheme)
     if isinstance(kernel, Int4Pack | Int4PackCuda):
         return _from_int4(linear, kernel.scale_and_zero, scheme)
     raise InputError(f"kernel {linear.kernel_name} does not give its codes back: it cannot be saved")

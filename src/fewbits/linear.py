@@ -25,13 +25,14 @@ class QuantizedLinear(nn.Linear):
         bias: (out,), or None.
         dtype: of the inputs that the kernel is prepared for; the scale's by default.
         device: where the kernel runs; the CPU by default.
+        int8_inputs: whether a kernel may round inputs to 8 bits where the scheme does not ask for it.
 
     `kernel_name` is the kernel that runs, `refusals` says why those before it could not.
 
     >>> linear = nn.Linear(64, 16, dtype=torch.bfloat16)
     >>> quantized = QuantizedLinear.from_float(linear, QuantScheme(4, "group", 32))
-    >>> quantized.kernel_name, quantized(torch.ones(1, 64).bfloat16()).shape
-    ('int4pack', torch.Size([1, 16]))
+    >>> quantized(torch.ones(1, 64).bfloat16()).shape
+    torch.Size([1, 16])
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class QuantizedLinear(nn.Linear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        int8_inputs: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not that of `nn.Linear`, which makes a float weight
         self.out_features, self.in_features = weight.shape
         self.scheme = weight.scheme
         dtype, device = dtype or weight.scale.dtype, torch.device(device)
         self.dtype = dtype
-        self.kernel_name, self.refusals = choose_kernel(weight, dtype, device)
+        self.kernel_name, self.refusals = choose_kernel(weight, dtype, device, int8_inputs=int8_inputs)
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
         self.order: Tensor | None
         self.register_buffer("order", None if weight.order is None else weight.order.to(device))
@@ -80,9 +82,11 @@ class QuantizedLinear(nn.Linear):
         """(..., in) -> (..., out)."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        learns = torch.is_grad_enabled() and x.requires_grad
-        y: Tensor = _Multiply.apply(x, self.kernel) if learns else self.kernel(x)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
+        fused = self.bias if self.kernel.adds_bias else None
+        arguments = (x,) if fused is None else (x, fused)
+        learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
+        y: Tensor = _Multiply.apply(self.kernel, *arguments) if learns else self.kernel(*arguments)  # type: ignore[no-untyped-call]
+        return y if self.bias is None or fused is not None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel, for `print(model)`."""
@@ -105,19 +109,22 @@ class _Dequantized(Tensor):
 
 
 class _Multiply(torch.autograd.Function):
-    """A kernel's product with the gradient of `x @ W.T`: kernels have none of their own."""
+    """A kernel's product with the gradient of `x @ W.T + bias`: kernels have none of their own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, *arguments: Tensor) -> Tensor:
         """The kernel's own; nothing is saved but the kernel."""
         ctx.kernel = kernel
-        y: Tensor = kernel(x)
+        y: Tensor = kernel(*arguments)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """`grad @ W`; rounding the inputs counts as the identity."""
-        return grad @ ctx.kernel.weight(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """`grad @ W`, and for a bias the sum of `grad`; rounding the inputs counts as the identity."""
+        of_x = grad @ ctx.kernel.weight(grad.dtype) if ctx.needs_input_grad[1] else None
+        if len(ctx.needs_input_grad) == 2:
+            return None, of_x
+        return None, of_x, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
 def float_weight(linear: nn.Module) -> Tensor:

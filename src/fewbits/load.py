@@ -42,6 +42,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    int8_inputs: bool = False,
 ) -> Any:
     """A transformers model, quantized or not, ready for `generate()`.
 
@@ -50,6 +51,8 @@ def load(
         dtype: of activations and of what is not quantized; the checkpoint's by default, but bfloat16
             where a quantized one in float16 runs on a CPU: its kernels are fast in that alone.
         device: where it runs.
+        int8_inputs: round the inputs of quantized matrices to 8 bits in groups of 32 on a CPU, as
+            llama.cpp does: faster for many tokens at once. What it costs is in docs/kernels.md.
 
     Returns:
         The `PreTrainedModel`, in evaluation mode.
@@ -64,7 +67,7 @@ def load(
     folder = resolve(model)
     checkpoint = open_model(folder)
     with _one_line(folder):
-        return _load(checkpoint, dtype, device)
+        return _load(checkpoint, dtype, device, int8_inputs)
 
 
 def open_model(path: Path) -> Checkpoint:
@@ -106,7 +109,12 @@ def _one_line(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+def _load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    int8_inputs: bool,
+) -> Any:
     folder = checkpoint.folder
     network = skeleton(checkpoint.config)
     _check_size(checkpoint, network)
@@ -134,7 +142,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.devic
         check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
         if found is not None and isinstance(found[0], GgufLayout):
             pieces = [piece.coarsest() for piece in pieces]  # kernels are faster in larger groups
-        put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device))
+        put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device), int8_inputs)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
     return loaded.eval()
@@ -293,15 +301,16 @@ def put(
     pieces: list[QuantizedTensor],
     dtype: torch.dtype,
     device: torch.device,
+    int8_inputs: bool = False,
 ) -> None:
     """Replace one float parameter by modules that hold its codes."""
     owner = model.get_submodule(module)
     if kind == "expert":
-        linears = [QuantizedLinear(weight, None, dtype, device) for weight in pieces]
+        linears = [QuantizedLinear(weight, None, dtype, device, int8_inputs) for weight in pieces]
         replace_experts(owner, parameter, linears)
     else:
         bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
-        model.set_submodule(module, QuantizedLinear(pieces[0], bias, dtype, device))
+        model.set_submodule(module, QuantizedLinear(pieces[0], bias, dtype, device, int8_inputs))
 
 
 # -- the rest of the model, by transformers -------------------------------------------------------

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from checks import DTYPES, check_kernel, random_weight, schemes
+from checks import DTYPES, check_kernel, fast_kernel, random_weight, schemes, without_native
 from fewbits.kernels import KERNELS, Int4Pack, Int4PackCuda, Int8Pack, Reference, choose_kernel
 from fewbits.kernels.aten import kernel_group
 from fewbits.scheme import QuantScheme
@@ -65,35 +65,39 @@ def test_the_reference_refuses_nothing():
 
 
 @pytest.mark.parametrize(
-    ("label", "dtype", "device", "expected"),
+    ("label", "dtype", "device", "native", "expected"),
     [
-        ("w4-g32", torch.bfloat16, "cpu", "int4pack"),
-        ("w4-g32-asym-k", torch.bfloat16, "cpu", "int4pack"),
-        ("w4-g32-asym-k", torch.float32, "cpu", "reference"),
-        ("w4-g32-asym-k", torch.bfloat16, "cuda", "int4pack-cuda"),
-        ("w3-g32-asym", torch.bfloat16, "cpu", "int4pack"),
-        ("w2-channel", torch.bfloat16, "cpu", "int4pack"),
-        ("w4-g32", torch.float16, "cpu", "reference"),
-        ("w4-g32", torch.float32, "cpu", "reference"),
-        ("w8-channel", torch.bfloat16, "cpu", "int8pack"),
-        ("w8-tensor", torch.bfloat16, "cpu", "int8pack"),
-        ("w8-tensor-asym", torch.bfloat16, "cpu", "reference"),
-        ("w8-g32", torch.bfloat16, "cpu", "reference"),
-        ("w4-g8", torch.bfloat16, "cpu", "reference"),
-        ("w4-g32", torch.float64, "cpu", "reference"),
-        ("w8-channel", torch.float64, "cpu", "reference"),
-        ("w4-g32", torch.bfloat16, "cuda", "int4pack-cuda"),
-        ("w4-g32", torch.float32, "cuda", "reference"),
-        ("w8-channel", torch.bfloat16, "cuda", "reference"),
+        ("w4-g32", torch.bfloat16, "cpu", True, "int4pack"),
+        ("w4-g32-asym-k", torch.bfloat16, "cpu", True, "int4pack"),
+        ("w4-g32-asym-k", torch.float32, "cpu", False, "reference"),
+        ("w4-g32-asym-k", torch.bfloat16, "cuda", False, "int4pack-cuda"),
+        ("w3-g32-asym", torch.bfloat16, "cpu", True, "int4pack"),
+        ("w2-channel", torch.bfloat16, "cpu", True, "int4pack"),
+        ("w4-g32", torch.float16, "cpu", False, "reference"),
+        ("w4-g32", torch.float32, "cpu", False, "reference"),
+        ("w8-channel", torch.bfloat16, "cpu", True, "int8pack"),
+        ("w8-tensor", torch.bfloat16, "cpu", True, "int8pack"),
+        ("w8-tensor-asym", torch.bfloat16, "cpu", True, "reference"),
+        ("w8-g32", torch.bfloat16, "cpu", True, "reference"),
+        ("w4-g8", torch.bfloat16, "cpu", False, "reference"),
+        ("w4-g32", torch.float64, "cpu", False, "reference"),
+        ("w8-channel", torch.float64, "cpu", False, "reference"),
+        ("w4-g32", torch.bfloat16, "cuda", False, "int4pack-cuda"),
+        ("w4-g32", torch.float32, "cuda", False, "reference"),
+        ("w8-channel", torch.bfloat16, "cuda", False, "reference"),
     ],
 )
-def test_the_first_kernel_that_takes_the_weight_is_chosen(label, dtype, device, expected):
+def test_the_first_kernel_that_takes_the_weight_is_chosen(
+    label, dtype, device, native, expected, monkeypatch
+):
     weight = random_weight(QuantScheme.parse(label), (16, 256))
-    name, refusals = choose_kernel(weight, dtype, torch.device(device))
-    assert name == expected
     names = list(KERNELS)
-    assert list(refusals) == names[: names.index(expected)]
-    assert all(refusals.values())
+    for kernel in (fast_kernel(expected) if native else expected, expected):
+        name, refusals = choose_kernel(weight, dtype, torch.device(device))
+        assert name == kernel
+        assert list(refusals) == names[: names.index(kernel)]
+        assert all(refusals.values())
+        without_native(monkeypatch)
 
 
 def test_the_cuda_kernel_refuses_columns_that_do_not_fill_its_tiles():

@@ -9,6 +9,7 @@ import torch
 from fewbits.kernels.aten import Int4Pack, Int8Pack
 from fewbits.kernels.cuda import Int4PackCuda
 from fewbits.kernels.int8 import Int8Inputs
+from fewbits.kernels.native import Native, NativeInt8
 from fewbits.kernels.reference import Kernel, Reference
 from fewbits.tensor import QuantizedTensor
 
@@ -16,6 +17,8 @@ from fewbits.tensor import QuantizedTensor
 KERNELS: dict[str, type[Kernel]] = {
     "int8": Int8Inputs,
     "int4pack-cuda": Int4PackCuda,
+    "native-int8": NativeInt8,
+    "native": Native,
     "int4pack": Int4Pack,
     "int8pack": Int8Pack,
     "reference": Reference,
@@ -23,12 +26,19 @@ KERNELS: dict[str, type[Kernel]] = {
 
 
 def choose_kernel(
-    weight: QuantizedTensor, dtype: torch.dtype, device: torch.device
+    weight: QuantizedTensor, dtype: torch.dtype, device: torch.device, *, int8_inputs: bool = False
 ) -> tuple[str, dict[str, str]]:
-    """The name of the first kernel that takes the weight, and why the ones before it refused."""
+    """The name of the first kernel that takes the weight, and why the ones before it refused.
+
+    Args:
+        weight, dtype, device: what is to be multiplied, by what, where.
+        int8_inputs: whether inputs may be rounded to 8 bits where the scheme does not ask for it.
+    """
     refusals: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         reason = kernel.refuses(weight, dtype, device)
+        if kernel is NativeInt8 and not int8_inputs:
+            reason = "rounds inputs to 8 bits, which was not asked for"
         if reason is None:
             return name, refusals
         refusals[name] = reason
@@ -42,6 +52,8 @@ __all__ = [
     "Int8Inputs",
     "Int8Pack",
     "Kernel",
+    "Native",
+    "NativeInt8",
     "Reference",
     "choose_kernel",
 ]

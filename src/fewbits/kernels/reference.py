@@ -6,6 +6,7 @@ exist for a few rows at a time only.
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ _SLICE = 2**22  # weights dequantized at a time: 16 MB in float32; not tuned
 class Kernel(nn.Module):
     """A weight in the layout that one implementation multiplies by. Called as `kernel(x)`.
 
-    `shape` is (out, in), `dtype` that of the inputs it was made for.
+    `shape` is (out, in), `dtype` that of the inputs it was made for; `adds_bias` whether it may be
+    called with a bias as well, and rounds once.
     """
+
+    adds_bias: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

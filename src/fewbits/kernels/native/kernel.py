@@ -1,0 +1,147 @@
+"""The kernels that run the native library: inputs in 16 bit, or rounded to 8 bits where one asks for it.
+
+Codes are exact in bfloat16, and sums are made in float32, so that a product in 16 bit is as exact as its
+inputs. With `NativeInt8`, each 32 inputs are divided by their own absmax / 127 and rounded, as llama.cpp
+does with its own formats: faster where there are many rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.kernels.native.library import (
+    INPUTS_8,
+    INPUTS_16,
+    MIDDLE,
+    OFFSET,
+    ZERO_POINT,
+    Library,
+    Weight,
+    describe,
+    library,
+    why_absent,
+)
+from fewbits.kernels.reference import Kernel
+from fewbits.tensor import QuantizedTensor
+
+_ROWS, _COLUMNS = 32, 32  # of a block; of inputs that share a scale
+
+
+class Native(Kernel):
+    """`fewbits_linear` on inputs in bfloat16."""
+
+    codes: Tensor  # (bytes,) uint8
+    scales: Tensor  # (blocks of 32 rows, groups, 32)
+    zeros: Tensor | None  # alike: int8 distances from the middle, or float32
+    adds_bias = True
+    inputs = INPUTS_16
+
+    @classmethod
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Another device or dtype, rounded inputs, groups of no multiple of 32, or no library."""
+        if device.type != "cpu":
+            return f"is for the CPU, not {device.type}"
+        if weight.scheme.inputs is not None:
+            return "takes inputs as they are, not in 8 bits as the scheme has them"
+        if dtype != torch.bfloat16:
+            return f"multiplies bfloat16, not {dtype}"
+        group = weight.scheme.group_size
+        if group is not None and group % _COLUMNS:
+            return f"needs groups of a multiple of {_COLUMNS} columns, not {group}"
+        found = library()
+        if found is None:
+            return f"is a library that {why_absent()}"
+        return "has no vector code for this processor" if found.isa == "portable" else None
+
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(weight, dtype, device)
+        weight = weight.per_row()
+        columns = weight.shape[1]
+        self.bits = weight.scheme.bits
+        self.group = weight.scheme.group_size or columns + -columns % _COLUMNS
+        padded = columns + -columns % self.group
+        self.zero_type, zeros = _zeros(weight)
+        self.register_buffer("codes", _library().pack(weight.codes.contiguous(), self.bits, padded))
+        self.register_buffer("scales", _in_blocks(weight.scale))
+        self.register_buffer("zeros", None if zeros is None else _in_blocks(zeros))
+        self._describe()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`, each value rounded once; in bfloat16 whatever x is."""
+        rows = x.reshape(-1, x.shape[-1])
+        fused = bias if bias is not None and bias.dtype == x.dtype else None
+        y = self._library.linear(self._weight, rows, fused, self.inputs)
+        y = y.view(*x.shape[:-1], self.shape[0])
+        return y if bias is None or fused is not None else y + bias
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), each value rounded once."""
+        return self._library.unpack(self._weight, dtype)
+
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (out, in) and zero points (out, groups), uint8, and scales, as they were given.
+
+        Offsets of two levels are not told from zero points.
+        """
+        out, middle = self.shape[0], 2 ** (self.bits - 1)
+        ones = torch.ones_like(self.scales)
+        levels = describe(self.shape, self.bits, self.group, self.codes, ones)
+        codes = self._library.unpack(levels, torch.float32) + middle
+        scale = _out_of_blocks(self.scales, out)
+        zero = torch.zeros_like(scale) if self.zeros is None else _out_of_blocks(self.zeros, out)
+        return codes.to(torch.uint8), scale, (zero.to(torch.int16) + middle).to(torch.uint8)
+
+    def _describe(self) -> None:
+        self._library = _library()
+        self._weight: Weight = describe(
+            self.shape, self.bits, self.group, self.codes, self.scales, self.zero_type, self.zeros
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As every module; the library is then told where the buffers have gone."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.codes.device.type == "cpu":
+            self._describe()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_weight", "_library")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._describe()
+
+
+class NativeInt8(Native):
+    """`fewbits_linear` on inputs rounded to 8 bits."""
+
+    inputs = INPUTS_8
+
+
+def _library() -> Library:
+    found = library()
+    if found is None:
+        raise RuntimeError(f"the native library {why_absent()}")
+    return found
+
+
+def _zeros(weight: QuantizedTensor) -> tuple[int, Tensor | None]:
+    """What is taken off a code beyond the middle of its grid: nothing, an integer, or a float."""
+    distance = weight.zero_point.to(torch.int16) - weight.scheme.middle
+    if weight.offset is not None:
+        return OFFSET, weight.scale.float() * distance + weight.offset.float()
+    if weight.scheme.symmetric:
+        return MIDDLE, None
+    return ZERO_POINT, distance.to(torch.int8)
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """(out, groups) -> (blocks, groups, 32), padded with zeros."""
+    values = F.pad(values, (0, 0, 0, -values.shape[0] % _ROWS))
+    return values.reshape(-1, _ROWS, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _out_of_blocks(values: Tensor, rows: int) -> Tensor:
+    return values.transpose(1, 2).reshape(-1, values.shape[1])[:rows].contiguous()

@@ -1,0 +1,158 @@
+"""The native library, with every instruction set that this machine runs."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+from checks import check_kernel, random_weight
+from fewbits.errors import InputError
+from fewbits.kernels import Native, NativeInt8, choose_kernel
+from fewbits.kernels.native import library, why_absent
+from fewbits.kernels.native.library import ISAS
+from fewbits.scheme import QuantScheme
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+pytestmark = pytest.mark.skipif(library() is None, reason=f"the native library {why_absent()}")
+
+
+@pytest.fixture(params=["neon", "avx2", "avx512"])
+def isa(request):
+    if not library().use(request.param):
+        pytest.skip(f"this machine does not run {request.param}, or the library was built without it")
+    yield request.param
+    library().use(None)
+
+
+@pytest.mark.parametrize("kernel_class", [Native, NativeInt8])
+def test_every_instruction_set_passes_the_suite(isa, kernel_class):
+    check_kernel(kernel_class)
+
+
+def test_the_portable_code_passes_the_suite(monkeypatch):
+    library().use("portable")
+    try:
+        weight = random_weight(QuantScheme(4), (7, 64))
+        assert "no vector code" in Native.refuses(weight, BF16, CPU)
+        monkeypatch.setattr(type(library()), "isa", "avx2")  # the code that runs stays the portable one
+        for kernel_class in (Native, NativeInt8):
+            check_kernel(kernel_class)
+    finally:
+        library().use(None)
+
+
+@pytest.mark.parametrize("kernel_class", [Native, NativeInt8])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_row(isa, kernel_class, rows, value):
+    kernel = kernel_class(random_weight(QuantScheme(4, "group", 32), (40, 96)), BF16, CPU)
+    x = torch.randn(rows, 96).bfloat16()
+    expected = kernel(x)
+    x[0, 50] = value
+    y = kernel(x)
+    assert not torch.isfinite(y[0]).any()
+    assert torch.equal(y[1:], expected[1:])
+
+
+@pytest.mark.parametrize("scheme", ["w2-g32-asym", "w3-g64", "w4-channel-asym", "w8-tensor"])
+def test_the_weight_comes_back(scheme):
+    weight = random_weight(QuantScheme.parse(scheme), (45, 192))
+    kernel = Native(weight, BF16, CPU)
+    codes, scale, zero_point = kernel.numbers()
+    assert torch.equal(codes, weight.codes)
+    per_row = weight.per_row()
+    assert torch.equal(scale, per_row.scale)
+    assert torch.equal(zero_point, per_row.zero_point)
+    for dtype in (torch.float32, BF16, torch.float16):
+        assert torch.equal(kernel.weight(dtype), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "half", "to"])
+def test_a_kernel_that_was_moved_computes_the_same(how):
+    kernel = Native(random_weight(QuantScheme(4, "group", 32), (40, 96)), BF16, CPU)
+    x = torch.randn(3, 96).bfloat16()
+    expected, again = kernel(x), None
+    if how == "pickle":
+        again = pickle.loads(pickle.dumps(kernel))
+    elif how == "deepcopy":
+        again = copy.deepcopy(kernel)
+    else:  # scales in another dtype that holds them: their memory is another
+        again = copy.deepcopy(kernel).to(torch.float32)
+    del kernel
+    assert torch.equal(again(x), expected)
+
+
+def test_a_bias_is_added_before_rounding():
+    weight = random_weight(QuantScheme(8), (40, 96))
+    kernel, bias = Native(weight, BF16, CPU), torch.randn(40)
+    x = torch.randn(5, 96).bfloat16()
+    exact = x.double() @ weight.dequantize(torch.float64).t() + bias.bfloat16().double()
+    assert torch.equal(kernel(x, bias.bfloat16()), kernel(x.float(), bias.bfloat16().float()).bfloat16())
+    torch.testing.assert_close(
+        kernel(x.float(), bias.bfloat16().float()).double(), exact, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_rows_that_lie_apart_are_read_where_they_lie():
+    kernel = Native(random_weight(QuantScheme(4, "group", 32), (40, 96)), BF16, CPU)
+    wide = torch.randn(6, 200).bfloat16()
+    for x in (wide[:, 3:99], wide[::2, :96], wide[:1, :96].expand(4, 96), wide.t()[:96, :4].t()):
+        assert torch.equal(kernel(x), kernel(x.contiguous()))
+
+
+def test_threads_that_call_at_once_get_what_one_alone_gets(isa):
+    kernel = Native(random_weight(QuantScheme(4, "group", 32), (300, 96)), BF16, CPU)
+    inputs = [torch.randn(1 + i % 9, 96).bfloat16() for i in range(24)]
+    expected = [kernel(x) for x in inputs]
+    wrong = []
+
+    def call(start):
+        for i in range(200):
+            which = (start + i) % len(inputs)
+            if not torch.equal(kernel(inputs[which]), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=call, args=(3 * i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_how_many_threads_work_does_not_change_a_bit():
+    kernel = Native(random_weight(QuantScheme(3, "group", 32), (300, 480)), BF16, CPU)
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 30):
+            x = torch.randn(rows, 480).bfloat16()
+            results = []
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(kernel(x))
+            assert all(torch.equal(y, results[0]) for y in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inputs_are_rounded_to_8_bits_only_where_that_is_asked_for():
+    weight = random_weight(QuantScheme(4, "group", 32), (40, 96))
+    assert choose_kernel(weight, BF16, CPU)[0] == "native"
+    assert choose_kernel(weight, BF16, CPU, int8_inputs=True)[0] == "native-int8"
+
+
+def test_the_library_can_be_turned_off(monkeypatch):
+    weight = random_weight(QuantScheme(4, "group", 32), (40, 96))
+    monkeypatch.setenv("FEWBITS_NATIVE", "0")
+    name, refusals = choose_kernel(weight, BF16, CPU)
+    assert name == "int4pack"
+    assert "FEWBITS_NATIVE=0" in refusals["native"]
+    monkeypatch.setenv("FEWBITS_NATIVE", "yes")
+    with pytest.raises(InputError, match="FEWBITS_NATIVE is 'yes'; 0"):
+        choose_kernel(weight, BF16, CPU)
+
+
+def test_every_instruction_set_has_a_name():
+    assert library().isa in ISAS
