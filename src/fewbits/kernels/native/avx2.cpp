@@ -37,8 +37,8 @@ inline Bytes quad(const uint8_t *chunk, int h, int q) {
   if constexpr (BITS == 3) {
     int32_t high;  // a bit for a byte
     std::memcpy(&high, chunk + q / 4 * 192 + 128 + h / 2 * 32 + q % 4 * 8 + h % 2 * 4, 4);
-    const Bytes spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2,
-                                          2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const Bytes spread = _mm256_setr_epi32(0, 0, 0x01010101, 0x01010101, 0x02020202, 0x02020202, 0x03030303,
+                                           0x03030303);
     const Bytes bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     const Bytes own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(high), spread), bit);
     v = _mm256_or_si256(v, _mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8(4)));
@@ -106,12 +106,16 @@ inline void each_rows(int64_t rows, const Work &work) {
 template <int BITS>
 struct Packed {
   const uint8_t *codes;
-  Bytes operator()(int chunk, int h, int q) const { return quad<BITS>(codes + chunk * chunk_bytes(BITS), h, q); }
+  Bytes operator()(int chunk, int h, int q) const {
+    return quad<BITS>(codes + chunk * chunk_bytes(BITS), h, q);
+  }
 };
 
 struct Unpacked {
   const uint8_t *codes;
-  Bytes operator()(int chunk, int h, int q) const { return load_bytes(codes + chunk * 1024 + q * 128 + h * 32); }
+  Bytes operator()(int chunk, int h, int q) const {
+    return load_bytes(codes + chunk * 1024 + q * 128 + h * 32);
+  }
 };
 
 // Codes of up to 4 bits are unsigned, and the sums of a chunk stay in 16 bit: 16 products of at most
@@ -124,16 +128,19 @@ inline Bytes dot8(Bytes sum, Bytes v, Bytes x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
 }
 
-// M rows of x, one panel of columns, added to result (M, 32).
+// M rows of x, one panel of columns, added to result (M, 32). (A compiler that unrolls too late keeps sums in
+// memory.)
 template <int BITS, int M, class Source>
-inline void rows8(const fewbits_weight &w, int64_t block, const Source &source, const Part &p, const Inputs &x,
-                  int64_t row, float *result) {
+inline void rows8(const fewbits_weight &w, int64_t block, const Source &source, const Part &p,
+                  const Inputs &x, int64_t row, float *result) {
   const int64_t from = p.panel * x.rows + row;
   const int8_t *x8 = x.x8 + from * WIDE;
   const float *steps = x.scales + from * PANEL;
   const int32_t *totals = x.totals + from * PANEL;
   Floats sum[M][PARTS];
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) sum[m][h] = _mm256_loadu_ps(result + m * ROWS + h * LANES);
   for (int c = 0; c < p.chunks; c++, x8 += CHUNK) {
     Bytes dot[M][PARTS];
@@ -142,35 +149,45 @@ inline void rows8(const fewbits_weight &w, int64_t block, const Source &source, 
 #pragma GCC unroll 8
     for (int q = 0; q < 8; q++) {
       Bytes xs[M];
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) {
         int32_t four;
         std::memcpy(&four, x8 + m * WIDE + q * 4, 4);
         xs[m] = _mm256_set1_epi32(four);
       }
+#pragma GCC unroll 4
       for (int h = 0; h < PARTS; h++) {
         const Bytes v = source(c, h, q);
+#pragma GCC unroll 4
         for (int m = 0; m < M; m++) dot[m][h] = dot8<BITS>(dot[m][h], v, xs[m]);
       }
     }
     const int64_t at = p.group(w, block, c) * ROWS;
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) {
       const Floats scale = scales_at(w, at + h * LANES);
       // What is taken off every code, times the sum of x: both fit 16 bits, the upper ones are zero.
       Bytes zero = _mm256_set1_epi32(BITS < 8 ? -(1 << (BITS - 1)) & 0xffff : 0);
       if (w.zero_type == FEWBITS_ZERO_POINT)
-        zero = _mm256_and_si256(_mm256_sub_epi32(zero, zeros_at(w, at + h * LANES)), _mm256_set1_epi32(0xffff));
+        zero = _mm256_and_si256(_mm256_sub_epi32(zero, zeros_at(w, at + h * LANES)),
+                                _mm256_set1_epi32(0xffff));
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) {
         const float step = steps[m * PANEL + c];
         const int32_t total = totals[m * PANEL + c];
         Bytes all = BITS < 8 ? _mm256_madd_epi16(dot[m][h], _mm256_set1_epi16(1)) : dot[m][h];
         all = _mm256_add_epi32(all, _mm256_madd_epi16(zero, _mm256_set1_epi32(total)));
-        sum[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale, _mm256_set1_ps(step)), sum[m][h]);
+        sum[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale, _mm256_set1_ps(step)),
+                                    sum[m][h]);
         if (w.zero_type == FEWBITS_OFFSET)
-          sum[m][h] = _mm256_fnmadd_ps(offsets_at(w, at + h * LANES), _mm256_set1_ps(step * float(total)), sum[m][h]);
+          sum[m][h] = _mm256_fnmadd_ps(offsets_at(w, at + h * LANES), _mm256_set1_ps(step * float(total)),
+                                       sum[m][h]);
       }
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) _mm256_storeu_ps(result + m * ROWS + h * LANES, sum[m][h]);
 }
 
@@ -269,6 +286,7 @@ inline void tile16(const fewbits_weight &w, int64_t block, const Values &values,
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
           const Floats from_a = values(a, q, j), from_b = values(b, q, j);
+#pragma GCC unroll 4
           for (int m = 0; m < M; m++) {
             const Floats x = _mm256_broadcast_ss(line + m * WIDE + c * CHUNK + q * 4 + j);
             Floats *to = dot[j % APART][m];
@@ -277,14 +295,18 @@ inline void tile16(const fewbits_weight &w, int64_t block, const Values &values,
           }
         }
       }
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) total[m] += sums[m * PANEL + c];
     }
+#pragma GCC unroll 4
     for (int h = 0; h < 2; h++) {
       const int64_t lanes = tile * 16 + h * LANES;
       const Floats scale = scales_at(w, at + lanes);
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) {
         float *to = result + m * ROWS + lanes;
         Floats all = dot[0][m][h];
+#pragma GCC unroll 4
         for (int i = 1; i < APART; i++) all = _mm256_add_ps(all, dot[i][m][h]);
         if (w.zero_type == FEWBITS_ZERO_POINT)
           all = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(zeros_at(w, at + lanes)), _mm256_set1_ps(total[m]), all);
@@ -302,8 +324,8 @@ constexpr int HALF = PANEL / 2;
 
 // Chunks `begin` to `end` of a panel as weights (columns, 32).
 template <int BITS, class Values>
-void unpack16(const fewbits_weight &w, int64_t block, const Values &values, const uint8_t *codes, const Part &p,
-              int begin, int end, float *panel) {
+void unpack16(const fewbits_weight &w, int64_t block, const Values &values, const uint8_t *codes,
+              const Part &p, int begin, int end, float *panel) {
   for (int c = begin; c < end; c++, panel += CHUNK * ROWS) {
     const int64_t at = p.group(w, block, c) * ROWS;
     for (int h = 0; h < PARTS; h++) {
@@ -326,21 +348,29 @@ void unpack16(const fewbits_weight &w, int64_t block, const Values &values, cons
 
 // M rows of x times weights (columns, 32), added to result (M, 32).
 template <int M>
-inline void rows_of_floats(const float *panel, int chunks, const uint16_t *x16, float *result) {
+[[gnu::noinline]] void rows_of_floats(const float *panel, int chunks, const uint16_t *x16, float *result) {
   alignas(64) float line[M][HALF * CHUNK];
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++) floats_of(x16 + m * WIDE, chunks, 1, line[m]);
   Floats sum[M][PARTS];
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) sum[m][h] = _mm256_loadu_ps(result + m * ROWS + h * LANES);
   for (int i = 0; i < chunks * CHUNK; i++) {
     Floats v[PARTS];
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) v[h] = _mm256_load_ps(panel + i * ROWS + h * LANES);
+#pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
       const Floats xs = _mm256_broadcast_ss(line[m] + i);
+#pragma GCC unroll 4
       for (int h = 0; h < PARTS; h++) sum[m][h] = _mm256_fmadd_ps(v[h], xs, sum[m][h]);
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) _mm256_storeu_ps(result + m * ROWS + h * LANES, sum[m][h]);
 }
 
@@ -426,7 +456,8 @@ void round16(const float *x, int64_t n, uint16_t *x16, float *sums) {
     Floats sum = _mm256_setzero_ps();
     for (int i = 0; i < CHUNK; i += 8, x += 8, x16 += 8) {
       const Floats v = _mm256_loadu_ps(x);
-      const Bytes bits = _mm256_castps_si256(v), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const Bytes bits = _mm256_castps_si256(v);
+      const Bytes last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
       // To nearest, ties to even; a NaN keeps its upper half, made quiet.
       Bytes up = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
       const Bytes quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
@@ -445,7 +476,8 @@ void round16(const float *x, int64_t n, uint16_t *x16, float *sums) {
 
 const Isa *avx2() {
   static const Isa isa{product16, product8, round8, round16};
-  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   return runs ? &isa : nullptr;
 }
 
