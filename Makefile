@@ -57,10 +57,10 @@ torture: $(INSTALLED)
 sanitize:
 	cmake -S . -B build/sanitize -DFEWBITS_SANITIZE=address,undefined >/dev/null
 	cmake --build build/sanitize -j >/dev/null
-	build/sanitize/sanitize
+	build/sanitize/sanitize 500
 	cmake -S . -B build/sanitize-threads -DFEWBITS_SANITIZE=thread >/dev/null
 	cmake --build build/sanitize-threads -j >/dev/null
-	build/sanitize-threads/sanitize 200
+	build/sanitize-threads/sanitize 100
 
 # About an hour on two cores. The settings keep malloc from returning pages to the system all the time.
 reference-model: $(INSTALLED)
