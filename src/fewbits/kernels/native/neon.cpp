@@ -1,5 +1,11 @@
 // NEON with dot products. A vector is 4 rows of W times four columns, one byte each, so that a sum needs no
 // adding across lanes: a lane is a row. A block is eight such vectors wide.
+
+// Moving loads up before registers are assigned makes gcc run out of them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
 #include <arm_neon.h>
 #ifdef __linux__
 #include <asm/hwcap.h>
@@ -110,7 +116,9 @@ struct Packed {
 
 struct Unpacked {
   const int8_t *codes;
-  Bytes operator()(int chunk, int h, int q) const { return vld1q_s8(codes + chunk * 1024 + q * 128 + h * 16); }
+  Bytes operator()(int chunk, int h, int q) const {
+    return vld1q_s8(codes + chunk * 1024 + q * 128 + h * 16);
+  }
 };
 
 // Quad Q of each four: x has all four.
@@ -260,15 +268,12 @@ constexpr int apart = M == 1 ? 4 : M == 2 ? 2 : 1;
 constexpr int TILE = PARTS / 2;
 
 template <int J, int M, class Values, class Quad>
-inline void products(const Quad (&v)[TILE], const Floats (&xs)[M], Floats (&dot)[apart<M>][M][TILE]) {
+inline void products(Quad v, const Floats (&xs)[M], int h, Floats (&dot)[apart<M>][M][TILE]) {
+  const Floats value = Values::template column<J>(v);
 #pragma GCC unroll 4
-  for (int h = 0; h < TILE; h++) {
-    const Floats value = Values::template column<J>(v[h]);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-      Floats &to = dot[J % apart<M>][m][h];
-      to = vfmaq_laneq_f32(to, value, xs[m], place<J>);
-    }
+  for (int m = 0; m < M; m++) {
+    Floats &to = dot[J % apart<M>][m][h];
+    to = vfmaq_laneq_f32(to, value, xs[m], place<J>);
   }
 }
 
@@ -289,17 +294,17 @@ inline void tile16(const fewbits_weight &w, int64_t block, const Values &values,
     for (; c < p.chunks && p.group(w, block, c) == group; c++) {
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
-        decltype(values.quad_of(codes, 0, 0)) v[TILE];
-#pragma GCC unroll 4
-        for (int h = 0; h < TILE; h++)
-          v[h] = values.quad_of(codes + c * chunk_bytes(BITS), tile * TILE + h, q);
         Floats xs[M];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) xs[m] = from_words(vld1_u16(x16 + m * WIDE + c * CHUNK + q * 4));
-        products<0, M, Values>(v, xs, dot);
-        products<1, M, Values>(v, xs, dot);
-        products<2, M, Values>(v, xs, dot);
-        products<3, M, Values>(v, xs, dot);
+#pragma GCC unroll 4
+        for (int h = 0; h < TILE; h++) {
+          const auto v = values.quad_of(codes + c * chunk_bytes(BITS), tile * TILE + h, q);
+          products<0, M, Values>(v, xs, h, dot);
+          products<1, M, Values>(v, xs, h, dot);
+          products<2, M, Values>(v, xs, h, dot);
+          products<3, M, Values>(v, xs, h, dot);
+        }
       }
       for (int m = 0; m < M; m++) total[m] += sums[m * PANEL + c];
     }
@@ -452,7 +457,8 @@ void round16(const float *x, int64_t n, uint16_t *x16, float *sums) {
     Floats sum = vdupq_n_f32(0);
     for (int i = 0; i < CHUNK; i += 4, x += 4, x16 += 4) {
       const Floats v = vld1q_f32(x);
-      const uint32x4_t bits = vreinterpretq_u32_f32(v), last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+      const uint32x4_t bits = vreinterpretq_u32_f32(v);
+      const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
       // To nearest, ties to even; a NaN keeps its upper half, made quiet.
       const uint32x4_t up = vaddq_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7fff)));
       const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
