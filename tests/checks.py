@@ -425,6 +425,8 @@ def _check_exact_product(
 ) -> bool:
     """Powers of two as scales and small integers as inputs: no float32 sum rounds, in any order."""
     weight = random_weight(scheme, shape, scales=torch.tensor([0.5, 1.0]))
+    if kernel_class is NativeInt8:  # its steps are no powers of two
+        return False
     if kernel_class.refuses(weight, torch.float32, torch.device(device)) is not None:
         return False
     kernel = kernel_class(weight, torch.float32, torch.device(device))
@@ -479,14 +481,8 @@ def product_and_bound(
         terms, operands = w.abs(), half_step(w, dtype)
     elif issubclass(kernel_class, Native):
         operands = half_step(zero, torch.float32) * (weight.offset is not None)
-        if (
-            weight.scheme.bits == 8
-        ):  # as 16 times the upper half, which is the middle's share, and the rest
-            upper = codes.div(16, rounding_mode="floor") * 16
-            terms = scale * ((upper - middle).abs() + codes - upper) + zero.abs()
-        if kernel_class is NativeInt8:
-            rounded = _half_step_int8(x)
-            of_inputs, size = rounded @ w.abs().t(), size + rounded
+        rounded = _half_step_of_inputs(kernel_class, x)
+        of_inputs, size = rounded @ w.abs().t(), size + rounded
     elif kernel_class is Int8Pack:  # q * scale
         operands = half_step(scale, dtype) * (codes - middle).abs()
     else:  # (c - 8) * scale + zero, with both rounded
@@ -511,8 +507,22 @@ def fast_kernel(otherwise: str) -> str:
     return otherwise if found is None or found.isa == "portable" else "native"
 
 
-def _half_step_int8(x: Tensor) -> Tensor:
-    """(rows, in): how far rounding by absmax / 127 of 32 neighbours moves each input, float64."""
-    groups = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    half = groups.abs().amax(-1, keepdim=True) / 254 * (1 + 2**-20)
+def _half_step_of_inputs(kernel_class: type[Kernel], x: Tensor) -> Tensor:
+    """(rows, in): how far the native kernels' rounding moves each input, float64.
+
+    In 8 bits by half of absmax / 127 of 32 neighbours; else by half a step of 2^-15 of a power of two
+    that 128 neighbours are below, or a whole one at its end; in float32 by such a part of that step.
+    """
+    together = 32 if kernel_class is NativeInt8 else 128
+    groups = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % together)).unflatten(
+        1, (-1, together)
+    )
+    largest = groups.abs().amax(-1, keepdim=True)
+    half = largest / 254 * (1 + 2**-20)
+    if kernel_class is not NativeInt8:
+        half = (
+            2.0 ** torch.frexp(largest)[1].double()
+            * 2**-15
+            * (2**-15 if x.dtype == torch.float32 else 1)
+        )
     return half.expand_as(groups).flatten(1)[:, : x.shape[1]]

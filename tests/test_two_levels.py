@@ -75,7 +75,7 @@ def test_the_gguf_library_reads_the_same_values_bit_for_bit(made):
 def test_the_model_computes_what_its_weights_in_float_would(source, made, dtype):
     model, plain = fewbits.load(made, dtype=dtype), fewbits.load(source, dtype=torch.float32)
     linears = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    wanted = fast_kernel("int4pack") if dtype == torch.bfloat16 else "reference"
+    wanted = fast_kernel("int4pack" if dtype == torch.bfloat16 else "reference")
     assert {linear.kernel_name for linear in linears} == {wanted}
     for name, weight in weights_of(made).items():
         plain.get_parameter(name).data = weight.dequantize(torch.float32)

@@ -85,14 +85,29 @@ def test_a_kernel_that_was_moved_computes_the_same(how):
 
 
 def test_a_bias_is_added_before_rounding():
-    weight = random_weight(QuantScheme(8), (40, 96))
-    kernel, bias = Native(weight, BF16, CPU), torch.randn(40)
+    weight, bias = random_weight(QuantScheme(8), (40, 96)), torch.randn(40).bfloat16()
     x = torch.randn(5, 96).bfloat16()
-    exact = x.double() @ weight.dequantize(torch.float64).t() + bias.bfloat16().double()
-    assert torch.equal(kernel(x, bias.bfloat16()), kernel(x.float(), bias.bfloat16().float()).bfloat16())
-    torch.testing.assert_close(
-        kernel(x.float(), bias.bfloat16().float()).double(), exact, rtol=1e-5, atol=1e-4
-    )
+    exact = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
+    in_float = Native(weight, torch.float32, CPU)(x.float(), bias.float())
+    torch.testing.assert_close(in_float.double(), exact, rtol=1e-5, atol=1e-4)
+    kernel = Native(weight, BF16, CPU)
+    assert torch.equal(kernel(x, bias), kernel(x.float(), bias.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "label", ["w2-g32-asym", "w3-g64", "w4-g96", "w4-g32-asym-k", "w8-channel-asym"]
+)
+def test_a_product_is_the_same_bits_on_every_processor_and_among_any_rows(label):
+    weight = random_weight(QuantScheme.parse(label), (70, 768))
+    for kernel_class, dtype in ((Native, BF16), (Native, torch.float32), (NativeInt8, BF16)):
+        kernel, x = kernel_class(weight, dtype, CPU), torch.randn(37, 768).to(dtype)
+        results = []
+        for name in ISAS:
+            if library().use(name):
+                results += [kernel(x), torch.cat([kernel(x[:1]), kernel(x[1:8]), kernel(x[8:])])]
+        library().use(None)
+        assert len(results) > 2
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_rows_that_lie_apart_are_read_where_they_lie():

@@ -54,13 +54,6 @@ std::vector<uint8_t> numbers(int64_t count, int type, int least, int most, bool 
   return data;
 }
 
-// To nearest with that many digits, ties to even.
-double rounded(double value, int digits) {
-  int exponent;
-  const double part = std::frexp(value, &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(part, digits)), exponent - digits);
-}
-
 // -- a weight ----------------------------------------------------------------------------------------
 
 struct Case {
@@ -83,7 +76,7 @@ struct Case {
     }
     if (zero_type == FEWBITS_OFFSET) zeros = numbers(count, FEWBITS_F32, -6, 2, false);
     if (zero_type == FEWBITS_TABLE)
-      for (int i = 0; i < 16; i++) table.push_back(float(pick(-255, 255)) / 64);  // exact in bfloat16
+      for (int i = 0; i < 16; i++) table.push_back(float(i ? pick(-2047, 2047) : 2047) / 512);  // 11 bits
     w = {out, in, columns, bits, group, scale_type, zero_type, packed.data(), scales.data(),
          zeros.empty() ? nullptr : zeros.data(), table.empty() ? nullptr : table.data()};
     for (int64_t row = 0; row < out; row++)
@@ -153,18 +146,29 @@ std::vector<uint8_t> product(const Case &c, const Rows &r, int inputs, int threa
   return y;
 }
 
-// As fewbits.h says that x is rounded.
+// What fewbits.h says is rounded together: integers times a step.
+std::vector<double> in_steps(const std::vector<float> &x, int bits) {
+  float most = 0;
+  for (float each : x) most = std::fmax(most, std::fabs(each));
+  int above = 0;  // most < 2^above
+  std::frexp(most, &above);
+  const float step = bits == 8 ? most / 127 : std::ldexp(1.0f, above - 15);
+  const float inverse = most < 0x1p-100f ? 0 : bits == 8 ? 127 / most : 1 / step;
+  std::vector<double> result;
+  for (float each : x) result.push_back(std::fmin(std::nearbyint(each * inverse), 32767.0f) * double(step));
+  return result;
+}
+
 std::vector<double> inputs_of(const Case &c, const uint8_t *x, int type, int inputs, int64_t from) {
-  std::vector<double> line(c.w.in);
-  for (int64_t i = 0; i < c.w.in; i++) line[i] = number(x, type, from + i);
-  for (int64_t i = 0; i < c.w.in; i++)
-    if (inputs == FEWBITS_INPUTS_16) line[i] = rounded(line[i], 8);
-  for (int64_t begin = 0; inputs == FEWBITS_INPUTS_8 && begin < c.w.in; begin += 32) {
-    const int64_t end = std::min(begin + 32, c.w.in);
-    float most = 0;
-    for (int64_t i = begin; i < end; i++) most = std::fmax(most, float(std::fabs(line[i])));
-    const float inverse = most >= 0x1p-120f ? 127 / most : 0, step = most / 127;
-    for (int64_t i = begin; i < end; i++) line[i] = double(std::nearbyint(float(line[i]) * inverse)) * step;
+  std::vector<double> line;
+  const int64_t together = inputs == FEWBITS_INPUTS_8 || c.w.zero_type == FEWBITS_TABLE ? 32 : 128;
+  for (int64_t begin = 0; begin < c.w.in; begin += together) {
+    std::vector<float> part;
+    for (int64_t i = begin; i < std::min(begin + together, c.w.in); i++) part.push_back(float(number(x, type, from + i)));
+    const auto value = in_steps(part, inputs == FEWBITS_INPUTS_8 ? 8 : 16);
+    for (size_t i = 0; i < part.size(); i++) part[i] = float(part[i] - value[i]);
+    const auto left = in_steps(part, 16);
+    for (size_t i = 0; i < part.size(); i++) line.push_back(value[i] + (inputs == FEWBITS_INPUTS_32 ? left[i] : 0));
   }
   return line;
 }
@@ -220,7 +224,7 @@ Case any_case(int64_t out, int64_t in, int inputs) {
 
 int check_products(int count) {
   int done = 0;
-  for (int inputs = 0; inputs < 2; inputs++) {
+  for (int inputs = 0; inputs < 3; inputs++) {
     for (int64_t rows = 0; rows <= 70; rows++, done++)
       check_product(any_case(pick(1, 40), pick(1, 70), inputs), int(pick(0, 2)), inputs, rows, pick(0, 3));
     for (int64_t rows : {255, 256, 257, 600}) {
@@ -234,7 +238,7 @@ int check_products(int count) {
     }
   }
   for (; done < count; done++) {
-    const int inputs = int(pick(0, 1));
+    const int inputs = int(pick(0, 2));
     const Case c = any_case(pick(1, 100), pick(1, pick(0, 3) ? 70 : 700), inputs);
     check_product(c, int(pick(0, 2)), inputs, pick(0, pick(0, 3) ? 8 : 70), pick(0, 3));
     check_unpack(c, int(pick(0, 2)));
@@ -259,7 +263,7 @@ struct Call {
 
 void check_calls() {
   std::vector<Call> calls;  // of many rows, which threads share; and one of a larger weight
-  for (int i = 0; i < 16; i++) calls.emplace_back(pick(1, 40), pick(1, 70), pick(9, 24), i % 2);
+  for (int i = 0; i < 16; i++) calls.emplace_back(pick(1, 40), pick(1, 70), pick(9, 24), i % 3);
   calls.emplace_back(130, 1030, 1, FEWBITS_INPUTS_8);
   team([](void *data) {
     const auto &all = *static_cast<std::vector<Call> *>(data);
@@ -318,7 +322,7 @@ void check_refusals() {
   with([](auto &w) { w.zero_type = 4; });
   linear(c.w, -1, FEWBITS_F32, FEWBITS_INPUTS_16);
   linear(c.w, 1, 3, FEWBITS_INPUTS_16);
-  linear(c.w, 1, FEWBITS_F32, 2);
+  linear(c.w, 1, FEWBITS_F32, 3);
   refused += fewbits_unpack(&c.w, 3, nullptr) != 0;
   for (int bits : {0, 1, 5, 6, 7, 9}) refused += fewbits_pack(nullptr, 1, 32, 32, bits, nullptr) != 0;
   refused += fewbits_pack(nullptr, 1, 33, 32, 4, nullptr) != 0;

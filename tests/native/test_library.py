@@ -37,7 +37,7 @@ def test_the_structure_and_the_numbers_are_those_of_the_header():
     numbers = dict(re.findall(r"FEWBITS_(\w+) = (\d+)", HEADER))
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     assert {name: str(native.TYPES[dtype]) for name, dtype in types.items()}.items() <= numbers.items()
-    others = ("MIDDLE", "ZERO_POINT", "OFFSET", "TABLE", "INPUTS_16", "INPUTS_8")
+    others = ("MIDDLE", "ZERO_POINT", "OFFSET", "TABLE", "INPUTS_16", "INPUTS_8", "INPUTS_32")
     assert {name: str(getattr(native, name)) for name in others}.items() <= numbers.items()
     assert {isa.upper(): str(i) for i, isa in enumerate(native.ISAS)}.items() <= numbers.items()
     assert f"#define FEWBITS_INTERFACE {native.INTERFACE}\n" in HEADER
@@ -100,10 +100,18 @@ def test_each_instruction_set_gives_what_plain_torch_gives(found, isa):
         bias = torch.randn(37)
         assert torch.equal(found.linear(weight, x, bias), y + bias)
         assert torch.equal(found.linear(weight, x.contiguous(), threads=3), y)
-        rounded = x.bfloat16().double()
-        # 100 products and a few steps more in float, of numbers that may be summed from code 0.
-        most = rounded.abs() @ (scale * (codes + 8.0 + zero.abs())).double().T
-        assert bool(((y - rounded @ exact.double().T).abs() <= 116 * 2.0**-23 * most).all())
+        # 100 products and a few steps more in float, of numbers that may be summed from code 0; and half
+        # a step of x: of those that share it, the largest is at least so many.
+        sizes = (scale * (codes + 8.0 + zero.abs())).double().sum(1)
+        values = exact.abs().double().sum(1)
+        for inputs, steps in (
+            (native.INPUTS_16, 2**15 - 1),
+            (native.INPUTS_8, 127),
+            (native.INPUTS_32, 2**29),
+        ):
+            error = (found.linear(weight, x, None, inputs) - x.double() @ exact.double().T).abs()
+            most = x.abs().amax(1, keepdim=True).double()
+            assert bool((error <= most * (116 * 2.0**-23 * sizes + values / (2 * steps))).all()), inputs
     finally:
         found.use(None)
 

@@ -1,5 +1,6 @@
 // The entry: which instruction set, which thread does what, and all that does not depend on either.
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 
@@ -86,23 +87,68 @@ Array<T> array(int64_t n) {
   return Array<T>(static_cast<T *>(std::malloc(n * sizeof(T))));
 }
 
-// Rows of x, rounded.
-struct Rounded {
-  Array<int8_t> x8;
-  Array<uint16_t> x16;
-  Array<float> scales;
-  Array<int32_t> totals;
+// Rows of x as integers. With INPUTS_32 there are twice as many: what was rounded off follows.
+class Rounded {
+ public:
+  Rounded(const fewbits_weight &w, const Isa &isa, int inputs, int64_t rows)
+      : w_(w), isa_(isa), inputs_(inputs), width_((w.columns + WIDE - 1) / WIDE * WIDE),
+        scales_(array<float>(rows * width_ / CHUNK)), totals_(array<int32_t>(rows * width_ / CHUNK)) {
+    if (inputs == FEWBITS_INPUTS_8)
+      x8_ = array<int8_t>(rows * width_);
+    else
+      x16_ = array<int16_t>(rows * width_);
+    if (w.zero_type != FEWBITS_TABLE) return;
+    for (int i = 0; i < 16; i++) largest_ = std::fmax(largest_, std::fabs(w.table[i]));
+    for (int i = 0; largest_ > 0 && i < 16; i++) table_[i] = int16_t(std::nearbyint(w.table[i] / largest_ * TABLE));
+  }
 
-  Rounded(int64_t rows, int64_t columns, int inputs) : scales(array<float>(rows * columns / CHUNK)) {
-    if (inputs == FEWBITS_INPUTS_8) {
-      x8 = array<int8_t>(rows * columns);
-      totals = array<int32_t>(rows * columns / CHUNK);
-    } else {
-      x16 = array<uint16_t>(rows * columns);
+  bool made() const { return scales_ && totals_ && (x8_ || x16_); }
+
+  Inputs all(int64_t rows) const {
+    const bool table = w_.zero_type == FEWBITS_TABLE;
+    return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(),
+            table ? 0 : 1 << (w_.bits - 1), table ? table_ : nullptr};
+  }
+
+  // One row of `rows` (or of twice as many); `line` has w.columns floats, which may be changed.
+  void round(float *line, int64_t row, int64_t rows) const {
+    const bool twice = inputs_ == FEWBITS_INPUTS_32;
+    const int64_t all = twice ? 2 * rows : rows;
+    for (int64_t begin = 0; begin < w_.columns; begin += WIDE) {
+      const int64_t n = w_.columns - begin < WIDE ? w_.columns - begin : WIDE;
+      round_panel(line + begin, n, begin / WIDE * all + row);
+      if (twice) round_panel(line + begin, n, begin / WIDE * all + rows + row);
     }
   }
 
-  bool made() const { return scales && (x16 || (x8 && totals)); }
+ private:
+  // Leaves in `line` what was rounded off, and rounds it to be as large as it is stored.
+  void round_panel(float *line, int64_t n, int64_t at) const {
+    float *scales = scales_.get() + at * PANEL;
+    int32_t *totals = totals_.get() + at * PANEL;
+    if (inputs_ == FEWBITS_INPUTS_8) return isa_.round8(line, n, x8_.get() + at * WIDE, scales, totals);
+    int16_t *x16 = x16_.get() + at * WIDE;
+    const int64_t together = w_.zero_type == FEWBITS_TABLE ? CHUNK : SUMMED_16 * CHUNK;
+    isa_.round16(line, n, together, x16, scales, totals);
+    if (inputs_ == FEWBITS_INPUTS_32)
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t stored = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
+        line[i] = std::fma(-float(x16[stored]), scales[i / CHUNK], line[i]);
+      }
+    if (w_.zero_type == FEWBITS_TABLE)
+      for (int64_t c = 0; c < n / CHUNK; c++) scales[c] *= largest_ / TABLE;
+  }
+
+  const fewbits_weight &w_;
+  const Isa &isa_;
+  const int inputs_;
+  const int64_t width_;
+  Array<int8_t> x8_;
+  Array<int16_t> x16_;
+  Array<float> scales_;
+  Array<int32_t> totals_;
+  float largest_ = 0;
+  int16_t table_[16] = {};
 };
 
 bool right(const fewbits_weight &w, int inputs, int type) {
@@ -110,8 +156,8 @@ bool right(const fewbits_weight &w, int inputs, int type) {
          w.columns % w.group == 0 && (w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8) &&
          w.scale_type >= FEWBITS_BF16 && w.scale_type <= FEWBITS_F32 && type >= FEWBITS_BF16 &&
          type <= FEWBITS_F32 && w.zero_type >= FEWBITS_MIDDLE && w.zero_type <= FEWBITS_TABLE &&
-         (inputs == FEWBITS_INPUTS_16 || inputs == FEWBITS_INPUTS_8) &&
-         (w.zero_type != FEWBITS_TABLE || (w.bits == 4 && inputs == FEWBITS_INPUTS_16));
+         inputs >= FEWBITS_INPUTS_16 && inputs <= FEWBITS_INPUTS_32 &&
+         (w.zero_type != FEWBITS_TABLE || (w.bits == 4 && inputs != FEWBITS_INPUTS_8));
 }
 
 }  // namespace
@@ -138,44 +184,39 @@ extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64
   const fewbits_weight &w = *weight;
   if (!right(w, inputs, type) || rows < 0) return 1;
   const Isa &isa = *isa_of(fewbits_isa());
-  const int64_t columns = w.columns, chunks = columns / CHUNK, blocks = (w.out + ROWS - 1) / ROWS;
-  const int64_t most = rows < SLICE ? rows : SLICE;
-  const Rounded rounded(most, (columns + WIDE - 1) / WIDE * WIDE, inputs);
+  const int64_t blocks = (w.out + ROWS - 1) / ROWS;
+  const int64_t least = 1 + PART / (w.columns / CHUNK * chunk_bytes(w.bits) + 1);
+  const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
+  const int64_t slice = rows < SLICE / parts ? rows : SLICE / parts;
+  const Rounded rounded(w, isa, inputs, slice * parts);
   if (!rounded.made()) return 2;
-  const int64_t least = 1 + PART / (chunks * chunk_bytes(w.bits) + 1);
   std::atomic<bool> failed{false};
-  for (int64_t first = 0; first < rows; first += SLICE) {
-    const int64_t count = rows - first < SLICE ? rows - first : SLICE;
+  for (int64_t first = 0; first < rows; first += slice) {
+    const int64_t count = rows - first < slice ? rows - first : slice;
     in_parts(count, FEW_ROWS, threads, parallel, [&](int64_t begin, int64_t end) {
-      const auto line = array<float>(columns);
+      const auto line = array<float>(w.columns);
       if (!line) return failed.store(true);
-      std::memset(line.get() + w.in, 0, (columns - w.in) * sizeof(float));
       for (int64_t row = begin; row < end; row++) {
         const int64_t from = (first + row) * stride;
         for (int64_t i = 0; i < w.in; i++) line[i] = load(x, type, from + i);
-        for (int64_t begin = 0; begin < columns; begin += WIDE) {
-          const int64_t n = columns - begin < WIDE ? columns - begin : WIDE;
-          const int64_t at = begin / WIDE * count + row;
-          float *scales = rounded.scales.get() + at * PANEL;
-          if (inputs == FEWBITS_INPUTS_8)
-            isa.round8(&line[begin], n, &rounded.x8[at * WIDE], scales, &rounded.totals[at * PANEL]);
-          else
-            isa.round16(&line[begin], n, &rounded.x16[at * WIDE], scales);
-        }
+        std::memset(line.get() + w.in, 0, (w.columns - w.in) * sizeof(float));
+        rounded.round(line.get(), row, count);
       }
     });
     if (failed) return 2;
-    const Inputs in{count, rounded.x16.get(), rounded.scales.get(), rounded.x8.get(),
-                    rounded.scales.get(), rounded.totals.get()};
+    const Inputs in = rounded.all(count * parts);
     in_parts(blocks, least, threads, parallel, [&](int64_t begin, int64_t end) {
       alignas(64) float result[SLICE * ROWS];
       for (int64_t block = begin; block < end; block++) {
         (inputs == FEWBITS_INPUTS_8 ? isa.product8 : isa.product16)(w, block, in, result);
         const int64_t from = block * ROWS, filled = w.out - from < ROWS ? w.out - from : ROWS;
         for (int64_t row = 0; row < count; row++)
-          for (int64_t i = 0; i < filled; i++)
-            store(result[row * ROWS + i] + (bias ? load(bias, type, from + i) : 0.0f), type, y,
-                  (first + row) * w.out + from + i);
+          for (int64_t i = 0; i < filled; i++) {
+            float sum = result[row * ROWS + i];
+            if (parts == 2) sum += result[(count + row) * ROWS + i];
+            if (bias) sum += load(bias, type, from + i);
+            store(sum, type, y, (first + row) * w.out + from + i);
+          }
       }
     });
   }
@@ -187,8 +228,10 @@ extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,
   in_parts(bytes / 64, PART / 64, threads, parallel, [&](int64_t begin, int64_t end) {
     const auto *line = static_cast<const uint64_t *>(data);
     uint64_t sum[8] = {};
-    for (int64_t i = begin * 8; i < end * 8; i += 8)
+    for (int64_t i = begin * 8; i < end * 8; i += 8) {
+      __builtin_prefetch(line + i + 384);  // as kernels do
       for (int j = 0; j < 8; j++) sum[j] ^= line[i + j];
+    }
     uint64_t one = 0;
     for (uint64_t part : sum) one ^= part;
     all ^= one;

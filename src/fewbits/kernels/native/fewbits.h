@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 2
+#define FEWBITS_INTERFACE 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,13 +28,15 @@ enum {
   FEWBITS_MIDDLE = 0,      // 2^(bits-1)
   FEWBITS_ZERO_POINT = 1,  // `zeros` is int8, distances from it: scale * (code - middle - zero)
   FEWBITS_OFFSET = 2,      // `zeros` is float: scale * (code - middle) - zero
-  FEWBITS_TABLE = 3,       // a code is looked up: scale * table[code]; not with int8 inputs
+  FEWBITS_TABLE = 3,       // a code is looked up: scale * table[code], which has 11 bits; not with INPUTS_8
 };
 
-// What a product is made of.
+// How exactly x is taken: as integers times a step that neighbours in a row share. What shares a step and
+// the scale of the weights is summed exactly.
 enum {
-  FEWBITS_INPUTS_16 = 0,  // x in bfloat16, codes exact in bfloat16, sums in float
-  FEWBITS_INPUTS_8 = 1,  // x rounded to int8 in groups of 32, sums in int32, groups summed in float
+  FEWBITS_INPUTS_16 = 0,  // 128 columns (32 for a table), a power of two: the largest is 2^14 to 2^15 steps
+  FEWBITS_INPUTS_8 = 1,   // 32 columns: the largest is 127 steps
+  FEWBITS_INPUTS_32 = 2,  // as 16, and what is left of x as 16 once more: as exact as float, twice the work
 };
 
 // Instruction sets, the later ones preferred.

@@ -11,37 +11,93 @@ namespace fewbits {
 constexpr int ROWS = 32;   // of W in a block
 constexpr int CHUNK = 32;  // columns: the inputs that share a scale when they are rounded to int8
 constexpr int PANEL = 8;   // chunks that are gone through for all rows of x before the next
-constexpr float LEAST_INPUT = 0x1p-120f;  // 127 divided by less is no float: 32 inputs below it are zeros
 constexpr int WIDE = PANEL * CHUNK;
 
 static constexpr int64_t chunk_bytes(int bits) { return CHUNK * ROWS * bits / 8; }
 
-// Rows of x as kernels read them: (panels, rows, 256), so that rows side by side lie side by side, and
-// (panels, rows, 8) for what belongs to a chunk. The last panel is filled up with whatever is there.
-// In 16 bit each four columns a b c d are stored a c b d: a vector of four bytes a row gives its even
-// and its odd bytes as pairs.
+constexpr int SUMMED_16 = 4;  // chunks that are rounded together to 16 bit: 128 * 255 * 32768 fits int32
+constexpr int TABLE = 2047;   // what the largest entry of a table becomes; there a chunk is rounded alone
+
+// Rows of x as kernels read them: integers (panels, rows, 256), so that rows side by side lie side by
+// side, and (panels, rows, 8) for what belongs to a chunk. The last panel is filled up with whatever is
+// there. In 16 bit each four columns a b c d are stored a c b d: the even bytes of a vector of four a
+// row are then a pair, and the odd ones.
 struct Inputs {
   int64_t rows;
-  const uint16_t *x16;    // bfloat16
-  const float *sums;      // of a chunk of x16
   const int8_t *x8;
-  const float *scales;    // of a chunk: x ~ x8 * scale
-  const int32_t *totals;  // of a chunk of x8
+  const int16_t *x16;
+  const float *scales;    // of a chunk: x ~ integer * scale; alike for chunks rounded together
+  const int32_t *totals;  // of a chunk: the sum of the integers
+  int32_t middle;         // what is taken off a code, zero points aside
+  const int16_t *table;   // (16,), or NULL
 };
 
 struct Isa {
   // One block of 32 rows of W times all rows of x: into result (rows, 32).
   void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
   void (*product8)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
-  // `n` floats of one row, a multiple of 32, at most a panel: rounded to int8, or to bfloat16.
+  // `n` floats of one row, a multiple of 32, at most a panel: rounded, 32 of them or `columns` together.
   void (*round8)(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals);
-  void (*round16)(const float *x, int64_t n, uint16_t *x16, float *sums);
+  void (*round16)(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals);
 };
 
 const Isa *portable();
 const Isa *neon();
 const Isa *avx2();
 const Isa *avx512();
+
+// How inputs that are rounded together become integers: times `factor`; times `step` they are what they were.
+struct Step {
+  float factor, step;
+};
+
+constexpr float LEAST_INPUT = 0x1p-100f;  // where all are smaller they count as zeros: factors stay finite
+constexpr int32_t MOST_16 = 32767;        // to which what is rounded up to 32768 is lowered
+
+// For the largest of them in size. What is not finite must not vanish: the step is then NaN, and so is the
+// row of the result. In 16 bit steps are powers of two, so that bfloat16 of one size stays what it is.
+static inline Step step_of(float largest, bool finite, int bits) {
+  if (!finite) return {0, __builtin_nanf("")};
+  if (largest < LEAST_INPUT) return {0, 0};
+  if (bits == 8) return {127 / largest, largest / 127};
+  uint32_t exponent;
+  std::memcpy(&exponent, &largest, 4);
+  exponent = ((exponent >> 23) - 14) << 23;  // 2^15 steps from a power of two to zero
+  float step;
+  std::memcpy(&step, &exponent, 4);
+  return {1 / step, step};
+}
+
+// The chunks of a panel in segments that are summed before they are scaled: they share the scale of the
+// weights and that of x, of which at most SUMMED chunks
+// have the same. A segment is from `begin` to `end`.
+template <int SUMMED>
+struct Segments {
+  int count, begin = 0, end = 0;
+  int64_t per_group, group, group_end;
+
+  Segments(const fewbits_weight &w, int64_t block, int64_t panel) : per_group(w.group / CHUNK) {
+    const int64_t left = w.columns / CHUNK - panel * PANEL, within = panel * PANEL / per_group;
+    count = int(left < PANEL ? left : PANEL);
+    group = block * (w.columns / w.group) + within - 1;
+    group_end = within * per_group - panel * PANEL;
+  }
+
+  bool next() {
+    begin = end;
+    if (begin == count) return false;
+    if (begin >= group_end) {
+      group++;
+      group_end += per_group;
+    }
+    end = begin / SUMMED * SUMMED + SUMMED;
+    if (SUMMED > 1 && end > group_end) end = int(group_end);
+    if (SUMMED > 1 && end > count) end = count;
+    return true;
+  }
+
+  int64_t scales() const { return group * ROWS; }  // where those of the weights lie
+};
 
 static inline float from_bf16(uint16_t bits) {
   uint32_t wide = uint32_t(bits) << 16;

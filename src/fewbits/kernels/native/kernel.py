@@ -1,8 +1,9 @@
-"""The kernels that run the native library: inputs in 16 bit, or rounded to 8 bits where one asks for it.
+"""The kernels that run the native library: inputs as exact as their dtype, or in 8 bits where asked for.
 
-Codes are exact in bfloat16, and sums are made in float32, so that a product in 16 bit is as exact as its
-inputs. With `NativeInt8`, each 32 inputs are divided by their own absmax / 127 and rounded, as llama.cpp
-does with its own formats: faster where there are many rows.
+Inputs are taken as integers of 16 bits times a power of two that 128 of them share, and as two of those
+in float32; sums of integers are exact, and what is scaled is summed in float32. Products are therefore
+the same bits on every processor, for any number of rows and threads. With `NativeInt8`, each 32 inputs
+are divided by their own absmax / 127 and rounded, as llama.cpp does with its own formats: half the work.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from fewbits.kernels.native.library import (
     INPUTS_8,
     INPUTS_16,
+    INPUTS_32,
     MIDDLE,
     OFFSET,
     ZERO_POINT,
@@ -29,14 +31,16 @@ from fewbits.tensor import QuantizedTensor
 _ROWS, _COLUMNS = 32, 32  # of a block; of inputs that share a scale
 
 
+_INPUTS = {torch.bfloat16: INPUTS_16, torch.float16: INPUTS_16, torch.float32: INPUTS_32}
+
+
 class Native(Kernel):
-    """`fewbits_linear` on inputs in bfloat16."""
+    """`fewbits_linear` on inputs as exact as the dtype."""
 
     codes: Tensor  # (bytes,) uint8
     scales: Tensor  # (blocks of 32 rows, groups, 32)
     zeros: Tensor | None  # alike: int8 distances from the middle, or float32
     adds_bias = True
-    inputs = INPUTS_16
 
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -45,8 +49,8 @@ class Native(Kernel):
             return f"is for the CPU, not {device.type}"
         if weight.scheme.inputs is not None:
             return "takes inputs as they are, not in 8 bits as the scheme has them"
-        if dtype != torch.bfloat16:
-            return f"multiplies bfloat16, not {dtype}"
+        if dtype not in _INPUTS:
+            return f"multiplies up to float32, not {dtype}"
         group = weight.scheme.group_size
         if group is not None and group % _COLUMNS:
             return f"needs groups of a multiple of {_COLUMNS} columns, not {group}"
@@ -57,6 +61,7 @@ class Native(Kernel):
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
+        self.inputs = _INPUTS[dtype]
         weight = weight.per_row()
         columns = weight.shape[1]
         self.bits = weight.scheme.bits
@@ -69,7 +74,7 @@ class Native(Kernel):
         self._describe()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias`, each value rounded once; in bfloat16 whatever x is."""
+        """`x @ W.T + bias`, each value rounded once, to the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
         fused = bias if bias is not None and bias.dtype == x.dtype else None
         y = self._library.linear(self._weight, rows, fused, self.inputs)
@@ -117,7 +122,9 @@ class Native(Kernel):
 class NativeInt8(Native):
     """`fewbits_linear` on inputs rounded to 8 bits."""
 
-    inputs = INPUTS_8
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(weight, dtype, device)
+        self.inputs = INPUTS_8
 
 
 def _library() -> Library:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 2  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 3  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
-INPUTS_16, INPUTS_8 = range(2)
+INPUTS_16, INPUTS_8, INPUTS_32 = range(3)
 _ZEROS = {MIDDLE: None, ZERO_POINT: torch.int8, OFFSET: torch.float32, TABLE: None}
 _ROWS = 32
 _SWITCH = "FEWBITS_NATIVE"
@@ -177,7 +177,7 @@ class Library:
             weight: see `describe`.
             x: its rows may lie apart, their values may not.
             bias: (out,) in the dtype of x.
-            inputs: INPUTS_16 rounds x to bfloat16, INPUTS_8 to int8 in groups of 32 columns.
+            inputs: INPUTS_16, INPUTS_8 or INPUTS_32 of fewbits.h: how exactly x is taken.
             threads: as many as torch uses, if None.
         """
         rows, columns = x.shape

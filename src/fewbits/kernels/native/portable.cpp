@@ -22,113 +22,87 @@ void quad(const fewbits_weight &w, const uint8_t *chunk, int tile, int q, uint8_
   }
 }
 
-struct Place {
-  const uint8_t *chunk;
-  int64_t at;  // of the group's scales
-};
-
-Place place(const fewbits_weight &w, int64_t block, int64_t c) {
+// What the sums of one segment are, and what comes of it: sums of integers are exact in any order.
+template <class Input, int SUMMED, int A, int B>  // where the second and the third of four columns are
+void product(const fewbits_weight &w, int64_t block, const Inputs &x, const Input *inputs, float *result) {
   const int64_t chunks = w.columns / CHUNK;
-  return {w.codes + (block * chunks + c) * chunk_bytes(w.bits),
-          (block * (w.columns / w.group) + c * CHUNK / w.group) * ROWS};
-}
-
-void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  const int64_t chunks = w.columns / CHUNK;
-  const int middle = 1 << (w.bits - 1);
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
-  for (int64_t c = 0; c < chunks; c++) {
-    const Place p = place(w, block, c);
-    for (int tile = 0; tile < 2; tile++) {
-      uint8_t codes[8][64];
-      for (int q = 0; q < 8; q++) quad(w, p.chunk, tile, q, codes[q]);
-      for (int64_t row = 0; row < x.rows; row++) {
-        const int64_t from = c / PANEL * x.rows + row, chunk = from * PANEL + c % PANEL;
-        const int8_t *x8 = x.x8 + chunk * CHUNK;
-        int32_t dot[16] = {};
-        for (int q = 0; q < 8; q++)
-          for (int r = 0; r < 16; r++)
-            for (int j = 0; j < 4; j++) dot[r] += int(codes[q][r * 4 + j]) * x8[q * 4 + j];
-        const float step = x.scales[chunk];
-        const int32_t total = x.totals[chunk];
-        for (int r = 0; r < 16; r++) {
-          const int64_t at = p.at + tile * 16 + r;
-          int zero = middle;
-          if (w.zero_type == FEWBITS_ZERO_POINT) zero += static_cast<const int8_t *>(w.zeros)[at];
-          float sum = float(dot[r] - zero * total) * (load(w.scales, w.scale_type, at) * step);
-          if (w.zero_type == FEWBITS_OFFSET) sum -= static_cast<const float *>(w.zeros)[at] * (step * float(total));
-          result[row * ROWS + tile * 16 + r] += sum;
+  const uint8_t *codes = w.codes + block * chunks * chunk_bytes(w.bits);
+  for (int64_t panel = 0; panel * PANEL < chunks; panel++, codes += PANEL * chunk_bytes(w.bits)) {
+    for (Segments<SUMMED> part(w, block, panel); part.next();) {
+      const int c = part.begin, end = part.end;
+      for (int tile = 0; tile < 2; tile++) {
+        int16_t levels[SUMMED][8][64];
+        for (int i = c; i < end; i++)
+          for (int q = 0; q < 8; q++) {
+            uint8_t own[64];
+            quad(w, codes + i * chunk_bytes(w.bits), tile, q, own);
+            for (int j = 0; j < 64; j++) levels[i - c][q][j] = x.table ? x.table[own[j]] : int16_t(own[j]);
+          }
+        for (int64_t row = 0; row < x.rows; row++) {
+          const int64_t first = (panel * x.rows + row) * PANEL;
+          int32_t dot[16] = {}, total = 0;
+          for (int i = c; i < end; i++) {
+            const Input *four = inputs + (first + i) * CHUNK;
+            total += x.totals[first + i];
+            for (int q = 0; q < 8; q++, four += 4)
+              for (int r = 0; r < 16; r++) {
+                const int16_t *level = levels[i - c][q] + r * 4;
+                dot[r] += level[0] * four[0] + level[1] * four[A] + level[2] * four[B] + level[3] * four[3];
+              }
+          }
+          const float step = x.scales[first + c];
+          for (int r = 0; r < 16; r++) {
+            const int64_t own = part.scales() + tile * 16 + r;
+            int zero = x.middle;
+            if (w.zero_type == FEWBITS_ZERO_POINT) zero += static_cast<const int8_t *>(w.zeros)[own];
+            float &sum = result[row * ROWS + tile * 16 + r];
+            sum = std::fma(float(dot[r] - zero * total), load(w.scales, w.scale_type, own) * step, sum);
+            if (w.zero_type == FEWBITS_OFFSET)
+              sum = std::fma(-static_cast<const float *>(w.zeros)[own], step * float(total), sum);
+          }
         }
       }
     }
   }
 }
 
+void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  product<int8_t, 1, 1, 2>(w, block, x, x.x8, result);
+}
+
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  const int64_t chunks = w.columns / CHUNK;
-  float value[256];
-  for (int code = 0; code < 1 << w.bits; code++)
-    value[code] = w.table ? from_bf16(to_bf16(w.table[code])) : float(code - (1 << (w.bits - 1)));
-  std::memset(result, 0, x.rows * ROWS * sizeof(float));
-  for (int64_t c = 0; c < chunks; c++) {
-    const Place p = place(w, block, c);
-    for (int tile = 0; tile < 2; tile++) {
-      float values[8][64];
-      for (int q = 0; q < 8; q++) {
-        uint8_t codes[64];
-        quad(w, p.chunk, tile, q, codes);
-        for (int i = 0; i < 64; i++) values[q][i] = value[codes[i]];
-      }
-      for (int64_t row = 0; row < x.rows; row++) {
-        const int64_t from = c / PANEL * x.rows + row, chunk = from * PANEL + c % PANEL;
-        const uint16_t *x16 = x.x16 + chunk * CHUNK;
-        float dot[16] = {};
-        for (int q = 0; q < 8; q++) {
-          const float quad[4] = {from_bf16(x16[q * 4]), from_bf16(x16[q * 4 + 2]), from_bf16(x16[q * 4 + 1]),
-                                 from_bf16(x16[q * 4 + 3])};
-          for (int r = 0; r < 16; r++)
-            for (int j = 0; j < 4; j++) dot[r] += values[q][r * 4 + j] * quad[j];
-        }
-        const float total = x.sums[chunk];
-        for (int r = 0; r < 16; r++) {
-          const int64_t at = p.at + tile * 16 + r;
-          float sum = dot[r];
-          if (w.zero_type == FEWBITS_ZERO_POINT) sum -= float(static_cast<const int8_t *>(w.zeros)[at]) * total;
-          sum *= load(w.scales, w.scale_type, at);
-          if (w.zero_type == FEWBITS_OFFSET) sum -= static_cast<const float *>(w.zeros)[at] * total;
-          result[row * ROWS + tile * 16 + r] += sum;
-        }
-      }
+  if (x.table) return product<int16_t, 1, 2, 1>(w, block, x, x.x16, result);
+  product<int16_t, SUMMED_16, 2, 1>(w, block, x, x.x16, result);
+}
+
+template <class Input, int BITS, int A, int B>
+void round(const float *x, int64_t n, int64_t columns, Input *integers, float *scales, int32_t *totals) {
+  for (int64_t begin = 0; begin < n; begin += columns) {
+    const int64_t end = begin + columns < n ? begin + columns : n;
+    float largest = 0, odd = 0;
+    for (int64_t i = begin; i < end; i++) {
+      largest = std::fmax(largest, std::fabs(x[i]));
+      odd += x[i] - x[i];  // NaN where x is not finite
+    }
+    const Step step = step_of(largest, odd == 0, BITS);
+    for (int64_t i = begin; i < end; i++) {
+      int32_t integer = step.factor == 0 ? 0 : int32_t(std::nearbyint(x[i] * step.factor));
+      if (integer > MOST_16) integer = MOST_16;
+      integers[i / 4 * 4 + (i % 4 == 1 ? A : i % 4 == 2 ? B : i % 4)] = Input(integer);
+      if (i % CHUNK == 0) totals[i / CHUNK] = 0;
+      totals[i / CHUNK] += integer;
+      scales[i / CHUNK] = step.step;
     }
   }
 }
 
 void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals) {
-  for (int64_t c = 0; c < n / CHUNK; c++, x += CHUNK, x8 += CHUNK) {
-    float most = 0, odd = 0;
-    for (int i = 0; i < CHUNK; i++) {
-      most = std::fmax(most, std::fabs(x[i]));
-      odd += x[i] - x[i];  // NaN where x is not finite
-    }
-    const float inverse = most >= LEAST_INPUT ? 127 / most : 0;
-    totals[c] = 0;
-    for (int i = 0; i < CHUNK; i++) {
-      x8[i] = odd == 0 ? int8_t(std::nearbyint(x[i] * inverse)) : int8_t(0);
-      totals[c] += x8[i];
-    }
-    scales[c] = odd == 0 ? most / 127 : NAN;
-  }
+  round<int8_t, 8, 1, 2>(x, n, CHUNK, x8, scales, totals);
 }
 
-void round16(const float *x, int64_t n, uint16_t *x16, float *sums) {
-  static const int order[4] = {0, 2, 1, 3};
-  for (int64_t c = 0; c < n / CHUNK; c++, x += CHUNK, x16 += CHUNK) {
-    sums[c] = 0;
-    for (int i = 0; i < CHUNK; i++) {
-      x16[i] = to_bf16(x[i / 4 * 4 + order[i % 4]]);
-      sums[c] += from_bf16(x16[i]);
-    }
-  }
+void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals) {
+  round<int16_t, 16, 2, 1>(x, n, columns, x16, scales, totals);
 }
 
 }  // namespace
