@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from checks import fast_kernel
 from fewbits.cli import app
 from models import tiny_checkpoint
 
@@ -223,6 +224,16 @@ def test_bench_says_which_kernel_runs_and_why_not_another(model, tmp_path):
     assert "reference" in result.stdout
     assert "needs groups of a multiple of 32 columns, not 16" in result.stdout
     assert f"native library {summary()} threads" in " ".join(result.stdout.split())
+
+
+def test_bench_rounds_inputs_to_8_bits_only_where_that_is_asked_for(model, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", model, out, "--group-size", "32").exit_code == 0
+    command = ("bench", out, "--prompt", "8", "--new-tokens", "2", "--json")
+    plain, rounded = (json.loads(run(*command, *more).stdout) for more in ((), ("--int8-inputs",)))
+    wanted = fast_kernel("reference")
+    assert wanted in plain["kernels"]
+    assert (f"{wanted}-int8" if wanted == "native" else wanted) in rounded["kernels"]
 
 
 def interrupt(*args, **kwargs):

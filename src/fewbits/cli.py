@@ -106,6 +106,12 @@ Format = Annotated[
 ]
 
 
+Int8Inputs = Annotated[
+    bool,
+    typer.Option(
+        "--int8-inputs", help="Round the inputs of quantized matrices to 8 bits on a CPU: faster."
+    ),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
 ]
@@ -487,6 +493,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second too.")] = False,
+    int8_inputs: Int8Inputs = False,
     json_: Json = False,
 ) -> None:
     """Measure perplexity, and against a reference KL, agreement and flips, with standard errors."""
@@ -511,7 +518,7 @@ def evaluate(
         for model, size in zip(models, sizes, strict=True):
             # The reference is compared with itself: its row shows zeros, not blanks.
             network = None  # the last one goes before the next one comes
-            network = load(model) if model != reference else other
+            network = load(model, int8_inputs=int8_inputs) if model != reference else other
             measured = run(
                 network, other, text=documents, length=seq_len, limit=limit, progress=progress
             )
@@ -641,6 +648,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    int8_inputs: Int8Inputs = False,
 ) -> None:
     """Stream text that MODEL writes after PROMPT."""
     import torch
@@ -655,7 +663,7 @@ def generate(
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
     check_seed(seed)
-    network, tokenizer = load(model), load_tokenizer(model)
+    network, tokenizer = load(model, int8_inputs=int8_inputs), load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
@@ -682,6 +690,7 @@ def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    int8_inputs: Int8Inputs = False,
     json_: Json = False,
 ) -> None:
     """Measure memory and speed of MODEL, and say which kernel runs and why."""
@@ -694,7 +703,7 @@ def bench(
     if prompt < 1 or new_tokens < 1:
         raise InputError("--prompt and --new-tokens need numbers from 1")
     size = measure_size(resolve(model))
-    network = load(model)
+    network = load(model, int8_inputs=int8_inputs)
     notes = kernel_notes(network)
     speed = measure_speed(network, prompt, new_tokens)
     if json_:

@@ -12,6 +12,7 @@ from fewbits.errors import InputError
 from fewbits.kernels import Native, NativeInt8, choose_kernel
 from fewbits.kernels.native import library, why_absent
 from fewbits.kernels.native.library import ISAS
+from fewbits.linear import QuantizedLinear
 from fewbits.scheme import QuantScheme
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -150,6 +151,24 @@ def test_how_many_threads_work_does_not_change_a_bit():
             assert all(torch.equal(y, results[0]) for y in results)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("label", ["w4-g32-asym", "w8-channel"])
+def test_a_compiled_graph_holds_it_as_one_operation(label):
+    weight, bias = random_weight(QuantScheme.parse(label), (40, 96), BF16), torch.randn(40).bfloat16()
+    linear = QuantizedLinear(weight, bias)
+    assert linear.kernel_name == "native"
+    found = []
+
+    def backend(graph, example_inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(linear, backend=backend, fullgraph=True)
+    x = torch.randn(2, 3, 96).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(compiled(x), linear(x))
+    assert [name for name in found if "native_linear" in name] == ["fewbits.native_linear"]
 
 
 def test_inputs_are_rounded_to_8_bits_only_where_that_is_asked_for():

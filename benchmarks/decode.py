@@ -1,0 +1,120 @@
+"""A whole model, token by token: ours against transformers' bfloat16, and against llama.cpp on the same
+weights in its own file.
+
+The model is random, in the shape of 1B models. Runs alternate, each in a process of its own; asserted
+are medians of ratios. Nothing else may run on the machine. llama.cpp is asked in an environment that has
+llama-cpp-python (`make interop` builds one); without it that column stays empty.
+
+Run:  python benchmarks/decode.py --folder DIR [--python build/interop/llama-cpp/bin/python]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROMPT, NEW, ROUNDS = 512, 24, 3
+SCHEMES = {"Q4_0": ("--bits", "4", "--group-size", "32"), "Q8_0": ("--bits", "8", "--group-size", "32")}
+# Ours over the other's: tokens per second of decoding and of the prompt.
+LEAST = {
+    ("Q4_0", "llama.cpp"): (0.95, 1.2),
+    ("Q8_0", "llama.cpp"): (1.0, 1.2),
+    ("Q4_0", "bfloat16"): (4.5, 0.9),
+}
+
+OURS = """
+import json, sys
+from fewbits.load import load
+from fewbits.speed import measure_speed
+model = load(sys.argv[1], int8_inputs=sys.argv[2] == "8")
+speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), 2)
+print(json.dumps([speed.decode, speed.prefill]))
+"""
+THEIRS = """
+import json, statistics, sys, time
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=int(sys.argv[5]),
+              n_threads_batch=int(sys.argv[5]), verbose=False)
+def time_of(ids):
+    began = time.perf_counter()
+    model.eval(ids)
+    return time.perf_counter() - began
+prompt = [5 + 7919 * i % 31000 for i in range(int(sys.argv[3]))]
+for _ in range(2):
+    model.reset()
+    prefill = len(prompt) / time_of(prompt)
+    decode = 1 / statistics.median(time_of([17 + i]) for i in range(int(sys.argv[4])))
+print(json.dumps([decode, prefill]))
+"""
+
+
+def make(folder: Path) -> Path:
+    """The random model, and what is made of it, unless they are there."""
+    import fewbits
+    from memory import make_checkpoint
+
+    model = folder / "float"
+    if not model.is_dir():
+        make_checkpoint(model, 16)
+    for name, (_, bits, _, group) in SCHEMES.items():
+        out = folder / name
+        if not out.is_dir():
+            scheme = fewbits.QuantScheme(int(bits), "group", int(group))
+            fewbits.quantize(model, out, scheme=scheme, format="gguf")
+    return model
+
+
+def run(python: str, code: str, *arguments: object) -> tuple[float, float]:
+    """Tokens per second of decoding, and of the prompt."""
+    command = [python, "-c", code, *map(str, arguments)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    decode, prefill = json.loads(output.splitlines()[-1])
+    return decode, prefill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--python", default=None, help="of an environment with llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    model, rest = make(folder), (PROMPT, NEW, args.threads)
+    failed = []
+    for name in SCHEMES:
+        who = {"16-bit inputs": (sys.executable, OURS, folder / name, 16, *rest)}
+        who["int8 inputs"] = (sys.executable, OURS, folder / name, 8, *rest)
+        who["bfloat16"] = (sys.executable, OURS, model, 16, *rest)
+        if args.python:
+            who["llama.cpp"] = (args.python, THEIRS, folder / name / "model.gguf", 0, *rest)
+        taken: dict[str, list[tuple[float, float]]] = {each: [] for each in who}
+        for _ in range(ROUNDS):
+            for each, command in who.items():
+                taken[each].append(run(*command))
+        for each, speeds in taken.items():
+            decode, prefill = (statistics.median(values) for values in zip(*speeds, strict=True))
+            print(f"{name}: {each}: decodes {decode:.1f} tokens/s, reads {prefill:.0f}", flush=True)
+        for own in ("16-bit inputs", "int8 inputs"):
+            for other in ("bfloat16", "llama.cpp"):
+                if other not in taken:
+                    continue
+                pairs = zip(taken[own], taken[other], strict=True)
+                ratios = [(a[0] / b[0], a[1] / b[1]) for a, b in pairs]
+                decode, prefill = (statistics.median(values) for values in zip(*ratios, strict=True))
+                print(
+                    f"{name}: {own} over {other}: {decode:.2f} in decoding, {prefill:.2f} in the prompt"
+                )
+                least = LEAST.get((name, other), (0, 0))
+                if own == "int8 inputs" and (decode < least[0] or prefill < least[1]):
+                    failed.append(
+                        f"{name}: {own} over {other}: {decode:.2f}, {prefill:.2f}, least {least}"
+                    )
+    sys.exit("\n".join(failed) or None)
+
+
+if __name__ == "__main__":
+    main()

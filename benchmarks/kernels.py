@@ -1,0 +1,149 @@
+"""The native kernels against their limit: how fast memory can be read, measured beside them; and against
+PyTorch's bfloat16 where there are several rows.
+
+Weights rotate over more memory than any cache holds, as in a model. Asserted are ratios of this run,
+each the median of several taken in turn. Nothing else may run on the machine.
+
+Run:  python benchmarks/kernels.py [--threads 2] [--json OUT]
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels import Native, NativeInt8
+from fewbits.kernels.native import library, summary, why_absent
+from fewbits.scheme import QuantScheme
+from fewbits.tensor import quantize_tensor
+
+SHAPES = ((4096, 4096), (2048, 8192))
+SCHEMES = ("w4-g128", "w4-g128-asym", "w4-g32", "w8-channel", "w3-g128", "w2-g128")
+ROWS = (2, 4, 8, 16, 32, 64, 512)
+KERNELS = {"16-bit inputs": Native, "int8 inputs": NativeInt8}
+CACHES = 200e6  # bytes of weights that are gone through; the largest cache seen has 32 MB
+ROUNDS = 5
+# Shares of the streaming read at one row, and times as fast as bfloat16 at more (with int8 inputs; the
+# second number with 16-bit ones).
+LEAST_SHARE = {
+    "w4-g128": (0.9, 0.8),
+    "w8-channel": (0.9, 0.8),
+    "w3-g128": (0.7, 0.7),
+    "w2-g128": (0.7, 0.7),
+}
+LEAST_SPEED = {
+    2: (4, 4),
+    4: (4, 4),
+    8: (3, 0),
+    16: (2, 0),
+    32: (1.2, 0),
+    64: (1.2, 0.9),
+    512: (1.2, 0.9),
+}
+
+
+def seconds(call: Callable[[int], object], times: int) -> float:
+    """The median of one call."""
+    taken = []
+    for i in range(times):
+        began = time.perf_counter()
+        call(i)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def copies(kernel: Native) -> list[Native]:
+    """As many as fill more than a cache."""
+    size = sum(buffer.nbytes for buffer in kernel.buffers())
+    return [copy.deepcopy(kernel) for _ in range(max(2, int(CACHES / size)))]
+
+
+def share_of_stream(kernels: list[Native], x: Tensor, memory: Tensor) -> tuple[float, float]:
+    """Bytes a second over those of the read that was timed just before, and bytes a second."""
+    found, size = library(), sum(buffer.nbytes for buffer in kernels[0].buffers())
+    assert found is not None
+    shares, rates = [], []
+    for _ in range(ROUNDS):
+        stream = memory.nbytes / seconds(lambda _: found.stream(memory), 2)
+        rate = size / seconds(lambda i: kernels[i % len(kernels)](x), 3 * len(kernels))
+        shares.append(rate / stream)
+        rates.append(rate)
+    return statistics.median(shares), statistics.median(rates)
+
+
+def times_as_fast(kernels: list[Native], floats: list[Tensor], x: Tensor) -> float:
+    """As `F.linear` in bfloat16 on the same inputs."""
+    repeats = 5 if len(x) > 64 else 20
+    ratios = []
+    for _ in range(ROUNDS):
+        slow = seconds(lambda i: torch.nn.functional.linear(x, floats[i % len(floats)]), repeats)
+        ratios.append(slow / seconds(lambda i: kernels[i % len(kernels)](x), repeats))
+    return statistics.median(ratios)
+
+
+@torch.no_grad()
+def measure() -> list[dict[str, object]]:
+    """A row for each shape, scheme and kernel."""
+    torch.manual_seed(0)
+    memory = torch.ones(512 * 2**20, dtype=torch.uint8)
+    found: list[dict[str, object]] = []
+    for shape in SHAPES:
+        floats = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(6)]
+        for label in SCHEMES:
+            weight = quantize_tensor(floats[0], QuantScheme.parse(label))
+            for name, kernel_class in KERNELS.items():
+                kernels = copies(kernel_class(weight, torch.bfloat16, torch.device("cpu")))
+                one = torch.randn(1, shape[1], dtype=torch.bfloat16)
+                share, rate = share_of_stream(kernels, one, memory)
+                row: dict[str, object] = {
+                    "shape": f"{shape[0]} x {shape[1]}", "scheme": label, "kernel": name,
+                    "share of the streaming read": round(share, 3), "GB/s": round(rate / 1e9, 1),
+                }  # fmt: skip
+                if label.startswith("w4") and shape == SHAPES[0]:
+                    for rows in ROWS:
+                        x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
+                        row[f"{rows} rows"] = round(times_as_fast(kernels, floats, x), 2)
+                found.append(row)
+                print(row, flush=True)
+    return found
+
+
+def failures(found: list[dict[str, object]]) -> list[str]:
+    """What is below its limit."""
+    failed = []
+    for row in found:
+        which = 0 if row["kernel"] == "int8 inputs" else 1
+        label = str(row["scheme"])
+        least = LEAST_SHARE.get(label, (0, 0))[which]
+        if float(str(row["share of the streaming read"])) < least:
+            failed.append(f"{row}: share below {least}")
+        for rows, limits in LEAST_SPEED.items() if label == "w4-g128" else ():
+            if f"{rows} rows" in row and float(str(row[f"{rows} rows"])) < limits[which]:
+                failed.append(f"{row}: {rows} rows below {limits[which]}")
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if library() is None:
+        sys.exit(f"the native library {why_absent()}")
+    print(f"native library: {summary()}; {args.threads} threads; torch {torch.__version__}")
+    found = measure()
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    sys.exit("\n".join(failures(found)) or None)
+
+
+if __name__ == "__main__":
+    main()
