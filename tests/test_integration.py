@@ -302,7 +302,8 @@ def test_names_that_no_matrix_has_are_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_slow_kernel_is_told_of(folders, tmp_path, caplog, kind):
+def test_a_slow_kernel_is_told_of(folders, tmp_path, caplog, kind, monkeypatch):
+    without_native(monkeypatch)
     for dtype, notes in ((torch.bfloat16, 0), (torch.float32, 1)):
         for folder, options in (
             (folders("llama"), {"quantization_config": config(kind)}),

@@ -373,7 +373,12 @@ def _check_beside(path: Path, header: Header, config: dict[str, Any]) -> None:
     if reason is not None:
         raise InputError(f"{where} is not of {path.name}: {reason}")
     model, settings = models()[config["model_type"]], filled_in(config)
-    wanted, factors = keys_of(settings, model), rotary(settings)[1]
+    try:
+        wanted, factors = keys_of(settings, model), rotary(settings)[1]
+    except InputError:
+        raise
+    except Exception as error:  # of a stranger's config anything can be of another type
+        raise InputError(f"{where} is not understood: {first_line(error)}") from None
     found = {key: header.keys.get(f"{model.architecture}.{key}") for key in wanted}
     scaling = header.keys.get(f"{model.architecture}.rope.scaling.type", "none")
     found["rope.scaling.type"] = scaling

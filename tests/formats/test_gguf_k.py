@@ -72,7 +72,7 @@ def test_rows_that_are_no_whole_blocks_are_refused():
 
 @pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"gguf"}))
 def test_every_other_format_says_where_two_levels_have_a_layout(name):
-    place = Placement("X", TWO_LEVEL, shape=(16, 256))
+    place = Placement("model.X", TWO_LEVEL, shape=(16, 256))
     assert FORMATS[name].refuses(place, TWO_LEVEL) == "two levels of scales have a layout in gguf only"
 
 
