@@ -42,15 +42,8 @@ def quantize_(
             unchanged.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).bfloat16()
-    >>> quantize_(model, QuantScheme(8, "channel"), overrides=(("2", None),))
-    Sequential(
-      (0): QuantizedLinear(
-        64, 32, w8-channel, int8pack
-        (kernel): Int8Pack()
-      )
-      (1): ReLU()
-      (2): Linear(in_features=32, out_features=4, bias=True)
-    )
+    >>> [type(m).__name__ for m in quantize_(model, QuantScheme(8, "channel"), overrides=(("2", None),))]
+    ['QuantizedLinear', 'ReLU', 'Linear']
     """
     matrices = {matrix.source: matrix for matrix in _in_memory(model)}
     schemes = Recipe(RTN(), scheme, overrides, head).assign(matrices.values())
