@@ -80,19 +80,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--python", default=None, help="of an environment with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     model, rest = make(folder), (PROMPT, NEW, args.threads)
     failed = []
-    for name in SCHEMES:
+    for name in args.schemes:
         who = {"16-bit inputs": (sys.executable, OURS, folder / name, 16, *rest)}
         who["int8 inputs"] = (sys.executable, OURS, folder / name, 8, *rest)
         who["bfloat16"] = (sys.executable, OURS, model, 16, *rest)
         if args.python:
             who["llama.cpp"] = (args.python, THEIRS, folder / name / "model.gguf", 0, *rest)
         taken: dict[str, list[tuple[float, float]]] = {each: [] for each in who}
-        for _ in range(ROUNDS):
+        for _ in range(args.rounds):
             for each, command in who.items():
                 taken[each].append(run(*command))
         for each, speeds in taken.items():

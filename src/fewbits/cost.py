@@ -33,6 +33,7 @@ from fewbits.errors import InputError
 from fewbits.evaluate import context_of
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
 from fewbits.formats import Format
+from fewbits.kernels.native import library
 from fewbits.memory import available_bytes, hand_back_memory
 from fewbits.methods import GPTQ
 from fewbits.methods.grid import search_qparams
@@ -72,6 +73,9 @@ _VERIFY_IMPORT_S = 0.5  # of compressed-tensors
 _TOKEN_S = 6e-7  # of a calibration token: hashed, looked for repetitions
 _TOKENIZER_S = 0.4  # of loading one
 _BLOCK_CALLS = 12  # runs of a block on few tokens that wiring takes
+_UNPACKED_BYTES = (
+    8  # of a code on its way to its kernel, with what is freed and not yet given back; measured
+)
 _STARTED_BYTES = 25 * 10**6  # of libraries that are loaded on the way
 _CALIBRATED_BYTES = 40 * 10**6  # the same where the model is run: its threads' buffers, the tokenizer
 
@@ -610,10 +614,13 @@ def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
     """
     if not calibrated:
         # Experts in one tensor are written together. Later the result is loaded, to be run: its codes
-        # stay, beside one matrix, which takes no more to unpack than to round.
+        # stay, beside one matrix that is unpacked for its kernel.
         loaded = codes if 3 * codes <= available_bytes() else 0  # larger ones are not run
         made = matrix_bytes(work.largest_matrix, work.largest_stack)
-        return _STARTED_BYTES + max(made, matrix_bytes(work.largest_matrix, 0) + loaded)
+        unpacked = _UNPACKED_BYTES * work.largest_matrix
+        if library() is None:  # torch's kernels take wide integers: no less than to round
+            unpacked = matrix_bytes(work.largest_matrix, 0)
+        return _STARTED_BYTES + max(made, unpacked + loaded)
     running = running_bytes(max(TOKENS, work.length), work.widest)
     hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
     collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + hessians
