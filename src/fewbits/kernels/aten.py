@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits.kernels.reference import Kernel
+from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
 _GROUP_SIZES = (256, 128, 64, 32)
@@ -70,10 +70,9 @@ class Int4Pack(Kernel):
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """More than 4 bits, another device or dtype, or groups that are no multiple of 32."""
-        if device.type != "cpu":
-            return f"is for the CPU, not {device.type}"
-        if weight.scheme.inputs is not None:
-            return "takes inputs as they are, not in 8 bits"
+        reason = no_product(weight, device, "cpu")
+        if reason is not None:
+            return reason
         if dtype != torch.bfloat16:
             return f"is fast in bfloat16 only, not in {dtype}"
         if weight.scheme.bits > 4:
@@ -111,10 +110,9 @@ class Int8Pack(Kernel):
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Other than 8 bits, another device or dtype, groups, or zero points."""
-        if device.type != "cpu":
-            return f"is for the CPU, not {device.type}"
-        if weight.scheme.inputs is not None:
-            return "takes inputs as they are, not in 8 bits"
+        reason = no_product(weight, device, "cpu")
+        if reason is not None:
+            return reason
         if dtype != torch.bfloat16:
             return f"is fast in bfloat16 only, not in {dtype}"
         if weight.scheme.bits != 8:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels.aten import int4_operands, kernel_group
-from fewbits.kernels.reference import Kernel
+from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
 _GROUP_SIZES = (256, 128, 64, 32)
@@ -25,10 +25,9 @@ class Int4PackCuda(Kernel):
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """More than 4 bits, no CUDA, another dtype than bfloat16, or columns that do not fit."""
-        if device.type != "cuda":
-            return f"is for CUDA, not {device.type}"
-        if weight.scheme.inputs is not None:
-            return "takes inputs as they are, not in 8 bits"
+        reason = no_product(weight, device, "cuda")
+        if reason is not None:
+            return reason
         if dtype != torch.bfloat16:
             return f"needs bfloat16, not {dtype}"
         if weight.scheme.bits > 4:

@@ -54,6 +54,13 @@ class Kernel(nn.Module):
         return weight.t().to(dtype).contiguous()
 
 
+def no_product(weight: QuantizedTensor, device: torch.device, where: str) -> str | None:
+    """Why a kernel for one kind of device ("cpu", "cuda") that rounds no inputs cannot run; or None."""
+    if device.type != where:
+        return f"is for {'the CPU' if where == 'cpu' else where.upper()}, not {device.type}"
+    return None if weight.scheme.inputs is None else "takes inputs as they are, not in 8 bits"
+
+
 class Reference(Kernel):
     """Codes stay packed; each call dequantizes slices of rows and multiplies by them."""
 

@@ -13,23 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels.native.library import (
+    COLUMNS,
     INPUTS_8,
     INPUTS_16,
     INPUTS_32,
     MIDDLE,
     OFFSET,
+    ROWS,
     ZERO_POINT,
     Library,
     Weight,
     describe,
     library,
+    padded,
     why_absent,
 )
-from fewbits.kernels.reference import Kernel
+from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
-
-_ROWS, _COLUMNS = 32, 32  # of a block; of inputs that share a scale
-
 
 _INPUTS = {torch.bfloat16: INPUTS_16, torch.float16: INPUTS_16, torch.float32: INPUTS_32}
 
@@ -45,15 +45,14 @@ class Native(Kernel):
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Another device or dtype, rounded inputs, groups of no multiple of 32, or no library."""
-        if device.type != "cpu":
-            return f"is for the CPU, not {device.type}"
-        if weight.scheme.inputs is not None:
-            return "takes inputs as they are, not in 8 bits as the scheme has them"
+        reason = no_product(weight, device, "cpu")
+        if reason is not None:
+            return reason
         if dtype not in _INPUTS:
             return f"multiplies up to float32, not {dtype}"
         group = weight.scheme.group_size
-        if group is not None and group % _COLUMNS:
-            return f"needs groups of a multiple of {_COLUMNS} columns, not {group}"
+        if group is not None and group % COLUMNS:
+            return f"needs groups of a multiple of {COLUMNS} columns, not {group}"
         found = library()
         if found is None:
             return f"is a library that {why_absent()}"
@@ -65,10 +64,11 @@ class Native(Kernel):
         weight = weight.per_row()
         columns = weight.shape[1]
         self.bits = weight.scheme.bits
-        self.group = weight.scheme.group_size or columns + -columns % _COLUMNS
-        padded = columns + -columns % self.group
+        self.group = weight.scheme.group_size or padded(columns, COLUMNS)
         self.zero_type, zeros = _zeros(weight)
-        self.register_buffer("codes", _library().pack(weight.codes.contiguous(), self.bits, padded))
+        self.register_buffer(
+            "codes", _library().pack(weight.codes.contiguous(), self.bits, padded(columns, self.group))
+        )
         self.register_buffer("scales", _in_blocks(weight.scale))
         self.register_buffer("zeros", None if zeros is None else _in_blocks(zeros))
         self._describe()
@@ -79,7 +79,9 @@ class Native(Kernel):
         fused = bias if bias is not None and bias.dtype == x.dtype else None
         if torch.compiler.is_compiling():
             numbers = (self.shape[0], self.bits, self.group, self.zero_type, self.inputs)
-            y: Tensor = _op()(rows, fused, self.codes, self.scales, self.zeros, *numbers)
+            y: Tensor = torch.ops.fewbits.native_linear(
+                rows, fused, self.codes, self.scales, self.zeros, *numbers
+            )
         else:
             y = self._library.linear(self._weight, rows, fused, self.inputs)
         y = y.view(*x.shape[:-1], self.shape[0])
@@ -140,10 +142,6 @@ _OPS.define(  # type: ignore[no-untyped-call]
 )
 
 
-def _op() -> Any:
-    return torch.ops.fewbits.native_linear
-
-
 def _native_linear(
     x: Tensor,
     bias: Tensor | None,
@@ -187,8 +185,8 @@ def _zeros(weight: QuantizedTensor) -> tuple[int, Tensor | None]:
 
 def _in_blocks(values: Tensor) -> Tensor:
     """(out, groups) -> (blocks, groups, 32), padded with zeros."""
-    values = F.pad(values, (0, 0, 0, -values.shape[0] % _ROWS))
-    return values.reshape(-1, _ROWS, values.shape[1]).transpose(1, 2).contiguous()
+    values = F.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
+    return values.reshape(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
 
 
 def _out_of_blocks(values: Tensor, rows: int) -> Tensor:

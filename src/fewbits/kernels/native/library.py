@@ -23,7 +23,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
 INPUTS_16, INPUTS_8, INPUTS_32 = range(3)
 _ZEROS = {MIDDLE: None, ZERO_POINT: torch.int8, OFFSET: torch.float32, TABLE: None}
-_ROWS = 32
+ROWS, COLUMNS = 32, 32  # of a block; what a group is a multiple of
 _SWITCH = "FEWBITS_NATIVE"
 _FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
 
@@ -53,6 +53,11 @@ class Weight(ctypes.Structure):
     tensors: tuple[Tensor | None, ...]
 
 
+def padded(size: int, unit: int) -> int:
+    """The next multiple of a unit."""
+    return size + -size % unit
+
+
 def describe(
     shape: tuple[int, int],
     bits: int,
@@ -79,12 +84,11 @@ def describe(
         ValueError: a tensor has another dtype, size or device, or is not contiguous.
     """
     out, inputs = shape
-    columns = -(-inputs // group) * group
-    blocks = -(-out // _ROWS)
-    count = blocks * (columns // group) * _ROWS
+    columns, blocks = padded(inputs, group), padded(out, ROWS) // ROWS
+    count = blocks * (columns // group) * ROWS
     if scales.dtype not in TYPES:
         raise ValueError(f"scales are {scales.dtype}; bfloat16, float16 or float32 would be read")
-    _check("codes", codes, torch.uint8, blocks * columns * _ROWS * bits // 8)
+    _check("codes", codes, torch.uint8, blocks * columns * ROWS * bits // 8)
     _check("scales", scales, scales.dtype, count)
     _check("zeros", zeros, _ZEROS[zero_type], count)
     _check("table", table, torch.float32 if zero_type == TABLE else None, 16)
