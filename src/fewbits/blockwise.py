@@ -24,6 +24,7 @@ from fewbits.formats import ScaleRange
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.memory import hand_back_memory
 from fewbits.methods import RTN, Method, WeightedRTN, round_held
+from fewbits.pieces import Piece, find_pieces
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
@@ -138,21 +139,6 @@ class Limits:
 
     tokens: int = TOKENS
     statistics_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A source matrix, or one of a stack, as rows of a linear of the block."""
-
-    source: str
-    linear: str
-    start: int
-    stop: int
-    expert: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.source if self.expert is None else f"{self.source}[{self.expert}]"
 
 
 @dataclass(slots=True)
@@ -369,7 +355,7 @@ class _Run:
         floats.copy_(self.float_states)
         stream.states = states  # what a later process would go on from
 
-    def _quantize(self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]]) -> Block:
+    def _quantize(self, number: int, block: nn.Module, pieces: dict[str, list[Piece]]) -> Block:
         result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
         wiring = self._wiring(number, block, result)
         self._note_unseen(number, wiring, result)
@@ -395,8 +381,8 @@ class _Run:
         return result
 
     def _nearest(
-        self, block: nn.Module, pieces: dict[str, list[_Piece]]
-    ) -> Iterator[tuple[Tensor, _Piece, QuantizedTensor, list[Note]]]:
+        self, block: nn.Module, pieces: dict[str, list[Piece]]
+    ) -> Iterator[tuple[Tensor, Piece, QuantizedTensor, list[Note]]]:
         """Each weight of the block, its piece, and what rounding to nearest makes of it."""
         for linear, parts in pieces.items():
             whole = float_weight(block.get_submodule(linear))
@@ -410,7 +396,7 @@ class _Run:
         self,
         number: int,
         block: nn.Module,
-        pieces: dict[str, list[_Piece]],
+        pieces: dict[str, list[Piece]],
         error: float,
         nearest: float,
     ) -> Block:
@@ -434,7 +420,7 @@ class _Run:
     def _store(
         self,
         block: nn.Module,
-        pieces: dict[str, list[_Piece]],
+        pieces: dict[str, list[Piece]],
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> None:
@@ -451,27 +437,10 @@ class _Run:
     def _prefix(self, number: int) -> str:
         return f"{self.stream.path}.{number}."
 
-    def _pieces(self, number: int) -> dict[str, list[_Piece]]:
-        """The source matrices to be rounded, by the linear of the block that they are rows of."""
-        pieces: dict[str, list[_Piece]] = defaultdict(list)
-        rows: dict[str, int] = defaultdict(int)
-        for matrix in sorted(self.by_block[number], key=lambda m: (m.expert or 0, m.part)):
-            module = matrix.module.removeprefix(self._prefix(number))
-            linears: list[tuple[str, int | None]]
-            if matrix.kind != "expert":
-                linears = [(module, None)]
-            elif matrix.expert is not None:
-                linears = [(f"{module}.{matrix.parameter}.{matrix.expert}", None)]
-            else:
-                linears = [(f"{module}.{matrix.parameter}.{i}", i) for i in range(matrix.shape[0])]
-            height = matrix.rows_columns[0]
-            for linear, expert in linears:
-                start = rows[linear]
-                rows[linear] = start + height
-                pieces[linear].append(_Piece(matrix.source, linear, start, start + height, expert))
-        return pieces
+    def _pieces(self, number: int) -> dict[str, list[Piece]]:
+        return find_pieces(self.by_block[number], self._prefix(number))
 
-    def _check_finite(self, block: nn.Module, pieces: dict[str, list[_Piece]]) -> None:
+    def _check_finite(self, block: nn.Module, pieces: dict[str, list[Piece]]) -> None:
         """Name the weight before others, which are rounded or scaled together with it, are blamed."""
         for linear, parts in pieces.items():
             weight = float_weight(block.get_submodule(linear))
@@ -482,10 +451,10 @@ class _Run:
                         f"{place}: the weight contains NaN or infinity; accepted are finite weights"
                     )
 
-    def _scheme(self, piece: _Piece) -> QuantScheme:
+    def _scheme(self, piece: Piece) -> QuantScheme:
         return self.plan.placements[piece.source].scheme
 
-    def _scales(self, piece: _Piece) -> ScaleRange:
+    def _scales(self, piece: Piece) -> ScaleRange:
         """Those that the format holds."""
         return self.plan.format.scales(self.plan.info(piece.source).dtype)
 
@@ -511,7 +480,7 @@ class _Run:
         number: int,
         block: nn.Module,
         wiring: Wiring,
-        pieces: dict[str, list[_Piece]],
+        pieces: dict[str, list[Piece]],
         result: Block,
     ) -> None:
         stream = self.stream
@@ -550,8 +519,8 @@ class _Run:
         return replace(wiring, pairs=tuple(pairs))
 
     def _passes(
-        self, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
-    ) -> list[dict[str, list[_Piece]]]:
+        self, block: nn.Module, wiring: Wiring, pieces: dict[str, list[Piece]]
+    ) -> list[dict[str, list[Piece]]]:
         """Linears whose statistics are in memory at a time, in the order of their calls."""
         limit = self.limits.statistics_bytes
         if limit is None or "hessian" not in self.recipe.method.needs:
@@ -574,7 +543,7 @@ class _Run:
         return [{path: pieces[path] for path in pieces if path in some} for some in map(set, passes)]
 
     def _collect(
-        self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[_Piece]]
+        self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[Piece]]
     ) -> dict[str, _Stats]:
         """Statistics by linear; linears that read one tensor have them in common."""
         needs = self.recipe.method.needs
@@ -602,13 +571,13 @@ class _Run:
     def _round(
         self,
         block: nn.Module,
-        pieces: dict[str, list[_Piece]],
+        pieces: dict[str, list[Piece]],
         stats: dict[str, _Stats],
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[list[MatrixReport]]:
         """Round what reads one tensor together: a Hessian is factored once."""
-        together: dict[Any, list[_Piece]] = defaultdict(list)
+        together: dict[Any, list[Piece]] = defaultdict(list)
         for linear, parts in pieces.items():
             for piece in parts:
                 scheme, stat = self._scheme(piece), stats.get(linear)
@@ -623,7 +592,7 @@ class _Run:
     def _round_alike(
         self,
         block: nn.Module,
-        alike: list[_Piece],
+        alike: list[Piece],
         stat: _Stats | None,
         codes: dict[str, QuantizedTensor],
         result: Block,
@@ -672,7 +641,7 @@ class _Run:
         return method, None
 
     def _note_changed(
-        self, number: int, block: nn.Module, pieces: dict[str, list[_Piece]], result: Block
+        self, number: int, block: nn.Module, pieces: dict[str, list[Piece]], result: Block
     ) -> None:
         """Find what transforms changed of what stays in float, and round it to its dtype."""
         prefix, checkpoint = self._prefix(number), self.plan.checkpoint
@@ -738,7 +707,7 @@ def _new_stats(block: nn.Module, path: str, needs: frozenset[str]) -> _Stats:
     return _Stats.of(float_weight(block.get_submodule(path)).shape[1], needs)
 
 
-def _share_absmax(pieces: dict[str, list[_Piece]], stats: dict[str, _Stats]) -> None:
+def _share_absmax(pieces: dict[str, list[Piece]], stats: dict[str, _Stats]) -> None:
     """Experts that lie in one tensor on disk have their columns in common, seen by any of them."""
     stacks: dict[str, list[Tensor]] = defaultdict(list)
     for linear, parts in pieces.items():

@@ -26,6 +26,7 @@ class Recipe:
         method: rounds each matrix.
         transforms: rewrite each block before, in this order.
         scheme: of every weight that nothing below speaks of.
+        allocation: of weights by source name, each its own scheme, or None for float.
         overrides: (pattern, scheme, or None for float); the last that matches decides. A pattern is a
             glob on module names (`*.down_proj`), or after `re:` a regular expression that must match
             whole names.
@@ -37,9 +38,11 @@ class Recipe:
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     head: bool = False
     transforms: tuple[Transform, ...] = ()
+    allocation: Mapping[str, QuantScheme | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        schemes = (self.scheme, *(scheme for _, scheme in self.overrides))
+        others = (scheme for _, scheme in self.overrides)
+        schemes = (self.scheme, *set(self.allocation.values()), *others)
         inputs = [
             scheme.inputs for scheme in schemes if scheme is not None and scheme.inputs is not None
         ]
@@ -88,6 +91,10 @@ class Recipe:
         """
         matrices = list(matrices)
         schemes = {m.source: None if m.head and not self.head else self.scheme for m in matrices}
+        strange = self.allocation.keys() - schemes.keys()
+        if strange:
+            raise InputError(f"{min(strange)} is given a scheme, and is no quantizable weight")
+        schemes |= self.allocation
         for pattern, scheme in self.overrides:
             caught = [m.source for m in matrices if _matches(pattern, m)]
             if not caught:
@@ -101,6 +108,9 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """As in the ledger: equal descriptions give equal checkpoints."""
         overrides = [[p, FLOAT if s is None else s.label] for p, s in self.overrides]
+        allocated: dict[str, list[str]] = {}
+        for name, scheme in sorted(self.allocation.items()):
+            allocated.setdefault(FLOAT if scheme is None else scheme.label, []).append(name)
         return {
             "method": self.name,
             "options": asdict(self.method),  # type: ignore[call-overload]
@@ -108,7 +118,7 @@ class Recipe:
             "scheme": self.scheme.label,
             "overrides": overrides,
             "head": self.head,
-        }
+        } | ({"allocation": allocated} if allocated else {})
 
 
 def _name(thing: object, kinds: Mapping[str, type]) -> str:

@@ -81,11 +81,32 @@ class _Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens / every, out)."""
-        x, step = x[..., :: self.every, :], max(1, _HEAD_ROWS // self.weight.shape[1])
-        rows = (self.weight[i : i + step] for i in range(0, len(self.weight), step))
-        parts = [F.linear(x, some.to(x.dtype)) for some in rows]
-        logits = torch.cat(parts, -1)
+        logits: Tensor = _Product.apply(x[..., :: self.every, :], self.weight)  # type: ignore[no-untyped-call]
         return logits if self.bias is None else logits + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T` in the dtype of x, of a few rows of W at a time: no copy of W is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        ctx.save_for_backward(weight)
+        return torch.cat([F.linear(x, some.to(x.dtype)) for some in _few_rows(weight)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Of x alone."""
+        (weight,) = ctx.saved_tensors
+        result, start = grad.new_zeros(*grad.shape[:-1], weight.shape[1]), 0
+        for some in _few_rows(weight):
+            result += grad[..., start : start + len(some)] @ some.to(grad.dtype)
+            start += len(some)
+        return result, None
+
+
+def _few_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(weight, max(1, _HEAD_ROWS // weight.shape[1]))
 
 
 class Stream:
@@ -267,6 +288,9 @@ class Stream:
 
         The same in the model's own dtype while the block is `in_fast_dtype`.
         """
+        return self._run(number, block, states)
+
+    def _run(self, number: int, block: nn.Module, states: Tensor) -> Tensor:
         samples, length, _ = states.shape
         if (samples, length) not in self.calls:
             self.calls[samples, length] = self._record(self.ids[:1, :length].expand(samples, -1))
@@ -277,6 +301,14 @@ class Stream:
             output = block(states.to(dtype), *args, **kwargs)
         hidden: Tensor = output[0] if self.as_tuple else output
         return hidden.float()
+
+    def pull_back(self, number: int, block: nn.Module, states: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient at the block's input, given that at its output; both (samples, length, hidden)."""
+        with torch.enable_grad():
+            given = states.float().requires_grad_()
+            output = self._run(number, block, given)
+            (result,) = torch.autograd.grad(output, given, gradient)
+        return result
 
     @contextmanager
     def in_fast_dtype(self, number: int, block: nn.Module) -> Iterator[None]:
@@ -317,11 +349,32 @@ class Stream:
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """What the model's own norm and head make of hidden states (samples, length, hidden)."""
+        return self._logits(states)
+
+    def _logits(self, states: Tensor) -> Tensor:
         for stub in self.stubs:
             stub.as_tuple, stub.given = self.as_tuple, None
         self.stubs[-1].given = states
         logits: Tensor = self.shell(self.ids[: len(states)], use_cache=False).logits
         return logits.float()
+
+    def draw_back(self, states: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The gradient, at the last block's output, of -log p of tokens drawn from p itself.
+
+        Args:
+            states: (samples, length, hidden), of that output.
+            generator: draws a token at each position that has logits.
+
+        Returns:
+            the gradient (samples, length, hidden) of the sum over positions, and how many those are. Its
+            outer product with itself is, on average over draws, the Fisher information.
+        """
+        with torch.enable_grad():
+            given = states.float().requires_grad_()
+            log_p = F.log_softmax(self._logits(given).flatten(0, -2), -1)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            (result,) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), given)
+        return result, len(drawn)
 
 
 def fast_dtype(dtype: torch.dtype) -> torch.dtype | None:
