@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -180,7 +181,10 @@ def check_transform(
     wiring = find_wiring(block, lambda: run(1))
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     wanted = run(FRESH)
-    notes = transform(block, wiring, schemes, lambda: run(1), lambda: run(2), dtype)
+    inputs, folded_inputs = dict[str, Tensor](), dict[str, Tensor]()
+    with _inputs_of(block, inputs):
+        run(FRESH)
+    notes, folds = transform(block, wiring, schemes, lambda: run(1), lambda: run(2), dtype)
     assert not any(module._forward_pre_hooks for module in block.modules())
     # A fold is exact but for float32's rounding, whatever `dtype` is: what rounding a norm's weight
     # takes away is given to the readers.
@@ -188,6 +192,18 @@ def check_transform(
     assert error <= 1e-5 * wanted.abs().max(), f"{error} of {wanted.abs().max()}"
 
     folded, considered = _check_notes(notes, wiring, schemes)
+    assert folds.keys() == {reader for pair in folded for reader in pair.readers}
+    with _inputs_of(block, folded_inputs):
+        run(FRESH)
+    sources = {pair.source for pair in folded}
+    for reader, s in folds.items():
+        columns = before[f"{reader}.weight"]
+        scaled = columns * (s[:, None] if is_conv1d(block.get_submodule(reader)) else s)
+        if reader not in sources:
+            assert torch.equal(block.state_dict()[f"{reader}.weight"], scaled), reader
+        if reader in inputs:  # an expert without a token has none
+            whole, divided = inputs[reader], folded_inputs[reader] * s
+            assert (divided - whole).abs().max() <= 1e-5 * whole.abs().max(), reader
     touched = {path for pair in folded for path in (pair.source, *pair.readers)}
     after = block.state_dict()
     assert after.keys() == before.keys()
@@ -204,6 +220,26 @@ def check_transform(
         assert all(changed) or not any(changed)  # a mixture's pairs share a note, not their scales
     assert considered
     return notes
+
+
+@contextmanager
+def _inputs_of(block: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
+    """What each module reads while the block is run; of several calls the last."""
+
+    def keep(path: str) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                found[path] = args[0].clone()
+
+        return record
+
+    modules = [(path, m) for path, m in block.named_modules() if "weight" in m._parameters]
+    handles = [module.register_forward_pre_hook(keep(path)) for path, module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_notes(

@@ -278,7 +278,7 @@ def test_hessians_are_of_the_inputs_that_quantized_blocks_before_give_the_float_
     tiny, monkeypatch, model_type, panel
 ):
     source = tiny.source(model_type)
-    monkeypatch.setattr("fewbits.blockwise._PANEL", panel)
+    monkeypatch.setattr("fewbits.statistics.PANEL", panel)
     RECORDED.clear()
     out = tiny.folder / f"panels-{model_type}-{panel}"  # enough tokens, so that no expert is starved
     quantize(source, out, method=Recording(), scheme=G32, calibration=MORE_IDS)
@@ -833,12 +833,14 @@ class Overflowing(AWQ):
 
     def __call__(self, block, wiring, schemes, search, held_out, dtype):
         norm, readers = block.input_layernorm, ("q_proj", "k_proj", "v_proj")
-        if str(float(norm.weight.sum())) == self.victim:
-            norm.weight.data /= 2.0**18
-            for reader in readers:
-                weight = block.self_attn.get_submodule(reader).weight
-                weight.data = weight.data * 2.0**18
-        return []
+        if str(float(norm.weight.sum())) != self.victim:
+            return [], {}
+        norm.weight.data /= 2.0**18
+        for reader in readers:
+            weight = block.self_attn.get_submodule(reader).weight
+            weight.data = weight.data * 2.0**18
+        s = torch.full((norm.weight.numel(),), 2.0**18)
+        return [], {f"self_attn.{reader}": s for reader in readers}
 
 
 @pytest.mark.parametrize("rounder", [GPTQ(), WeightedRTN()], ids=["gptq", "awq"])

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_all_lists_exactly_the_public_names():
     modules = {p.stem for p in (ROOT / "src/fewbits").glob("*")}
     public = {n for n in vars(fewbits) if not n.startswith("_")} - modules
-    assert public | {"compare", "convert", "evaluate", "load", "verify"} == set(fewbits.__all__)
+    assert public | {"compare", "convert", "evaluate", "load", "measure", "verify"} == set(fewbits.__all__)
     assert len(fewbits.__all__) == len(set(fewbits.__all__))
     assert callable(fewbits.load)
 

@@ -15,6 +15,7 @@ with _uncollected():  # imports make a million objects that stay: a tenth of the
     from fewbits.integration import register as _register
     from fewbits.linear import QuantizedLinear
     from fewbits.load import load
+    from fewbits.measure import Measured, measure
     from fewbits.methods import GPTQ, RTN, WeightedRTN
     from fewbits.pipeline import Quantized, quantize
     from fewbits.recipe import Recipe
@@ -35,6 +36,7 @@ __all__ = [
     "Evaluation",
     "FewbitsError",
     "InputError",
+    "Measured",
     "Note",
     "QuantScheme",
     "Quantized",
@@ -50,6 +52,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "load",
+    "measure",
     "quantize",
     "quantize_",
     "quantize_tensor",

@@ -8,11 +8,10 @@ rounded block. A block that came out much worse than one rounded to nearest is r
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,15 @@ from fewbits.pieces import Piece, find_pieces
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
+from fewbits.statistics import (
+    InputStats,
+    Statistics,
+    collect,
+    divide_inputs,
+    find_inputs,
+    is_expert,
+    share_absmax,
+)
 from fewbits.stream import TOKENS, Allocate, Stream
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor, is_finite
@@ -37,10 +45,11 @@ _HELD_OUT = 32  # at most one sample in so many is kept for judging; not tuned
 _JUDGED = 4096  # tokens that are kept for judging, and that transforms search with, at most; not tuned
 _PROBE = 64  # tokens that the wiring is found with; not tuned
 _COMPARED_ROWS = 128  # of each matrix, on which its error is compared with round to nearest; not tuned
-_PANEL = 256  # columns of a Hessian that are added to by one product; not tuned
 _LENS = 256  # positions at which the logits after each block are compared; not tuned
 KL_COPIES = 4  # of the logits of a sample that are in memory at a time
 _EXPLODED = 4.0  # times the error of rounding to nearest, on held-out samples; not tuned
+
+Folds = dict[str, list[Tensor]]  # by reader: what its columns were multiplied by, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,53 +150,6 @@ class Limits:
     statistics_bytes: int | None = None
 
 
-@dataclass(slots=True)
-class _Stats:
-    """What is known of a linear's inputs over its tokens, as far as the method asks for it.
-
-    Args:
-        hessian: the mean of x.T @ x, (in, in).
-        absmax: the largest |x|, (in,).
-    """
-
-    hessian: Tensor | None = None
-    absmax: Tensor | None = None
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, width: int, needs: frozenset[str]) -> Self:
-        """Of no tokens yet."""
-        return cls(
-            torch.zeros(width, width) if "hessian" in needs else None,
-            torch.zeros(width) if "absmax" in needs else None,
-        )
-
-    @property
-    def given(self) -> dict[str, Tensor]:
-        """As methods take them."""
-        both = {"hessian": self.hessian, "absmax": self.absmax}
-        return {name: value for name, value in both.items() if value is not None}
-
-    def add(self, x: Tensor) -> None:
-        """Inputs (tokens, in)."""
-        self.tokens += len(x)
-        if self.absmax is not None and len(x):
-            torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
-        if self.hessian is not None:
-            for start in range(0, x.shape[1], _PANEL):  # below the diagonal only: it is symmetric
-                panel = slice(start, start + _PANEL)
-                self.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
-
-    def finish(self) -> None:
-        """A mean, and what is above the panels on the diagonal."""
-        if self.hessian is None:
-            return
-        self.hessian.div_(max(1, self.tokens))
-        for start in range(0, len(self.hessian), _PANEL):
-            panel = slice(start, start + _PANEL)
-            self.hessian[panel, start + _PANEL :] = self.hessian[start + _PANEL :, panel].t()
-
-
 def quantize_blocks(
     plan: Plan,
     recipe: Recipe,
@@ -196,6 +158,7 @@ def quantize_blocks(
     limits: Limits = Limits(),
     allocate: Allocate | None = None,
     start: Position = Position(),
+    statistics: Statistics | None = None,
 ) -> Iterator[Block]:
     """Quantize the blocks of a model one after the other.
 
@@ -208,6 +171,8 @@ def quantize_blocks(
         allocate: gives room for the states behind each block but the last, which the next one is given;
             what lies there when a block is yielded is what `start` takes.
         start: where to go on.
+        statistics: of the float model, to be taken instead of those of the samples; then `ids` are its
+            own, which transforms search with and blocks are judged on.
 
     Raises:
         InputError: blocks that cannot be run on their own, tokens that the model cannot take, or a block
@@ -217,7 +182,7 @@ def quantize_blocks(
         raise InputError(
             f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
         )
-    run = _Run(plan, recipe, ids, limits, allocate, start)
+    run = _Run(plan, recipe, ids, limits, allocate, start, statistics)
     what, count = "blocks", run.stream.count
     for number in range(start.blocks, count):
         if progress is not None:
@@ -235,18 +200,24 @@ def held_out_samples(samples: int, length: int) -> int:
     return max(1, min(samples // _HELD_OUT, _JUDGED // length))
 
 
+def searched_samples(samples: int, length: int) -> int:
+    """How many of the calibration samples, from the first, transforms search with."""
+    return min(max(1, _JUDGED // length), samples - held_out_samples(samples, length))
+
+
 def judged_positions(samples: int, length: int) -> int:
     """Of one sample, at which logits are compared."""
-    return math.ceil(length / _every(samples, length))
+    return math.ceil(length / _every(held_out_samples(samples, length), length))
 
 
-def _every(samples: int, length: int) -> int:
-    return max(1, held_out_samples(samples, length) * length // _LENS)
+def _every(held_out: int, length: int) -> int:
+    return max(1, held_out * length // _LENS)
 
 
-def states_bytes(samples: int, length: int, hidden: int) -> int:
+def states_bytes(samples: int, length: int, hidden: int, held_out: int | None = None) -> int:
     """Of the room behind a block: bfloat16 states, and those of the float model that are held out."""
-    return length * hidden * (2 * samples + 4 * held_out_samples(samples, length))
+    held_out = held_out_samples(samples, length) if held_out is None else held_out
+    return length * hidden * (2 * samples + 4 * held_out)
 
 
 class _Run:
@@ -260,11 +231,12 @@ class _Run:
         limits: Limits,
         allocate: Allocate | None,
         start: Position,
+        statistics: Statistics | None,
     ) -> None:
-        self.plan, self.recipe, self.limits = plan, recipe, limits
-        held_out = held_out_samples(*ids.shape)
+        self.plan, self.recipe, self.limits, self.statistics = plan, recipe, limits, statistics
+        held_out = held_out_samples(*ids.shape) if statistics is None else statistics.held_out
         self.fitted, self.held_out = range(len(ids) - held_out), slice(len(ids) - held_out, len(ids))
-        every = _every(*ids.shape)
+        every = _every(held_out, ids.shape[1])
         states = None if start.states is None else self._split(start.states, *ids.shape)
         first = None if states is None else states[0]
         self.stream = Stream(plan.checkpoint, ids, every, limits.tokens, allocate, first)
@@ -281,7 +253,7 @@ class _Run:
     def _split(self, room: Tensor, samples: int, length: int) -> tuple[Tensor, Tensor]:
         """The states of all samples, and those of the float model, as they lie in their room."""
         hidden = self.plan.hidden_size
-        size = 4 * held_out_samples(samples, length) * length * hidden  # first: it must be aligned
+        size = 4 * (samples - len(self.fitted)) * length * hidden  # first: it must be aligned
         floats, states = room[:size].view(torch.float32), room[size:].view(torch.bfloat16)
         return states.view(samples, length, hidden), floats.view(-1, length, hidden)
 
@@ -320,20 +292,10 @@ class _Run:
         """Of the block in float: what it computes must be worth keeping."""
         where = f"block {number} of {self.plan.checkpoint.folder} gives"
         if not (is_finite(wanted) and is_finite(self.float_states)):
-            self._blame(number)
+            blame_weight(self.plan, number)
             raise InputError(f"{where} NaN or infinity in float; accepted are models that compute")
         if not float(wanted.var()) > 0:
             raise InputError(f"{where} the same value everywhere; accepted are models that compute")
-
-    def _blame(self, number: int) -> None:
-        """Name the tensor of a block that is itself not finite, if there is one."""
-        plan = self.plan
-        for name in (name for name, block in plan.blocks.items() if block == number):
-            tensor = plan.checkpoint.read(name)
-            if tensor.is_floating_point() and not is_finite(tensor):
-                raise InputError(
-                    f"{plan.place(name)} contains NaN or infinity; accepted are finite weights"
-                )
 
     def _judge(self, number: int, block: nn.Module, wanted: Tensor) -> tuple[float, Tensor]:
         """Squared error of its output over the output's variance, and the output; held-out samples."""
@@ -342,7 +304,9 @@ class _Run:
 
     def _advance(self, number: int, block: nn.Module, got: Tensor) -> None:
         stream = self.stream
-        room = stream.allocate(states_bytes(*stream.states.shape))
+        samples, length, hidden = stream.states.shape
+        held_out = samples - len(self.fitted)
+        room = stream.allocate(states_bytes(samples, length, hidden, held_out))
         states, floats = self._split(room, *stream.ids.shape)
         stream.advance(number, block, self.fitted, states)
         for rows in stream.batches(self.fitted):
@@ -359,12 +323,12 @@ class _Run:
         result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
         wiring = self._wiring(number, block, result)
         self._note_unseen(number, wiring, result)
-        self._transform(number, block, wiring, pieces, result)
+        folds = self._transform(number, block, wiring, pieces, result)
         codes: dict[str, QuantizedTensor] = {}
         together: list[list[MatrixReport]] = []
         noted = len(result.notes)
         for some in self._passes(block, wiring, pieces):
-            stats = self._collect(number, block, wiring, some)
+            stats = self._collect(number, block, wiring, some, folds)
             hand_back_memory()  # of the run; what follows needs the most there is
             together += self._round(block, some, stats, codes, result)
             del stats  # the largest there is
@@ -460,13 +424,13 @@ class _Run:
 
     def _wiring(self, number: int, block: nn.Module, result: Block) -> Wiring:
         """Found once for each distinct shape of a block."""
-        shape = sha256(repr(signature(block)).encode()).hexdigest()
-        if shape not in self.wirings:
-            probe = self.stream.states[:1, :_PROBE]
-            with_pairs = bool(self.recipe.transforms)
-            run = partial(self.stream.run, number, block, probe)
-            self.wirings[shape] = result.wirings[shape] = find_wiring(block, run, with_pairs)
-        return self.wirings[shape]
+        kind = block_kind(block)
+        if self.statistics is not None:
+            return self.statistics.wiring(number, kind)
+        if kind not in self.wirings:
+            found = find_block_wiring(self.stream, number, block, bool(self.recipe.transforms))
+            self.wirings[kind] = result.wirings[kind] = found
+        return self.wirings[kind]
 
     def _note_unseen(self, number: int, wiring: Wiring, result: Block) -> None:
         for path in wiring.unseen:
@@ -482,12 +446,13 @@ class _Run:
         wiring: Wiring,
         pieces: dict[str, list[Piece]],
         result: Block,
-    ) -> None:
-        stream = self.stream
+    ) -> Folds:
+        """What the columns of linears were multiplied by, and their inputs divided by, one by one."""
+        stream, folded = self.stream, defaultdict[str, list[Tensor]](list)
         schemes = {linear: self._scheme(parts[0]) for linear, parts in pieces.items()}
         wiring = self._writable(number, wiring, result) if self.recipe.transforms else wiring
         for transform in self.recipe.transforms:
-            notes = transform(
+            notes, folds = transform(
                 block,
                 wiring,
                 schemes,
@@ -497,6 +462,9 @@ class _Run:
             )
             prefix = self._prefix(number)
             result.notes += [Note(note.kind, prefix + note.where, note.what) for note in notes]
+            for reader, s in folds.items():
+                folded[reader].append(s)
+        return folded
 
     def _writable(self, number: int, wiring: Wiring, result: Block) -> Wiring:
         """Without the pairs that touch what transformers rebuilds from other tensors on disk."""
@@ -525,54 +493,49 @@ class _Run:
         limit = self.limits.statistics_bytes
         if limit is None or "hessian" not in self.recipe.method.needs:
             return [pieces]
-        passes: list[list[str]] = [[]]
-        held = 0
-        for group in wiring.groups:
-            shared = [p for p in group.linears if p in pieces and not _is_expert(block, p)]
-            own = [[p] for p in group.linears if p in pieces and _is_expert(block, p)]
-            for paths in [*([shared] if shared else []), *own]:
-                size = 4 * float_weight(block.get_submodule(paths[0])).shape[1] ** 2
-                if passes[-1] and held + size > limit:
-                    passes.append([])
-                    held = 0
-                passes[-1] += paths
-                held += size
-        seen = {path for paths in passes for path in paths}
-        passes[-1] += [path for path in pieces if path not in seen]
+        divided = divide_inputs(block, find_inputs(block, wiring, pieces), limit)
+        passes = [{path for linears in some for path in linears} for some in divided]
+        passes[-1] |= pieces.keys() - {path for paths in passes for path in paths}
         # In the order of the pieces: what is rounded as one is stacked alike, however it is divided.
-        return [{path: pieces[path] for path in pieces if path in some} for some in map(set, passes)]
+        return [{path: pieces[path] for path in pieces if path in some} for some in passes]
 
     def _collect(
-        self, number: int, block: nn.Module, wiring: Wiring, pieces: dict[str, list[Piece]]
-    ) -> dict[str, _Stats]:
+        self,
+        number: int,
+        block: nn.Module,
+        wiring: Wiring,
+        pieces: dict[str, list[Piece]],
+        folds: Folds,
+    ) -> dict[str, InputStats]:
         """Statistics by linear; linears that read one tensor have them in common."""
         needs = self.recipe.method.needs
         if not needs:
             return {}
-        stats: dict[str, _Stats] = {}
-        for group in wiring.groups:
-            shared = [path for path in group.linears if path in pieces and not _is_expert(block, path)]
-            stats |= dict.fromkeys(shared, _new_stats(block, shared[0], needs)) if shared else {}
-            own = [path for path in group.linears if path in pieces and _is_expert(block, path)]
-            stats |= {path: _new_stats(block, path, needs) for path in own}
-        watched: dict[int, str] = {}
-        for path, stat in stats.items():
-            watched.setdefault(id(stat), path)
-        hooks = _hooks(block, {path: stats[path] for path in watched.values()})
-        with hooks, self.stream.in_fast_dtype(number, block):
-            for rows in self.stream.batches(self.fitted):
-                with suppress(_AllSeen):
-                    self.stream.run(number, block, self.stream.states[rows])
-        for path in watched.values():
-            stats[path].finish()
-        _share_absmax(pieces, stats)
+        inputs = find_inputs(block, wiring, pieces)
+        if self.statistics is None:
+            found = collect(self.stream, number, block, inputs, needs, self.fitted)
+        else:
+            found = {linears: self._stored(number, block, linears, folds) for linears in inputs}
+        stats = {path: stat for linears, stat in found.items() for path in linears}
+        share_absmax(pieces, stats)
         return stats
+
+    def _stored(
+        self, number: int, block: nn.Module, linears: tuple[str, ...], folds: Folds
+    ) -> InputStats:
+        """What was measured on the float model's block, as it is after what was folded into this one."""
+        assert self.statistics is not None
+        width = float_weight(block.get_submodule(linears[0])).shape[1]
+        stat = self.statistics.stats(number, linears, width, self.recipe.method.needs)
+        for s in folds.get(linears[0], []):
+            stat.divide(s)
+        return stat
 
     def _round(
         self,
         block: nn.Module,
         pieces: dict[str, list[Piece]],
-        stats: dict[str, _Stats],
+        stats: dict[str, InputStats],
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[list[MatrixReport]]:
@@ -593,7 +556,7 @@ class _Run:
         self,
         block: nn.Module,
         alike: list[Piece],
-        stat: _Stats | None,
+        stat: InputStats | None,
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[MatrixReport]:
@@ -626,7 +589,9 @@ class _Run:
             )
         return reports
 
-    def _method(self, block: nn.Module, linear: str, stat: _Stats | None) -> tuple[Method, str | None]:
+    def _method(
+        self, block: nn.Module, linear: str, stat: InputStats | None
+    ) -> tuple[Method, str | None]:
         """The recipe's method, or a simpler one where there is too little to go on."""
         method = self.recipe.method
         if not method.needs:
@@ -635,7 +600,7 @@ class _Run:
         if stat is None or (stat.tokens == 0 and not shared):  # other experts may have seen tokens
             return RTN(), "no calibration token reached it: rounded to nearest"
         columns = 0 if stat.hessian is None else len(stat.hessian)
-        if _is_expert(block, linear) and stat.tokens < columns and not isinstance(method, WeightedRTN):
+        if is_expert(block, linear) and stat.tokens < columns and not isinstance(method, WeightedRTN):
             why = f"only {stat.tokens} calibration tokens for {columns} inputs: weighted rounding"
             return WeightedRTN(), why
         return method, None
@@ -693,63 +658,33 @@ class _Run:
         return total / count
 
 
+def blame_weight(plan: Plan, number: int) -> None:
+    """Name the tensor of a block that is itself not finite, if there is one.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name in (name for name, block in plan.blocks.items() if block == number):
+        tensor = plan.checkpoint.read(name)
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise InputError(f"{plan.place(name)} contains NaN or infinity; accepted are finite weights")
+
+
+def block_kind(block: nn.Module) -> str:
+    """A hash of what blocks with the same wiring have in common."""
+    return sha256(repr(signature(block)).encode()).hexdigest()
+
+
+def find_block_wiring(stream: Stream, number: int, block: nn.Module, with_pairs: bool) -> Wiring:
+    """Of a block, found on a few tokens of the stream."""
+    run = partial(stream.run, number, block, stream.states[:1, :_PROBE])
+    return find_wiring(block, run, with_pairs)
+
+
 def _equal(value: Tensor, source: Tensor) -> bool:
     """Whether a float32 value is still the source's, as float32 holds that; NaN equals NaN."""
     source = source.to(value.dtype)
     return bool(((value == source) | (value.isnan() & source.isnan())).all())
-
-
-def _is_expert(block: nn.Module, path: str) -> bool:
-    return isinstance(block.get_submodule(path.rpartition(".")[0]), ExpertLinears)
-
-
-def _new_stats(block: nn.Module, path: str, needs: frozenset[str]) -> _Stats:
-    return _Stats.of(float_weight(block.get_submodule(path)).shape[1], needs)
-
-
-def _share_absmax(pieces: dict[str, list[Piece]], stats: dict[str, _Stats]) -> None:
-    """Experts that lie in one tensor on disk have their columns in common, seen by any of them."""
-    stacks: dict[str, list[Tensor]] = defaultdict(list)
-    for linear, parts in pieces.items():
-        found = stats[linear].absmax if linear in stats else None
-        for piece in parts:
-            if piece.expert is not None and found is not None:
-                stacks[piece.source].append(found)
-    for stack in stacks.values():
-        largest = torch.stack(stack).amax(0)
-        for absmax in stack:
-            absmax.copy_(largest)
-
-
-class _AllSeen(Exception):  # noqa: N818
-    """All linears that are watched were reached: what comes after them is of no use."""
-
-
-@contextmanager
-def _hooks(block: nn.Module, stats: dict[str, _Stats]) -> Iterator[None]:
-    """Add every input to the statistics while the block runs."""
-    needed = set(stats)
-    pending, experts = set(needed), any(_is_expert(block, path) for path in stats)
-
-    def watch(path: str, stat: _Stats) -> Callable[..., None]:
-        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stat.add(args[0].reshape(-1, args[0].shape[-1]).float())
-            pending.discard(path)
-            if not pending and not experts:  # an expert may be called again, or later
-                pending.update(needed)
-                raise _AllSeen
-
-        return record
-
-    handles = [
-        block.get_submodule(path).register_forward_pre_hook(watch(path, stat))
-        for path, stat in stats.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _errors(

@@ -135,7 +135,15 @@ def _elements(plan: Plan, name: str) -> tuple[int, int]:
 
 
 def _hessians(plan: Plan) -> tuple[int, int]:
-    """Bytes of all Hessians of the block that has most, and of the largest one.
+    """Bytes of all Hessians of the block that has most, and of the largest one."""
+    widths = input_widths(plan).values()
+    totals = (sum(4 * n * n for n in found) for found in widths)
+    widest = max((n for found in widths for n in found), default=0)
+    return max(totals, default=0), 4 * widest**2
+
+
+def input_widths(plan: Plan) -> dict[int, list[int]]:
+    """Features of the tensors that the matrices of each block read, from above.
 
     Which linears read one tensor is not known yet: of those of one parent with equally many columns, the
     last is taken to read another than the rest.
@@ -151,12 +159,10 @@ def _hessians(plan: Plan) -> tuple[int, int]:
             expert = matrix.kind == "expert"
             owner = f"{matrix.module}.{i if matrix.expert is None else matrix.expert}"
             found[matrix.block][owner if expert else parent, columns] += 0 if expert else 1
-    totals = (
-        sum(4 * n * n * (2 if linears > 1 else 1) for (_, n), linears in groups.items())
-        for groups in found.values()
-    )
-    widest = max((n for groups in found.values() for _, n in groups), default=0)
-    return max(totals, default=0), 4 * widest**2
+    return {
+        number: [n for (_, n), linears in groups.items() for _ in range(2 if linears > 1 else 1)]
+        for number, groups in found.items()
+    }
 
 
 def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int, hessians: bool) -> int:

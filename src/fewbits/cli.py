@@ -61,6 +61,10 @@ Calibration = Annotated[
         "or self for text that the model writes."
     ),
 ]
+Stats = Annotated[
+    Path | None,
+    typer.Option(metavar="STATS", help="Folder that measure made, instead of --calibration."),
+]
 Samples = Annotated[int, typer.Option(help="Of calibration.")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens of a sample.  [default: 2048, at most the context]")
@@ -151,7 +155,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {error}", highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            kept = function.__name__ in ("compare", "convert", "quantize")
+            kept = function.__name__ in ("compare", "convert", "measure", "quantize")
             what = "what was finished is kept" if kept else "nothing was left behind"
             err.print(f"interrupted: {what}; the same command {'goes on' if kept else 'starts again'}")
             raise typer.Exit(130) from None
@@ -338,6 +342,7 @@ def quantize(
     override: Override = None,
     head: Head = False,
     calibration: Calibration = None,
+    stats: Stats = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 0,
@@ -362,7 +367,7 @@ def quantize(
     from fewbits.report.page import check_page, run_page, write_page
 
     check_seed(seed)  # also where nothing is drawn
-    calibrated = calibration is not None
+    calibrated = calibration is not None or stats is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
     if html is not None and html.parent != out_folder:
@@ -376,6 +381,7 @@ def quantize(
             overrides=overrides,
             head=head,
             calibration=calibration,
+            statistics=stats,
             samples=samples,
             length=seq_len,
             seed=seed,
@@ -411,6 +417,54 @@ def quantize(
         )
     _print_notes([str(note) for note in result.ledger.notes])
     out.print(missing or f"report: {page}", highlight=False)
+
+
+@_command
+def measure(
+    model: Model,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder to be made.")],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="What the model is run on: a text file, a .jsonl file, "
+            "hub:owner/name/config:split:column, or self for text that the model writes."
+        ),
+    ],
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    max_memory: MaxMemory = None,
+    restart: Restart = False,
+    json_: Json = False,
+) -> None:
+    """Run MODEL over calibration once, and keep in STATS what `quantize --stats` needs of it."""
+    from fewbits.measure import measure as run
+    from fewbits.report import bytes_text
+
+    with _progress() as progress:
+        result = run(
+            model,
+            stats,
+            calibration=calibration,
+            samples=samples,
+            length=seq_len,
+            seed=seed,
+            max_memory=_bytes(max_memory),
+            restart=restart,
+            progress=progress,
+        )
+    if json_:
+        _print_json(result.to_json())
+        return
+    told, data = result.to_json(), result.statistics.calibration
+    done = "already there, and verified" if result.reused else "measured"
+    out.print(
+        f"{result.folder}: {done}; {bytes_text(result.size_bytes)}, {told['blocks']} blocks, "
+        f"{told['inputs']} inputs; {data['samples']} samples of {data['length']} tokens of "
+        f"{data['source']}; {result.run.get('elapsed_s', 0):.0f} s",
+        highlight=False,
+    )
+    _print_notes([str(note) for note in result.statistics.notes])
 
 
 @_command

@@ -24,12 +24,12 @@ from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, GgufLayout, Reader, ScaleRange
 from fewbits.formats.packed import on_disk
 from fewbits.gguf_file import GgufCheckpoint
-from fewbits.journal import Journal
-from fewbits.ledger import Codes, Entry, plain
+from fewbits.journal import Journal, throw_away
+from fewbits.ledger import Codes, Entry, describe_source, plain
 from fewbits.load import config_dtype, open_model, quantization_of, quantized_matrices, read_matrix
 from fewbits.memory import watch_memory
 from fewbits.methods import RTN, round_held
-from fewbits.pipeline import Quantized, check_out, describe_source, finish, reuse, throw_away
+from fewbits.pipeline import Quantized, check_out, finish, reuse
 from fewbits.plan import Plan, make_plan, placement_of, survey
 from fewbits.recipe import Recipe
 from fewbits.scheme import BITS, QuantScheme

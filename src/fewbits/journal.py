@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fewbits.checkpoint import (
     MAX_SHARD_BYTES,
-    SAFETENSORS,
     SAFETENSORS_INDEX,
     TensorInfo,
     Written,
@@ -342,26 +341,47 @@ class Journal:
             os.close(self._handle)
             self._handle = -1
 
+    # -- what finished steps hold ------------------------------------------------------------------
+
+    @property
+    def written(self) -> list[Written]:
+        """Tensors of all finished steps, in their order."""
+        return [written for written, _, _ in self._places().values()]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of a finished step, in memory."""
+        return self._read(*self._places()[name])
+
     # -- the checkpoint ----------------------------------------------------------------------------
 
-    def write_shards(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def write_shards(
+        self,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        stem: str = "model",
+        keep: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         """Make weight files of all steps, in their order, and an index if there are several.
 
         Args:
             max_shard_bytes: tensors go to a shard until it would be larger.
+            stem: that the names of files begin with; only of a "model" an index is written.
+            keep: which tensors, by name.
         """
         with disk_errors(self.out, _KEPT):
             self._new_result()
-            shards = list(self._cut(max_shard_bytes))
-            names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-            self.shard_names = [SAFETENSORS] if len(shards) == 1 else names
+            places = self._places()
+            written = [written for written, _, _ in places.values() if keep(written.name)]
+            infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, "") for w in written]
+            shards = list(cut(infos, max_shard_bytes))
+            names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            self.shard_names = [f"{stem}.safetensors"] if len(shards) == 1 else names
             for name, shard in zip(self.shard_names, shards, strict=True):
-                self._write_shard(self.result / name, shard)
-        if len(shards) > 1:
+                self._write_shard(self.result / name, ordered(shard), places)
+        if len(shards) > 1 and stem == "model":
             pairs = zip(self.shard_names, shards, strict=True)
-            places = {w.name: name for name, shard in pairs for w, _, _ in shard}
-            total = sum(w.size_bytes for shard in shards for w, _, _ in shard)
-            self.write_json(SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            where = {info.name: name for name, shard in pairs for info in shard}
+            total = sum(info.size_bytes for info in infos)
+            self.write_json(SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
     def write_container(
         self, name: str, write: Callable[[Path, list[Written], Callable[[str], Tensor]], None]
@@ -377,14 +397,16 @@ class Journal:
             places = self._places()
 
             def read(tensor: str) -> Tensor:
-                written, step, start = places[tensor]
-                raw = bytearray(b"".join(_pieces(self._path(step), start, written.size_bytes)))
-                dtype = dtype_of(written.dtype)
-                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-                return flat.view(written.shape)
+                return self._read(*places[tensor])
 
             write(self.result / name, [written for written, _, _ in places.values()], read)
             sync(self.result / name)
+
+    def _read(self, written: Written, step: int, start: int) -> Tensor:
+        raw = bytearray(b"".join(_pieces(self._path(step), start, written.size_bytes)))
+        dtype = dtype_of(written.dtype)
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return flat.view(written.shape)
 
     def _new_result(self) -> None:
         if self.result.exists():  # of an earlier process, which stopped in the middle
@@ -401,25 +423,12 @@ class Journal:
                 start += tensor.size_bytes
         return places
 
-    def _cut(self, max_shard_bytes: int) -> Iterator[list[tuple[Written, int, int]]]:
-        """Tensors of each shard, with their step and where they begin in its file."""
-        shard: list[tuple[Written, int, int]] = []
-        size = 0
-        for tensor, step, start in self._places().values():
-            if shard and size + tensor.size_bytes > max_shard_bytes:
-                yield shard
-                shard, size = [], 0
-            shard.append((tensor, step, start))
-            size += tensor.size_bytes
-        if shard:
-            yield shard
-
-    def _write_shard(self, path: Path, shard: list[tuple[Written, int, int]]) -> None:
-        # Wide dtypes first, so that every tensor is aligned.
-        ordered = sorted(shard, key=lambda item: (-dtype_of(item[0].dtype).itemsize, item[0].name))
-        infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, "") for w, _, _ in ordered]
-        parts = (_pieces(self._path(step), start, w.size_bytes) for w, step, start in ordered)
-        append(path, chain([encode_header(infos)], *parts), fresh=True)
+    def _write_shard(
+        self, path: Path, shard: list[TensorInfo], places: dict[str, tuple[Written, int, int]]
+    ) -> None:
+        found = (places[info.name] for info in shard)
+        parts = (_pieces(self._path(step), start, w.size_bytes) for w, step, start in found)
+        append(path, chain([encode_header(shard)], *parts), fresh=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A JSON file of the checkpoint."""
@@ -441,6 +450,25 @@ class Journal:
             os.replace(self.result, self.out)
             sync(self.out.parent)
             remove_at_once(self.folder, self.out)
+
+
+def cut(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> Iterator[list[TensorInfo]]:
+    """The tensors of each weight file: they go to one until it would be larger."""
+    shard: list[TensorInfo] = []
+    size = 0
+    for tensor in tensors:
+        if shard and size + tensor.size_bytes > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.size_bytes
+    if shard:
+        yield shard
+
+
+def ordered(shard: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Tensors as they stand in a weight file: wide dtypes first, so that every one is aligned."""
+    return sorted(shard, key=lambda info: (-info.dtype.itemsize, info.name))
 
 
 def partial_folder(out: Path) -> Path:
@@ -466,6 +494,14 @@ def discard(out: Path) -> None:
             return  # who worked on it was done, and removed it
         remove_at_once(folder, out)
         lock.release()
+
+
+def throw_away(out: Path) -> None:
+    """A finished result of ours, and unfinished work for one."""
+    discard(out)
+    if out.exists():
+        with disk_errors(out, "what was there is there still"):
+            remove_at_once(out, out)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -6,17 +6,22 @@ through a decoder of their own can prove that the integers are those that were c
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 
 from fewbits.checkpoint import (
     LEDGER,
+    Checkpoint,
     TensorInfo,
     Written,
+    hash_file,
     hash_json,
     hash_tensors,
+    model_name,
     read_json,
 )
 from fewbits.errors import InputError
@@ -169,6 +174,50 @@ class Ledger:
             "files": self.files,
         }
         return value | {"sha256": hash_json(plain(value))}
+
+
+def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which checkpoint it was: never a path of this machine."""
+    sizes = {
+        name: {"size_bytes": size, "header_bytes": checkpoint.header_bytes[name]}
+        for name, size in checkpoint.file_bytes.items()
+    }
+    carried = {name: hash_file(checkpoint.folder / name) for name in checkpoint.carried()}
+    return {
+        "name": model_name(model),
+        "config_sha256": hash_json(checkpoint.config),
+        "files": sizes,
+        "carried": carried,
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the last bits of sums depend on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes of all files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {
+            "size_bytes": path.stat().st_size,
+            "sha256": hash_file(path),
+        }
+        for path in files
+    }
+
+
+def comparable(asked: dict[str, Any]) -> dict[str, Any]:
+    """Without where the source lay, and on which machine a finished result was made."""
+    source = {k: v for k, v in asked["source"].items() if k != "name"}
+    libraries = {k: v for k, v in asked["made_with"].items() if k in ("torch", "transformers")}
+    return asked | {"source": source, "made_with": libraries}
 
 
 def plain(value: Any) -> Any:

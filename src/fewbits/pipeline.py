@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewbits.calibration import (
@@ -21,30 +20,32 @@ from fewbits.checkpoint import (
     LEDGER,
     MAX_SHARD_BYTES,
     RUN,
-    Checkpoint,
     TensorInfo,
     Written,
     dtype_of,
-    hash_file,
-    hash_json,
-    model_name,
     read_json,
     resolve,
 )
-from fewbits.disk import disk_errors
 from fewbits.errors import InputError, VerificationError
-from fewbits.evaluate import read_calibration_of
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
-from fewbits.journal import Journal, differences, discard, remove_at_once
-from fewbits.ledger import Ledger, plain, read_ledger
+from fewbits.journal import Journal, differences, discard, throw_away
+from fewbits.ledger import (
+    Ledger,
+    comparable,
+    describe_files,
+    describe_machine,
+    describe_source,
+    plain,
+    read_ledger,
+)
 from fewbits.memory import Memory, watch_memory
 from fewbits.methods import Q4K, RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.steps import Steps
-from fewbits.stream import fast_dtype
+from fewbits.statistics import Statistics, read_statistics
+from fewbits.steps import Steps, describe_calibration, read_samples
 from fewbits.text import Text
 from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
@@ -102,6 +103,7 @@ def quantize(
     head: bool = False,
     transforms: tuple[Transform, ...] = (),
     calibration: str | Path | Text | Tensor | Calibration | None = None,
+    statistics: str | Path | None = None,
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
     seed: int = 0,
@@ -132,6 +134,9 @@ def quantize(
         transforms: rewrite each block before it is rounded, like `AWQ()`.
         calibration: what calibrated methods and transforms run the model on; see
             `read_calibration`, also for samples, length and seed.
+        statistics: folder that `measure` made of this model, instead of calibration: the text is not
+            needed again. They are of the float model, and so the result is a little worse than one that
+            was calibrated on what the quantized blocks before each block give.
         max_memory: bytes of anonymous memory that the process may take; the work is divided so that
             it stays below. Refused where that cannot be done.
         format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
@@ -156,16 +161,22 @@ def quantize(
     """
     began = time.monotonic()
     named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
-    scheme = scheme or _default_scheme(method, calibration is not None)
+    if calibration is not None and statistics is not None:
+        raise InputError("calibration and statistics are both given; accepted is one of them")
+    calibrated = calibration is not None or statistics is not None
+    scheme = scheme or _default_scheme(method, calibrated)
     if isinstance(method, LLMInt8):
         method = _static_or_not(scheme, overrides)
-    if isinstance(method, Q4K) and calibration is not None:
+    if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
     recipe = Recipe(method, scheme, overrides, head, named + transforms)
     out = Path(out)
     source = resolve(model)
     check_out(out, source)
     plan = make_plan(source, recipe, format, clients, tensor_parallel)
+    stats = None if statistics is None else read_statistics(statistics)
+    if stats is not None:
+        calibration = _kept_samples(stats, plan, recipe, model, samples, length, seed)
     with watch_memory() as memory:
         read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
         if restart:  # after all that may be refused
@@ -173,12 +184,11 @@ def quantize(
             throw_away(out)
         if out.exists():
             data = read(calibration)
-            return reuse(out, _ask(plan, recipe, data, model), plan, progress)
+            return reuse(out, _ask(plan, recipe, data, model, stats), plan, progress)
         with Journal(out) as journal:
             data = read(calibration, journal)
-            steps = Steps(
-                plan, recipe, data, _ask(plan, recipe, data, model), journal, max_memory, progress
-            )
+            asked = _ask(plan, recipe, data, model, stats)
+            steps = Steps(plan, recipe, data, asked, journal, max_memory, progress, stats)
             return finish(steps, began, memory, max_shard_bytes)
 
 
@@ -203,7 +213,7 @@ def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> 
     journal.write_json(CONFIG, plan.config | quantization)
     journal.carry_over(plan.checkpoint.folder, plan.checkpoint.carried())
     ledger.notes += plan.checkpoint.notes + steps.check_forward()
-    ledger.files = _describe_files(journal.result)
+    ledger.files = describe_files(journal.result)
     journal.write_json(LEDGER, ledger.to_json())
     verification = _verify(journal, steps.progress)
     elapsed = round(time.monotonic() - began, 3)
@@ -245,33 +255,51 @@ def check_out(out: Path, source: Path) -> None:
         raise InputError(f"{out} exists and was not written by fewbits; {_ACCEPTED}")
 
 
-def throw_away(out: Path) -> None:
-    """A finished checkpoint of ours, and unfinished work for one."""
-    discard(out)
-    if out.exists():
-        with disk_errors(out, "what was there is there still"):
-            remove_at_once(out, out)
+def _kept_samples(
+    statistics: Statistics,
+    plan: Plan,
+    recipe: Recipe,
+    model: str | Path,
+    samples: int,
+    length: int | None,
+    seed: int,
+) -> Calibration:
+    """What statistics keep of their samples, if they are of this model and what is asked for."""
+    if not recipe.needs_calibration:
+        raise InputError(
+            f"method {recipe.name} takes no statistics; accepted with it are gptq, awq, and llm-int8 "
+            "whose threshold is above 0"
+        )
+    statistics.check_source(plain(describe_source(model, plan.checkpoint)))
+    held = statistics.calibration
+    given = {"samples": (samples, DEFAULT_SAMPLES), "length": (length, None), "seed": (seed, 0)}
+    for key, (value, default) in given.items():
+        if value not in (default, held[key]):
+            raise InputError(
+                f"{key} is {value}, and {statistics.folder} was measured with {held[key]}; accepted is "
+                "to leave it away"
+            )
+    return Calibration(statistics.ids, held["source"], held["seed"])
 
 
-def _ask(plan: Plan, recipe: Recipe, data: Calibration | None, model: str | Path) -> dict[str, Any]:
+def _ask(
+    plan: Plan,
+    recipe: Recipe,
+    data: Calibration | None,
+    model: str | Path,
+    statistics: Statistics | None,
+) -> dict[str, Any]:
     """All that decides what comes out, as JSON: what was asked for, of what, and what does the work."""
     request = recipe.describe() | {"format": plan.format.name}
-    request |= {} if data is None else {"calibration": _describe_calibration(plan, data)}
+    if statistics is not None:
+        request |= {"calibration": statistics.calibration, "statistics": statistics.sha256}
+    elif data is not None:
+        request["calibration"] = describe_calibration(plan, data)
     return {
         "fewbits": version("fewbits"),
         "request": plain(request),
         "source": plain(describe_source(model, plan.checkpoint)),
-        "made_with": {} if data is None else _describe_machine(),
-    }
-
-
-def _describe_machine() -> dict[str, Any]:
-    """What the last bits of sums depend on. Without calibration nothing is summed."""
-    return {
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "threads": torch.get_num_threads(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "made_with": {} if data is None else describe_machine(),
     }
 
 
@@ -302,32 +330,6 @@ def _result(
     return Quantized(out, ledger, verification, weights, source, plan.parameters, run, reused)
 
 
-def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which checkpoint it was: never a path of this machine."""
-    sizes = {
-        name: {"size_bytes": size, "header_bytes": checkpoint.header_bytes[name]}
-        for name, size in checkpoint.file_bytes.items()
-    }
-    carried = {name: hash_file(checkpoint.folder / name) for name in checkpoint.carried()}
-    return {
-        "name": model_name(model),
-        "config_sha256": hash_json(checkpoint.config),
-        "files": sizes,
-        "carried": carried,
-    }
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {
-            "size_bytes": path.stat().st_size,
-            "sha256": hash_file(path),
-        }
-        for path in files
-    }
-
-
 def reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | None) -> Quantized:
     """Verify the finished result of the same run; refuse anything else."""
     ledger = read_ledger(out)
@@ -337,7 +339,7 @@ def reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | Non
         "source": ledger.source,
         "made_with": ledger.made_with,
     }
-    found = differences(_comparable(held), _comparable(asked))
+    found = differences(comparable(held), comparable(asked))
     if found:
         raise InputError(
             f"{out} holds another run: {', '.join(found)}; {_ACCEPTED}, or --restart to throw it away"
@@ -345,13 +347,6 @@ def reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | Non
     verification = verify(out, plan.checkpoint.folder, progress)
     discard(out)  # of a process that was stopped between the last two steps
     return _result(out, plan, ledger, verification, reused=True)
-
-
-def _comparable(asked: dict[str, Any]) -> dict[str, Any]:
-    """Without where the source lay, and on which machine a finished result was made."""
-    source = {k: v for k, v in asked["source"].items() if k != "name"}
-    libraries = {k: v for k, v in asked["made_with"].items() if k in ("torch", "transformers")}
-    return asked | {"source": source, "made_with": libraries}
 
 
 def _read_calibration(
@@ -364,10 +359,7 @@ def _read_calibration(
     source: str | Path | Text | Tensor | Calibration | None,
     journal: Journal | None = None,
 ) -> Calibration | None:
-    """The samples that the recipe needs; None if it needs none.
-
-    What a model has written itself is taken from the journal of an earlier process: it took long.
-    """
+    """The samples that the recipe needs; None if it needs none."""
     name = recipe.name
     if not recipe.needs_calibration:
         if source is not None:
@@ -379,32 +371,7 @@ def _read_calibration(
     if source is None:
         raise InputError(
             f"method {name} needs calibration; accepted are a text file, a .jsonl file, "
-            f"hub:owner/name/config:split:column, and {SELF} for text that the model writes itself"
+            f"hub:owner/name/config:split:column, {SELF} for text that the model writes itself, and "
+            "statistics that `fewbits measure` made"
         )
-    given = isinstance(source, Tensor | Calibration)
-    if samples < 2 and not given:
-        raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
-    found = None
-    if isinstance(source, str) and source == SELF and journal is not None:
-        found = _written_before(journal, samples, length, seed)
-        journal.keep = True
-    if found is not None:
-        return found
-    return read_calibration_of(plan.checkpoint.folder, source, samples, length, seed, progress)
-
-
-def _written_before(journal: Journal, samples: int, length: int | None, seed: int) -> Calibration | None:
-    """What the model wrote for an earlier process that asked for the same."""
-    ids, stated = journal.calibration(), (journal.earlier or {}).get("request", {})
-    stated = stated.get("request", {}).get("calibration", {})
-    wanted = {"source": SELF, "samples": samples, "seed": seed}
-    same = all(stated.get(key) == value for key, value in wanted.items())
-    if ids is None or not same or length not in (None, ids.shape[1]):
-        return None
-    return Calibration(ids, SELF, seed)
-
-
-def _describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
-    """The data, and what the model is run in: both decide what comes out."""
-    products = fast_dtype(plan.checkpoint.dtype) or torch.float32
-    return data.to_json() | {"products": str(products).removeprefix("torch.")}
+    return read_samples(plan, samples, length, seed, progress, source, journal)

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fewbits.budget import plan_memory
 from fewbits.calibration import SELF, Calibration, check_calibration
 from fewbits.checkpoint import Written, hash_tensor
 from fewbits.errors import InputError
-from fewbits.evaluate import load_tokenizer
+from fewbits.evaluate import load_tokenizer, read_calibration_of
 from fewbits.journal import Journal
 from fewbits.ledger import Codes, Entry, Ledger, plain, read_entry
 from fewbits.load import check_forward, load
@@ -22,9 +23,11 @@ from fewbits.methods import RTN, round_held
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
-from fewbits.stream import TOKENS
+from fewbits.statistics import Statistics
+from fewbits.stream import TOKENS, fast_dtype
 from fewbits.structure import skeleton, text_config
 from fewbits.tensor import Note, QuantizedTensor, is_finite
+from fewbits.text import Text
 from fewbits.verify import Progress
 from fewbits.wiring import Wiring
 
@@ -41,6 +44,7 @@ class Steps:
         journal: where the steps are kept.
         max_memory: bytes.
         progress: called with (what, done, total).
+        statistics: that were measured before; then `data` is what they keep of their samples.
     """
 
     def __init__(
@@ -52,11 +56,13 @@ class Steps:
         journal: Journal,
         max_memory: int | None,
         progress: Progress | None,
+        statistics: Statistics | None = None,
     ) -> None:
         self.plan, self.recipe, self.data, self.journal = plan, recipe, data, journal
-        self.max_memory, self.progress = max_memory, progress
+        self.max_memory, self.progress, self.statistics = max_memory, progress, statistics
         self.stored = plan.checkpoint  # what the entries of the ledger speak of
-        checkpoint, shape = plan.checkpoint, None if data is None else tuple(data.ids.shape)
+        shape = None if data is None else tuple(data.ids.shape)
+        shape = shape if statistics is None else statistics.shape
         budget = plan_memory(plan, recipe, shape, memory_bytes(), max_memory)  # type: ignore[arg-type]
         self.limits = budget.limits
         journal.begin(
@@ -77,21 +83,24 @@ class Steps:
         self.ledger.calibration = asked["request"].get("calibration", {})
         self._entered: dict[str, Entry] = {}  # of the step that is being done
         self.names: dict[int | None, list[str]] = defaultdict(list)
-        for name in sorted(checkpoint.tensors.keys() | plan.origins.keys(), key=_natural):
+        for name in sorted(plan.checkpoint.tensors.keys() | plan.origins.keys(), key=_natural):
             self.names[plan.blocks.get(name)].append(name)
 
     def _choose(self) -> dict[str, Any]:
         """What an earlier process would have settled: how much is run at a time, and what was found."""
         notes = list(self.plan.notes)
-        if self.data is not None:
-            notes += self.data.notes + tuple(_check_calibration(self.plan, self.data))
+        if self.statistics is not None:
+            what = "collected on the float model: later blocks are not fitted to what earlier ones give"
+            notes += (Note("fact", "statistics", what), *self.statistics.notes)
+        elif self.data is not None:
+            notes += self.data.notes + tuple(calibration_notes(self.plan, self.data))
         if self.limits.tokens != TOKENS:
             what = f"--max-memory: {self.limits.tokens} tokens at a time instead of {TOKENS}"
             notes.append(Note("fact", "memory", what))
         return {
             "tokens": self.limits.tokens,
             "notes": [asdict(note) for note in notes],
-            "modified": _modified(self.plan),
+            "modified": modified(self.plan),
         }
 
     def _states_bytes(self) -> int:
@@ -99,7 +108,8 @@ class Steps:
         if self.data is None:
             return 0
         samples, length = self.data.ids.shape
-        return 3 * states_bytes(samples, length, self.plan.hidden_size)
+        held_out = None if self.statistics is None else self.statistics.held_out
+        return 3 * states_bytes(samples, length, self.plan.hidden_size, held_out)
 
     def take(self) -> Ledger:
         """Do what is left, and say in the ledger what became of everything."""
@@ -133,7 +143,7 @@ class Steps:
 
     def _check_source(self) -> None:
         """Where its files were touched since, what was read of them must still be the same."""
-        if _modified(self.plan) == self.journal.choices["modified"]:
+        if modified(self.plan) == self.journal.choices["modified"]:
             return
         for name, entry in self.ledger.tensors.items():
             if hash_tensor(self.stored.read(entry.origin or name)) != entry.sha256:
@@ -220,6 +230,7 @@ class Steps:
             self.limits,
             self.journal.new_states,
             start,
+            self.statistics,
         )
         for block in blocks:
             number = block.report.block
@@ -269,9 +280,12 @@ class Steps:
     def _enter(self, name: str, written: list[Written], codes: Codes | None, folded: bool) -> None:
         """What became of a source tensor."""
         origin = self.plan.origins.get(name)
+        held = hash_tensor(self.plan.checkpoint.read(origin or name))
+        if self.statistics is not None:
+            self.statistics.check_tensor(origin or name, held)
         self._entered[name] = Entry.of(
             self.plan.info(name),
-            hash_tensor(self.plan.checkpoint.read(origin or name)),
+            held,
             written,
             codes,
             folded=folded,
@@ -295,7 +309,7 @@ class Steps:
         return []
 
 
-def _modified(plan: Plan) -> dict[str, int]:
+def modified(plan: Plan) -> dict[str, int]:
     """When each weight file was last written."""
     checkpoint = plan.checkpoint
     return {f: (checkpoint.folder / f).stat().st_mtime_ns for f in checkpoint.file_bytes}
@@ -343,7 +357,49 @@ def _outlier_notes(ledger: Ledger) -> list[Note]:
     return [*notes, Note("fact", "outliers", what)]
 
 
-def _check_calibration(plan: Plan, data: Calibration) -> list[Note]:
+def read_samples(
+    plan: Plan,
+    samples: int,
+    length: int | None,
+    seed: int,
+    progress: Progress | None,
+    source: str | Path | Text | Tensor | Calibration,
+    journal: Journal | None = None,
+) -> Calibration:
+    """Calibration samples for a model, as `read_calibration` says.
+
+    What a model has written itself is taken from the journal of an earlier process: it took long.
+    """
+    given = isinstance(source, Tensor | Calibration)
+    if samples < 2 and not given:
+        raise InputError(f"--samples is {samples}; accepted are 2 or more, some of which are held out")
+    found = None
+    if isinstance(source, str) and source == SELF and journal is not None:
+        found = _written_before(journal, samples, length, seed)
+        journal.keep = True
+    if found is not None:
+        return found
+    return read_calibration_of(plan.checkpoint.folder, source, samples, length, seed, progress)
+
+
+def _written_before(journal: Journal, samples: int, length: int | None, seed: int) -> Calibration | None:
+    """What the model wrote for an earlier process that asked for the same."""
+    ids, stated = journal.calibration(), (journal.earlier or {}).get("request", {})
+    stated = stated.get("request", {}).get("calibration", {})
+    wanted = {"source": SELF, "samples": samples, "seed": seed}
+    same = all(stated.get(key) == value for key, value in wanted.items())
+    if ids is None or not same or length not in (None, ids.shape[1]):
+        return None
+    return Calibration(ids, SELF, seed)
+
+
+def describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
+    """The data, and what the model is run in: both decide what comes out."""
+    products = fast_dtype(plan.checkpoint.dtype) or torch.float32
+    return data.to_json() | {"products": str(products).removeprefix("torch.")}
+
+
+def calibration_notes(plan: Plan, data: Calibration) -> list[Note]:
     """Whether the data is enough, before the hours are spent."""
     matrices = [plan.matrices[name] for name in plan.placements]
     widths = {m.source: m.rows_columns[1] for m in matrices if m.kind != "expert"}

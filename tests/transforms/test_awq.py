@@ -106,7 +106,7 @@ def test_outliers_of_any_size_and_place_give_the_same_block(model_type):
             pairs = make_outliers(block, run, seed)
             search, held_out = partial(run, 1), partial(run, 2)
             wiring = find_wiring(block, search)
-            notes = AWQ()(block, wiring, schemes_of(block), search, held_out, BF16)
+            notes, _ = AWQ()(block, wiring, schemes_of(block), search, held_out, BF16)
             twins.append((block, pairs, notes))
     count = len(twins) // 2
     for (one, pairs, notes), (other, _, others) in zip(twins[:count], twins[count:], strict=True):
@@ -165,9 +165,11 @@ def inputs(loud: int) -> Tensor:
 def awq(block, search, held_out, schemes=READERS, dtype=BF16, transform=None):
     wiring = find_wiring(block, lambda: block(search[:20]))
     assert len(wiring.pairs) == 1
-    return (transform or AWQ())(
+    notes, folds = (transform or AWQ())(
         block, wiring, schemes, lambda: block(search), lambda: block(held_out), dtype
     )
+    assert bool(folds) == any(note.what.startswith("folded") for note in notes)
+    return notes
 
 
 def state(block):
@@ -243,7 +245,7 @@ def test_a_block_with_nothing_in_it_is_left_alone(dead):
     if dead == "weights":
         block.reader.weight[:], block.other.weight[:] = 0, 0
         before = state(block)
-    (note,) = AWQ()(block, wiring, READERS, lambda: block(x), lambda: block(x), BF16)
+    (note,), _ = AWQ()(block, wiring, READERS, lambda: block(x), lambda: block(x), BF16)
     assert note.what.startswith("not folded")
     assert same(block, before)
 

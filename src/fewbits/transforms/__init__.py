@@ -23,7 +23,7 @@ class Transform(Protocol):
         search: Callable[[], Tensor],
         held_out: Callable[[], Tensor],
         dtype: torch.dtype,
-    ) -> list[Note]:
+    ) -> tuple[list[Note], dict[str, Tensor]]:
         """Rewrite the block.
 
         Args:
@@ -33,6 +33,10 @@ class Transform(Protocol):
             search: runs the block as it stands on the samples to search with; its hidden states.
             held_out: the same on others, which decide what is kept.
             dtype: in which what is not rounded will be written.
+
+        Returns:
+            notes, and the folds: by path of a module, what its columns (in,) were multiplied by and the
+            tensor that it reads divided by; modules that read one tensor have the same.
         """
 
 

@@ -54,18 +54,20 @@ class AWQ:
         search: Callable[[], Tensor],
         held_out: Callable[[], Tensor],
         dtype: torch.dtype,
-    ) -> list[Note]:
+    ) -> tuple[list[Note], dict[str, Tensor]]:
         """Fold scales into the block, pair by pair; see `Transform`."""
         with _means(block, wiring) as means:
             search_for = _Judge(search, search())
         judged_by = _Judge(held_out, held_out())
-        notes = []
+        notes: list[Note] = []
+        folds: dict[str, Tensor] = {}
         for place, alike in groupby(wiring.pairs, key=_place):
             pairs = [p for p in alike if set(p.readers) & schemes.keys() and means.seen(p.readers)]
             if pairs:
                 trial = _Trial(block, pairs, schemes, means, dtype)
                 notes.append(Note("fact", place, trial.fold(self.points, search_for, judged_by)))
-        return notes
+                folds |= trial.folds
+        return notes, folds
 
 
 def _place(pair: ScalePair) -> str:
@@ -125,13 +127,17 @@ class _Judge:
 
 @dataclass(slots=True)
 class _Trial:
-    """Some pairs of a block that are searched, judged and folded together."""
+    """Some pairs of a block that are searched, judged and folded together.
+
+    `folds` says, of what was folded, by how much the columns of each reader were multiplied.
+    """
 
     block: nn.Module
     pairs: list[ScalePair]
     schemes: dict[str, QuantScheme]
     means: _Means
     dtype: torch.dtype
+    folds: dict[str, Tensor] = field(default_factory=dict)
 
     def fold(self, points: int, search: _Judge, held_out: _Judge) -> str:
         """Fold the best scales if they help on the held-out samples; what came of it, in words."""
@@ -145,14 +151,18 @@ class _Trial:
         if not after < before:
             return f"not folded: {outcome}"
         originals = self._own_copies()
+        folds: dict[str, Tensor] = {}
         for pair, s in zip(self.pairs, scales, strict=True):
-            scale_readers(self.block, pair, _fold_source(self.block, pair, s, self.dtype))
+            exact = _fold_source(self.block, pair, s, self.dtype)
+            scale_readers(self.block, pair, exact)
+            folds |= dict.fromkeys(pair.readers, exact)
         moved, limit = held_out.error(), _TOLERANCE * after
         if not moved <= limit:
             _put_back(originals)
             return (
                 f"not folded: the float block would change by {moved:.3g}, over {limit:.3g}; {outcome}"
             )
+        self.folds = folds
         return f"folded: {outcome}; that of the float block {moved:.2g}"
 
     def _scales(self, exponent: float) -> list[Tensor]:

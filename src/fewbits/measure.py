@@ -1,0 +1,463 @@
+"""measure(): a float model run once over its calibration, and what its linears read kept in a folder.
+
+The model is streamed block by block, as `quantize` does it, and each block is a step of the journal.
+What lies in the folder is said in `statistics`.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.blockwise import (
+    blame_weight,
+    block_kind,
+    find_block_wiring,
+    held_out_samples,
+    searched_samples,
+)
+from fewbits.budget import input_widths, plan_memory
+from fewbits.calibration import DEFAULT_SAMPLES, Calibration
+from fewbits.checkpoint import MAX_SHARD_BYTES, RUN, Written, hash_tensor, read_json, resolve
+from fewbits.errors import InputError
+from fewbits.journal import Journal, differences, discard, throw_away
+from fewbits.ledger import comparable, describe_files, describe_machine, describe_source, plain
+from fewbits.memory import Memory, hand_back_memory, memory_bytes, watch_memory
+from fewbits.methods import GPTQ
+from fewbits.pieces import find_pieces
+from fewbits.plan import Plan, make_plan
+from fewbits.recipe import Recipe
+from fewbits.scheme import QuantScheme
+from fewbits.statistics import (
+    STATISTICS,
+    STEM,
+    Input,
+    InputStats,
+    MeasuredBlock,
+    Statistics,
+    collect,
+    divide_inputs,
+    find_inputs,
+    pack_hessian,
+    panel_values,
+    read_statistics,
+    tensor_name,
+)
+from fewbits.steps import calibration_notes, describe_calibration, modified, read_samples
+from fewbits.stream import TOKENS, Stream
+from fewbits.structure import Matrix
+from fewbits.tensor import Note, is_finite
+from fewbits.text import Text
+from fewbits.transforms import AWQ
+from fewbits.verify import Progress
+from fewbits.wiring import Wiring
+
+# All that may be asked of statistics later; with the memory that it would take to do it at once.
+_RECIPE = Recipe(GPTQ(), QuantScheme(8), transforms=(AWQ(),))
+_NEEDS = frozenset({"hessian", "absmax"})
+_ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same measurement"
+KEPT_TOKENS = 16384  # whose states are kept for a pass from the last block to the first; not tuned
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A finished measurement.
+
+    `run` says how long it took and how much memory; `reused` that the folder held it already.
+    """
+
+    statistics: Statistics
+    run: dict[str, Any]
+    reused: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.statistics.folder
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weight files."""
+        return self.statistics.size_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        statistics = self.statistics
+        return {
+            "stats": str(self.folder),
+            "sha256": statistics.sha256,
+            "size_bytes": self.size_bytes,
+            "blocks": len(statistics.blocks),
+            "inputs": sum(len(block.inputs) for block in statistics.blocks),
+            "calibration": statistics.calibration,
+            "damage": statistics.damage,
+            "run": self.run,
+            "notes": [asdict(note) for note in statistics.notes],
+            "reused": self.reused,
+        }
+
+
+def measure(
+    model: str | Path,
+    stats: str | Path,
+    *,
+    calibration: str | Path | Text | Tensor | Calibration,
+    samples: int = DEFAULT_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Measured:
+    """Run a float model over calibration once, and keep what any method needs to know of it.
+
+    `quantize(..., statistics=stats)` then takes any method, bits and format without the text. For an
+    input of n features the folder takes about 2 n^2 bytes: of a 7B Llama 11 GB, of the reference model
+    10 MB. Whatever ends the process, the same call goes on after the last finished block.
+
+    Args:
+        model: folder of a float checkpoint, or a hub id.
+        stats: folder to be made. If it holds the same measurement it is verified and left as it is.
+        calibration: what the model is run on; see `read_calibration`, also for samples, length and seed.
+        max_memory: bytes of anonymous memory that the process may take; refused where that cannot be.
+        max_shard_bytes: of a weight file.
+        restart: throw away what `stats` and the unfinished work beside it hold.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: nothing was written; or `stats` or the work beside it is another's.
+        ResourceError: the disk failed, or has too little room; what is finished is kept.
+        VerificationError: what was read back differs from what was written.
+
+    >>> import tempfile, fewbits
+    >>> ids = torch.randint(0, 500, (4, 32))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     stats = f"{folder}/stats"
+    ...     blocks = len(measure("reference/model", stats, calibration=ids).statistics.blocks)
+    ...     out = f"{folder}/out"
+    ...     result = fewbits.quantize("reference/model", out, method="gptq", statistics=stats)
+    >>> blocks, result.ledger.totals["quantized"]
+    (6, 42)
+    """
+    began = time.monotonic()
+    stats, source = Path(stats), resolve(model)
+    _check_folder(stats, source)
+    plan = make_plan(source, _RECIPE, "fewbits")
+    with watch_memory() as memory:
+        read = partial(read_samples, plan, samples, length, seed, progress)
+        if restart:  # after all that may be refused
+            calibration = read(calibration)
+            throw_away(stats)
+        if stats.exists():
+            return _reuse(stats, _ask(plan, read(calibration), model))
+        with Journal(stats) as journal:
+            data = read(calibration, journal)
+            run = Measurement(plan, data, _ask(plan, data, model), journal, max_memory, progress)
+            run.take()
+            return run.finish(began, memory, max_shard_bytes)
+
+
+def _check_folder(stats: Path, source: Path) -> None:
+    """Refuse a folder that is there and not ours, or that holds the source."""
+    own, where = stats.resolve(), source.resolve()
+    if own == where or own in where.parents:
+        raise InputError(f"{stats} is the source, or holds it; accepted is another folder")
+    if stats.exists() and not (stats / STATISTICS).is_file():
+        raise InputError(f"{stats} exists and holds no statistics; {_ACCEPTED}")
+
+
+def _ask(plan: Plan, data: Calibration, model: str | Path) -> dict[str, Any]:
+    """All that decides what comes out, as JSON, as of a run of `quantize`."""
+    if len(data.ids) < 2:
+        raise InputError(
+            f"calibration has {len(data.ids)} sample; accepted are 2 or more, 1 of them held out"
+        )
+    return {
+        "fewbits": version("fewbits"),
+        "request": plain({"calibration": describe_calibration(plan, data)}),
+        "source": plain(describe_source(model, plan.checkpoint)),
+        "made_with": describe_machine(),
+    }
+
+
+def _reuse(stats: Path, asked: dict[str, Any]) -> Measured:
+    """Verify the finished result of the same measurement; refuse anything else."""
+    held = read_statistics(stats)
+    before = {
+        "fewbits": held.version,
+        "request": held.request,
+        "source": held.source,
+        "made_with": held.made_with,
+    }
+    found = differences(comparable(before), comparable(asked))
+    if found:
+        raise InputError(
+            f"{stats} holds another measurement: {', '.join(found)}; {_ACCEPTED}, or --restart to "
+            "throw it away"
+        )
+    held.verify()
+    discard(stats)  # of a process that was stopped between the last two steps
+    return _result(stats, reused=True)
+
+
+def _result(stats: Path, reused: bool = False) -> Measured:
+    run = read_json(stats / RUN) if (stats / RUN).is_file() else {}  # no part of what was promised
+    return Measured(read_statistics(stats), run, reused)
+
+
+class Measurement:
+    """The steps of a measurement: one for each block, those of earlier processes first.
+
+    Steps behind those of the blocks may add a `damage` to their value and tensors of their own; what
+    they find there of the forward pass is `states(number)`.
+
+    Args:
+        plan: of a run that would quantize every matrix.
+        data: calibration.
+        asked: all that decides what comes out, as JSON: fewbits, request, source, made_with.
+        journal: where the steps are kept.
+        max_memory: bytes.
+        progress: called with (what, done, total).
+        kept_tokens: of the first samples, whose states before each block, and behind the last one, are
+            kept until the folder is finished; 0: none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: Calibration,
+        asked: dict[str, Any],
+        journal: Journal,
+        max_memory: int | None = None,
+        progress: Progress | None = None,
+        kept_tokens: int = 0,
+    ) -> None:
+        self.plan, self.asked, self.journal, self.progress = plan, plain(asked), journal, progress
+        self.data, self.max_memory = data, max_memory
+        samples, length = data.ids.shape
+        self.held_out = held_out_samples(samples, length)
+        self.fitted = data.ids[: samples - self.held_out]
+        self.kept = min(-(-kept_tokens // length), len(self.fitted))  # samples
+        self.limits = plan_memory(plan, _RECIPE, (samples, length), memory_bytes(), max_memory).limits
+        self.by_block: dict[int, list[Matrix]] = {}
+        for matrix in plan.matrices.values():
+            if matrix.block is not None and matrix.source in plan.placements:
+                self.by_block.setdefault(matrix.block, []).append(matrix)
+        state = 2 * length * plan.hidden_size  # bytes of a sample's
+        count = 1 + max(plan.blocks.values(), default=0)
+        needed = 2 * self.expected_bytes + state * (3 * len(self.fitted) + self.kept * (count + 1))
+        journal.begin(asked, self._choose, data.ids, needed)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Of the weight files, from above."""
+        widths = [n for found in input_widths(self.plan).values() for n in found]
+        return self.fitted.nbytes + sum(4 * (panel_values(n) + n) for n in widths)
+
+    def _choose(self) -> dict[str, Any]:
+        """What an earlier process would have settled."""
+        notes = [*self.data.notes, *calibration_notes(self.plan, self.data)]
+        if self.limits.tokens != TOKENS:
+            what = f"--max-memory: {self.limits.tokens} tokens at a time instead of {TOKENS}"
+            notes.append(Note("fact", "memory", what))
+        return {
+            "tokens": self.limits.tokens,
+            "notes": [asdict(note) for note in notes],
+            "modified": modified(self.plan),
+            "kept": self.kept,
+        }
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """Values of the steps that are blocks."""
+        return [value for value in self.journal.steps if value.get("block") is not None]
+
+    def states(self, number: int) -> Tensor:
+        """What a block was given, (samples, length, hidden) bfloat16, of the samples that are kept.
+
+        Behind the last block stands what it gave.
+        """
+        return self.journal.read(f"{number}.states")
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def take(self) -> None:
+        """Run the blocks that are left."""
+        journal, done = self.journal, len(self.blocks)
+        self.kept = journal.choices["kept"]
+        if journal.resumed:
+            self._check_source()
+        count = 1 + max(self.plan.blocks.values())
+        if done == count:
+            return
+        room = journal.states()
+        shape = (*self.fitted.shape, self.plan.hidden_size)
+        states = None if room is None else room.view(torch.bfloat16).view(shape)
+        tokens = journal.choices["tokens"]
+        stream = Stream(self.plan.checkpoint, self.fitted, 1, tokens, journal.new_states, states)
+        wirings = {kind: w for value in self.blocks for kind, w in value["wirings"].items()}
+        known = {kind: Wiring.from_json(stated) for kind, stated in wirings.items()}
+        what = f"blocks, statistics of up to {self.expected_bytes / 1e9:.3g} GB"
+        for number in range(done, count):
+            self._say(what, number, count)
+            self._forward(stream, number, number == count - 1, known)
+        self._say(what, count, count)
+        self.plan.checkpoint.close()
+
+    def _say(self, what: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+    def _check_source(self) -> None:
+        """Where its files were touched since, what was read of them must still be the same."""
+        if modified(self.plan) == self.journal.choices["modified"]:
+            return
+        for name, sha256 in self._sources().items():
+            if hash_tensor(self.plan.checkpoint.read(name)) != sha256:
+                raise InputError(
+                    f"{self.plan.checkpoint.folder} was changed since the run began: {name} has other "
+                    "values; accepted are the same weights, or --restart"
+                )
+
+    def _forward(self, stream: Stream, number: int, last: bool, known: dict[str, Wiring]) -> None:
+        """Look at what the linears of one block read, and take the samples through it."""
+        journal = self.journal
+        if number == 0:
+            samples, length = self.data.ids.shape
+            found = self.data.ids[: searched_samples(samples, length)]
+            journal.add("ids", torch.cat([found, self.data.ids[samples - self.held_out :]]))
+        if self.kept:
+            journal.add(f"{number}.states", stream.states[: self.kept])
+        block = stream.load(number)
+        kind, new = block_kind(block), {}
+        if kind not in known:
+            known[kind] = new[kind] = find_block_wiring(stream, number, block, with_pairs=True)
+        pieces = find_pieces(self.by_block.get(number, []), f"{stream.path}.{number}.")
+        inputs = find_inputs(block, known[kind], pieces)
+        passes = divide_inputs(block, inputs, self.limits.statistics_bytes)
+        into = None if last else journal.new_states(stream.states.nbytes)
+        states = None if into is None else into.view(torch.bfloat16).view(stream.states.shape)
+        measured: list[Input] = []
+        for i, some in enumerate(passes):
+            goes_on = states if i == len(passes) - 1 else None
+            stats = collect(stream, number, block, some, _NEEDS, range(len(self.fitted)), goes_on)
+            measured += self._keep(number, stats)
+            del stats  # the largest there is
+        if last and self.kept:
+            output = torch.empty_like(stream.states[: self.kept])
+            stream.advance(number, block, range(self.kept), output)
+            journal.add(f"{number + 1}.states", output)
+        if states is not None:
+            for rows in stream.batches(range(len(self.fitted))):
+                self._check_finite(number, states[rows])
+            stream.states = states
+        self._commit(number, kind, measured, new, states is not None)
+        del block
+        hand_back_memory()
+
+    def _keep(self, number: int, stats: dict[tuple[str, ...], InputStats]) -> list[Input]:
+        """Write statistics, and drop each as soon as it is written."""
+        found = []
+        for linears in list(stats):
+            stat = stats.pop(linears)
+            assert stat.hessian is not None
+            assert stat.absmax is not None
+            self._check_finite(number, stat.hessian)
+            self.journal.add(tensor_name(number, linears, "hessian"), pack_hessian(stat.hessian))
+            self.journal.add(tensor_name(number, linears, "absmax"), stat.absmax)
+            found.append(Input(linears, len(stat.absmax), stat.tokens))
+        return found
+
+    def _check_finite(self, number: int, tensor: Tensor) -> None:
+        if is_finite(tensor):
+            return
+        blame_weight(self.plan, number)
+        raise InputError(
+            f"block {number} of {self.plan.checkpoint.folder} gives NaN or infinity in float; accepted "
+            "are models that compute"
+        )
+
+    def _commit(
+        self,
+        number: int,
+        kind: str,
+        inputs: list[Input],
+        wirings: dict[str, Wiring],
+        states: bool,
+    ) -> None:
+        plan, wanted = self.plan, {number, None} if number == 0 else {number}
+        names = [name for name in plan.checkpoint.tensors if plan.blocks.get(name) in wanted]
+        value = {
+            "block": number,
+            "kind": kind,
+            "inputs": [asdict(one) for one in inputs],
+            "wirings": {kind: asdict(wiring) for kind, wiring in wirings.items()},
+            "sources": {name: hash_tensor(plan.checkpoint.read(name)) for name in sorted(names)},
+        }
+        self.journal.commit_step(value, states)
+
+    # -- the folder --------------------------------------------------------------------------------
+
+    def _sources(self) -> dict[str, str]:
+        return {name: s for value in self.blocks for name, s in value["sources"].items()}
+
+    def finish(self, began: float, memory: Memory, max_shard_bytes: int) -> Measured:
+        """Make the folder of all steps, read it back, and move it to its place.
+
+        Args:
+            began: `time.monotonic()` when the run began.
+            memory: of this process, while it is watched.
+            max_shard_bytes: of a weight file.
+        """
+        journal = self.journal
+        journal.write_shards(max_shard_bytes, STEM, _is_kept)
+        statistics = self._statistics()
+        journal.write_json(STATISTICS, statistics.to_json())
+        read_statistics(journal.result).verify()
+        elapsed = round(time.monotonic() - began, 3)
+        facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": self.max_memory}
+        journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
+        journal.commit()
+        return _result(journal.out)
+
+    def _statistics(self) -> Statistics:
+        journal, asked = self.journal, self.asked
+        wirings: dict[str, Any] = {}
+        damage: dict[str, dict[str, float]] = {}
+        for value in journal.steps:
+            wirings |= value.get("wirings", {})
+            damage |= value.get("damage", {})
+        blocks = [
+            MeasuredBlock(
+                value["kind"],
+                tuple(Input(tuple(i["linears"]), i["columns"], i["tokens"]) for i in value["inputs"]),
+            )
+            for value in self.blocks
+        ]
+        tensors: dict[str, Written] = {w.name: w for w in journal.written if _is_kept(w.name)}
+        return Statistics(
+            journal.result,
+            asked["fewbits"],
+            asked["request"],
+            asked["source"],
+            asked["made_with"],
+            self.held_out,
+            {kind: Wiring.from_json(wiring) for kind, wiring in wirings.items()},
+            tuple(blocks),
+            self._sources(),
+            tensors,
+            describe_files(journal.result),
+            damage,
+            tuple(Note(**note) for note in journal.choices["notes"]),
+        )
+
+
+def _is_kept(name: str) -> bool:
+    """Of the tensors of all steps, those that the finished folder has: not states."""
+    return not name.endswith(".states")
