@@ -189,7 +189,7 @@ def test_every_linear_of_every_block_is_found_with_its_place():
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     names = {f"model.layers.{i}.self_attn.{n}.weight" for i in (0, 1) for n in attention}
     names |= {f"model.layers.{i}.mlp.{n}.weight" for i in (0, 1) for n in mlp}
-    assert set(matrices) == names | {"lm_head.weight"}
+    assert set(matrices) == names | {"lm_head.weight", "model.embed_tokens.weight"}
     assert notes == []
     assert matrices["lm_head.weight"] == Matrix(
         "lm_head.weight", "lm_head", "weight", "linear", (20, 16), head=True
@@ -313,7 +313,7 @@ def test_big_weights_of_an_unknown_kind_are_refused_and_small_ones_are_not(large
         with pytest.raises(InputError, match=r"model\.layers\.\*\.mixer\.kernel \(5%\)"):
             find_matrices(model, shapes_of(model))
     else:
-        assert len(find_matrices(model, shapes_of(model))[0]) == 15
+        assert len(find_matrices(model, shapes_of(model))[0]) == 16
 
 
 def test_slices_are_the_matrices_as_out_by_in():

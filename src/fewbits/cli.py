@@ -101,6 +101,14 @@ Override = Annotated[
     ),
 ]
 Head = Annotated[bool, typer.Option("--head", help="Quantize the output head too.")]
+Embeddings = Annotated[
+    bool,
+    typer.Option(
+        "--embeddings",
+        help="Quantize the embedding too, and a head that is tied to it: in 8 bits, or as --override "
+        "says.",
+    ),
+]
 Format = Annotated[
     str | None,
     typer.Option(
@@ -256,6 +264,7 @@ def plan(
     threshold: Threshold = None,
     override: Override = None,
     head: Head = False,
+    embeddings: Embeddings = False,
     format: Format = None,
     client: Client = None,
     tensor_parallel: TensorParallel = 1,
@@ -305,6 +314,7 @@ def plan(
         bits=None if named else bits,
         overrides=tuple(override or ()),
         head=head,
+        embeddings=embeddings,
         format=format,
         clients=tuple(client or ()),
         tensor_parallel=tensor_parallel,
@@ -341,6 +351,7 @@ def quantize(
     threshold: Threshold = None,
     override: Override = None,
     head: Head = False,
+    embeddings: Embeddings = False,
     calibration: Calibration = None,
     stats: Stats = None,
     samples: Samples = 128,
@@ -380,6 +391,7 @@ def quantize(
             scheme=scheme,
             overrides=overrides,
             head=head,
+            embeddings=embeddings,
             calibration=calibration,
             statistics=stats,
             samples=samples,

@@ -22,6 +22,7 @@ from fewbits.checkpoint import (
 )
 from fewbits.errors import InputError
 from fewbits.formats import FORMATS, Format, GgufLayout, Reader, ScaleRange
+from fewbits.formats.layout import FLOAT_EMBEDDINGS
 from fewbits.formats.packed import on_disk
 from fewbits.gguf_file import GgufCheckpoint
 from fewbits.journal import Journal, throw_away
@@ -244,7 +245,7 @@ class _Given(Recipe):
 
 def _recipe(view: Dequantized, target: Format, requantize: bool) -> Recipe:
     if not requantize:
-        return _Given(given=view.schemes)
+        return _Given(given={n: s for n, s in view.schemes.items() if not _left_float(target, view, n)})
     nearest = {n: _nearest_scheme(target, m, view.schemes[n]) for n, m in view.quantized.items()}
     given = {name: scheme for name, scheme in nearest.items() if scheme is not None}
 
@@ -259,10 +260,16 @@ def _recipe(view: Dequantized, target: Format, requantize: bool) -> Recipe:
     return _Given(given=given)
 
 
+def _left_float(target: Format, view: Dequantized, name: str) -> bool:
+    """Embeddings have no place in most formats; theirs are multiplied out, and a note says so."""
+    scheme = view.schemes[name]
+    return target.refuses(placement_of(view.quantized[name], scheme), scheme) == FLOAT_EMBEDDINGS
+
+
 def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> QuantScheme | None:
     """The scheme itself if the format holds it, else the first that loses little; None: float.
 
-    A head becomes float where its codes have no place; of other weights the plan says why not.
+    Heads and embeddings become float where their codes have no place; of others the plan says why not.
     """
     if _holds(target, matrix, scheme):
         return scheme
@@ -274,7 +281,7 @@ def _nearest_scheme(target: Format, matrix: Matrix, scheme: QuantScheme) -> Quan
                 other = QuantScheme(bits, "channel" if size is None else "group", size, symmetric)
                 if _holds(target, matrix, other):
                     return other
-    return None if matrix.head else scheme
+    return None if matrix.head or matrix.kind == "embedding" else scheme
 
 
 def _sizes(own: int | None, whole_first: bool) -> list[int | None]:

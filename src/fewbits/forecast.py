@@ -167,7 +167,7 @@ def choices(
 
 def fitting_group(seen: Survey) -> int | None:
     """The default group size, or the largest smaller one that divides all columns; None: channels."""
-    columns = {m.rows_columns[1] for m in seen.matrices.values() if not m.head}
+    columns = {m.rows_columns[1] for m in seen.matrices.values() if not m.head and m.kind != "embedding"}
     return next((size for size in _SMALLER if all(n % size == 0 for n in columns)), None)
 
 

@@ -501,7 +501,7 @@ def _label(
     point is refused when it is read.
     """
     block = next((block for block in BLOCKS if block.kind == form), None)
-    if block is None or place.looked_up or len(shape) < 2 or not name.endswith(".weight"):
+    if block is None or place.as_floats or len(shape) < 2 or not name.endswith(".weight"):
         return None
     if form != "Q4_1":
         return block.label

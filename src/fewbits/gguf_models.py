@@ -40,7 +40,7 @@ class Model:
     experts: dict[str, str] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
     single: list[str] = field(default_factory=list)
-    looked_up: list[str] = field(default_factory=list)
+    as_floats: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     requires: dict[str, Any] = field(default_factory=dict)
     unset: list[str] = field(default_factory=list)
@@ -210,7 +210,7 @@ class Place:
         target: name in the container, without ".weight" or ".bias".
         heads: in which its rows are reordered; 0: they are not.
         stack: which expert it is, of how many; None: it is none.
-        transposed, single, looked_up, plus_one: as gguf_models.toml has them.
+        transposed, single, as_floats, plus_one: as gguf_models.toml has them.
     """
 
     target: str
@@ -218,7 +218,7 @@ class Place:
     stack: tuple[int, int] | None = None
     transposed: bool = False
     single: bool = False
-    looked_up: bool = False
+    as_floats: bool = False
     plus_one: bool = False
 
 
@@ -274,7 +274,7 @@ def places_of(kind: str, settings: dict[str, Any]) -> dict[str, Place]:
                 heads=_whole(settings, model.heads[short]) if short in model.heads else 0,
                 transposed=short in model.transposed,
                 single=short in model.single,
-                looked_up=short in model.looked_up,
+                as_floats=short in model.as_floats,
                 plus_one=short in model.plus_one,
             )
 

@@ -41,14 +41,16 @@ from fewbits.kernels import (
     Native,
     Reference,
 )
-from fewbits.linear import ExpertLinears, QuantizedLinear
+from fewbits.linear import ExpertLinears, QuantizedEmbedding, QuantizedLinear
 from fewbits.load import (
     by_parameter,
     check_shape,
+    keep_apart,
     kernel_notes,
     put,
     quantized_matrices,
     read_parameter,
+    tied_to_codes,
 )
 from fewbits.recipe import Recipe
 from fewbits.scheme import InputScheme, QuantScheme
@@ -78,10 +80,14 @@ class _Parameter:
 
 @dataclass(slots=True)
 class _State:
-    """What one load knows: of the model's parameters by their full names, and of the checkpoint."""
+    """What one load knows: of the model's parameters by their full names, and of the checkpoint.
+
+    `tied` is the head that multiplies by the codes of the embedding.
+    """
 
     checkpoint: Checkpoint
     parameters: dict[str, _Parameter] = field(default_factory=dict)
+    tied: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -338,7 +344,7 @@ def _plan_request(state: _State, model: nn.Module, scheme: QuantScheme, skip: tu
         name = f"{module}.{parameter}"
         state.parameters[name] = _Parameter(parts, tuple(model.get_parameter(name).shape), scheme)
     if not state.parameters:
-        blocks = sum(not matrix.head for matrix in matrices.values())
+        blocks = sum(not m.head and m.kind != "embedding" for m in matrices.values())
         raise InputError(
             f"skip is {skip!r}, which leaves none of {blocks} matrices to quantize; accepted are "
             "patterns that leave one, or no quantization_config"
@@ -408,11 +414,11 @@ def _place(
     loaded = getattr(getattr(before, "bias", None), "_is_hf_initialized", False)
     put(model, module, parameter, kind, pieces, dtype, device)
     after = model.get_submodule(module)
-    if isinstance(after, QuantizedLinear):
+    if isinstance(after, QuantizedLinear | QuantizedEmbedding):
         if hasattr(before, "_hf_hook"):
             hooks = importlib.import_module("accelerate.hooks")  # it has no types
             hooks.add_hook_to_module(after, before._hf_hook)
-        if after.bias is not None:
+        if isinstance(after, QuantizedLinear) and after.bias is not None:
             after.bias._is_hf_initialized = loaded  # type: ignore[attr-defined, unused-ignore]
         after._is_hf_initialized = True  # type: ignore[assignment]
     else:
@@ -433,16 +439,14 @@ def _plan_stored(state: _State, model: Any) -> None:
     matrices = quantized_matrices(state.checkpoint, model)
     renamed = {name: target.renamed for name, target in locate(model, list(matrices)).items()}
     names = matrices.keys() | set(renamed.values())
+    state.tied = tied_to_codes(state.checkpoint, model, matrices)
+    if state.tied is not None:
+        _take_out(model, f"{state.tied}.weight")
+        keep_apart(model, state.tied)
     for module, parameter, parts in by_parameter(matrices.values()):
         name = f"{module}.{parameter}"
         state.parameters[name] = _Parameter(parts, tuple(model.get_parameter(name).shape))
-        owner = model.get_submodule(module)
-        del owner._parameters[parameter]
-        # Not a parameter, for which transformers would look in the files; not absent either: the
-        # initialization of some models touches every weight.
-        empty = torch.empty(0)
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        owner.__dict__[parameter] = empty
+        _take_out(model, name)
     # Of any layer or expert: one pattern for each name would be tens of thousands.
     general = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names | state.parameters.keys()}
     known = {rf"^{name}(_[a-z_]+)?$" for name in general}
@@ -451,11 +455,30 @@ def _plan_stored(state: _State, model: Any) -> None:
     )
 
 
+def _take_out(model: Any, name: str) -> None:
+    """A parameter for which transformers shall not look in the files.
+
+    Not absent either: the initialization of some models touches every weight.
+    """
+    module, _, parameter = name.rpartition(".")
+    owner = model.get_submodule(module)
+    del owner._parameters[parameter]
+    empty = torch.empty(0)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
+    owner.__dict__[parameter] = empty
+    if isinstance(owner, nn.Embedding):
+        owner.padding_idx = None  # initialization would set that row to zero
+
+
 def _read_stored(state: _State, model: Any, dtype: torch.dtype) -> None:
     for name, parameter in state.parameters.items():
         pieces = read_parameter(state.checkpoint, parameter.parts)
         check_shape(state.checkpoint.folder, parameter.parts, pieces, parameter.shape)
-        _place(model, name, parameter.parts[0].kind, pieces, dtype, _device(model, name))
+        kind, tied = parameter.parts[0].kind, state.tied
+        _place(model, name, kind, pieces, dtype, _device(model, name))
+        if kind == "embedding" and tied is not None:
+            head = f"{tied}.weight"
+            _place(model, head, "linear", pieces, dtype, _device(model, head))
 
 
 def _device(model: Any, name: str) -> torch.device:
@@ -480,7 +503,7 @@ class _Done(list[Any]):
         self.original = original
 
 
-def _linears(model: nn.Module, name: str) -> list[QuantizedLinear]:
+def _linears(model: nn.Module, name: str) -> list[QuantizedLinear | QuantizedEmbedding]:
     """The modules with a parameter's codes: one, or one per expert.
 
     Raises:
@@ -488,10 +511,11 @@ def _linears(model: nn.Module, name: str) -> list[QuantizedLinear]:
     """
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
-    experts = None if isinstance(owner, QuantizedLinear) else getattr(owner, parameter, None)
+    own = isinstance(owner, QuantizedLinear | QuantizedEmbedding)
+    experts = None if own else getattr(owner, parameter, None)
     linears = []
     for linear in experts if isinstance(experts, ExpertLinears) else [owner]:
-        if not isinstance(linear, QuantizedLinear):
+        if not isinstance(linear, QuantizedLinear | QuantizedEmbedding):
             raise InputError(
                 f"{module} is now a {type(linear).__module__}.{type(linear).__qualname__}, no quantized "
                 "linear; accepted is a model without adapters: unload() them first, or save them alone, "
@@ -557,8 +581,8 @@ def _write(part: Matrix, pieces: list[QuantizedTensor]) -> dict[str, Tensor]:
     return {key: torch.stack([s[key] for s in stored]) for key in stored[0]}
 
 
-def give_back(linear: QuantizedLinear) -> QuantizedTensor:
-    """The weight of a linear, from the layout of its kernel, on the CPU.
+def give_back(linear: QuantizedLinear | QuantizedEmbedding) -> QuantizedTensor:
+    """The weight of a linear, or of an embedding, from the layout of its kernel, on the CPU.
 
     The scale may be in the dtype of the inputs, where the kernel has it so. What comes out is checked: a
     kernel made from it must hold the same, bit for bit.
@@ -582,9 +606,9 @@ def give_back(linear: QuantizedLinear) -> QuantizedTensor:
     return weight
 
 
-def _from_kernel(linear: QuantizedLinear) -> QuantizedTensor:
+def _from_kernel(linear: QuantizedLinear | QuantizedEmbedding) -> QuantizedTensor:
     kernel, scheme = linear.kernel, on_disk(linear.scheme)
-    shape = (linear.out_features, linear.in_features)
+    shape = kernel.shape
     if isinstance(kernel, Reference):
         return _from_reference(kernel, scheme, shape[1])
     if isinstance(kernel, Int8Pack | Int8Inputs):
@@ -595,7 +619,7 @@ def _from_kernel(linear: QuantizedLinear) -> QuantizedTensor:
     if isinstance(kernel, Native):
         codes, scale, zero_point = kernel.numbers()
         return QuantizedTensor(codes, scale, zero_point, scheme)
-    if isinstance(kernel, Int4Pack | Int4PackCuda):
+    if isinstance(kernel, Int4Pack | Int4PackCuda) and isinstance(linear, QuantizedLinear):
         return _from_int4(linear, kernel.scale_and_zero, scheme)
     raise InputError(f"kernel {linear.kernel_name} does not give its codes back: it cannot be saved")
 

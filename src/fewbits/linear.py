@@ -1,4 +1,4 @@
-"""Modules that multiply by quantized weights: a linear, and a mixture's experts run as linears."""
+"""Modules with quantized weights: a linear, a mixture's experts run as linears, and an embedding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import InputError
-from fewbits.kernels import KERNELS, Kernel, choose_kernel
+from fewbits.kernels import KERNELS, Kernel, Reference, choose_kernel
 from fewbits.scheme import QuantScheme
 from fewbits.structure import EXPERT_PARAMETERS, is_experts
 from fewbits.tensor import QuantizedTensor, quantize_tensor
@@ -93,6 +93,65 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, {self.kernel_name}"
 
 
+class QuantizedEmbedding(nn.Embedding):
+    """Rows of codes, dequantized as they are looked up; no float copy of the weight is kept.
+
+    It is an `nn.Embedding` without the parameter `weight`. Nothing has a gradient in it.
+
+    Args:
+        weight: (tokens, hidden).
+        dtype: of the rows that it gives; the scale's by default.
+        device: where it is; the CPU by default.
+        factor: that rows are multiplied by, as the class does whose place it takes: see `row_factor`.
+
+    >>> table = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
+    >>> embedding = QuantizedEmbedding(quantize_tensor(table, QuantScheme(8)))
+    >>> torch.equal(embedding(torch.tensor([[1, 0]])), embedding.weight[[[1, 0]]])
+    True
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        factor: float | Tensor = 1.0,
+    ) -> None:
+        nn.Module.__init__(self)  # not that of `nn.Embedding`, which makes a float weight
+        if weight.order is not None:
+            raise InputError("an embedding whose groups are not of neighbouring columns is not read")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.scheme, self.kernel_name = weight.scheme, "reference"
+        self.dtype = dtype or weight.scale.dtype
+        self.kernel = Reference(weight, self.dtype, torch.device(device))
+        self.order = None
+        self.factor: float | Tensor
+        if isinstance(factor, Tensor):
+            self.register_buffer("factor", factor.to(device), persistent=False)
+        else:
+            self.factor = factor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # read only
+        """The dequantized weight (tokens, hidden), without the factor, made anew at each access."""
+        return self.kernel.weight(self.dtype).as_subclass(_Dequantized)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) numbers of tokens -> (..., hidden)."""
+        shape = (*input.shape, self.embedding_dim)
+        if not input.numel():
+            return torch.empty(shape, dtype=self.dtype, device=input.device)
+        rows = self.kernel.rows(input.reshape(-1), self.dtype).view(shape)
+        plain = not isinstance(self.factor, Tensor) and self.factor == 1
+        return rows if plain else rows * self.factor
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.label}"
+
+
 class _Dequantized(Tensor):
     """A weight made from codes. What is written to its `data` would be lost, so that is refused."""
 
@@ -105,7 +164,10 @@ class _Dequantized(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise InputError("a quantized weight cannot be written to: merge adapters into the float model")
+        raise InputError(
+            "a quantized weight cannot be written to: merge adapters into the float model, and resize "
+            "its embeddings there"
+        )
 
 
 class _Multiply(torch.autograd.Function):

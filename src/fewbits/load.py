@@ -18,15 +18,17 @@ from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
 from fewbits.gguf_file import GgufCheckpoint, open_gguf
-from fewbits.linear import QuantizedLinear, replace_experts
+from fewbits.linear import QuantizedEmbedding, QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
 from fewbits.structure import (
     Matrix,
     find_matrices,
+    find_tied_head,
     is_conv1d,
     is_experts,
     locate,
     quiet_transformers,
+    row_factor,
     skeleton,
 )
 from fewbits.tensor import QuantizedTensor
@@ -132,7 +134,9 @@ def _load(
             raise InputError(f"{folder}: tensor {lost[0]} has no place in the model")
     floats = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in own}
     checkpoint.close()  # floats stay mapped; the pages of codes go once kernels have their own
+    tied = tied_to_codes(checkpoint, network, weights)
     absent = {f"{m.module}.{m.parameter}" for m in weights.values()}
+    absent |= set() if tied is None else {f"{tied}.weight"}
     loaded = build(network, floats, absent, dtype, folder).to(device)
     if weights and dtype != stored:
         loaded.fewbits_notes = [f"fact: the checkpoint is in {stored}, the model runs in {dtype}"]
@@ -142,7 +146,11 @@ def _load(
         check_shape(checkpoint.folder, parts, pieces, tuple(whole.shape))
         if found is not None and isinstance(found[0], GgufLayout):
             pieces = [piece.coarsest() for piece in pieces]  # kernels are faster in larger groups
-        put(loaded, module, parameter, parts[0].kind, pieces, dtype, torch.device(device), int8_inputs)
+        kind, place = parts[0].kind, torch.device(device)
+        put(loaded, module, parameter, kind, pieces, dtype, place, int8_inputs)
+        if kind == "embedding" and tied is not None:
+            put(loaded, tied, parameter, "linear", pieces, dtype, place, int8_inputs)
+            keep_apart(loaded, tied)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
     return loaded.eval()
@@ -239,6 +247,28 @@ def quantized_matrices(checkpoint: Checkpoint, network: nn.Module) -> dict[str, 
     return {name: matrices[name] for name in sorted(quantized)}
 
 
+def tied_to_codes(checkpoint: Checkpoint, network: nn.Module, weights: dict[str, Matrix]) -> str | None:
+    """Path of the head that multiplies by the codes of the embedding, having no tensor of its own.
+
+    Args:
+        weights: `quantized_matrices`.
+    """
+    if not any(matrix.kind == "embedding" for matrix in weights.values()):
+        return None
+    head = find_tied_head(network)
+    own = {matrix.module for matrix in weights.values()}
+    own |= {t.parameter.rpartition(".")[0] for t in locate(network, list(checkpoint.tensors)).values()}
+    return None if head in own else head
+
+
+def keep_apart(model: Any, head: str) -> None:
+    """Have transformers forget that a head is tied: its codes are no parameter that it could give it."""
+    name = f"{head}.weight"
+    model.all_tied_weights_keys.pop(name, None)
+    named = model._tied_weights_keys or {}
+    model._tied_weights_keys = {key: value for key, value in named.items() if key != name}
+
+
 def by_parameter(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, list[Matrix]]]:
     """Module, parameter, and the source matrices that it is made of, in their order there."""
     parameters: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
@@ -308,6 +338,14 @@ def put(
     if kind == "expert":
         linears = [QuantizedLinear(weight, None, dtype, device, int8_inputs) for weight in pieces]
         replace_experts(owner, parameter, linears)
+    elif kind == "embedding":
+        factor = row_factor(owner, dtype)
+        if factor is None:
+            raise InputError(
+                f"{module} is a {type(owner).__name__}, which in {dtype} does more than look up and "
+                "scale its rows; accepted is another dtype, or to leave it in float"
+            )
+        model.set_submodule(module, QuantizedEmbedding(pieces[0], dtype, device, factor))
     else:
         bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
         model.set_submodule(module, QuantizedLinear(pieces[0], bias, dtype, device, int8_inputs))

@@ -82,6 +82,7 @@ def look_ahead(
     bits: int | None = None,
     overrides: tuple[str, ...] = (),
     head: bool = False,
+    embeddings: bool = False,
     format: str | None = None,
     clients: tuple[str, ...] = (),
     tensor_parallel: int = 1,
@@ -104,8 +105,8 @@ def look_ahead(
         scheme: asked for; None: the default, in smaller groups where 128 columns do not fit.
         symmetric: of the table's schemes.
         bits: of the table's rows in groups; None: 4 and 3.
-        overrides, head, format, clients, tensor_parallel: as for `fewbits.quantize`; overrides as
-            PATTERN=SCHEME.
+        overrides, head, embeddings, format, clients, tensor_parallel: as for `fewbits.quantize`;
+            overrides as PATTERN=SCHEME.
         memory_bytes, device, batch, context: that the result shall run in; see `forecast`.
         task: see `advise`.
         measured: result of `fewbits compare`; where it is None that of this model, if there is one.
@@ -131,7 +132,7 @@ def look_ahead(
         chosen, why = _scheme(seen, scheme)
         transforms, rounder = parse_method("rtn" if method in (None, "int8") else str(method))
         parsed = tuple(map(parse_override, overrides))
-        rounding = Recipe(rounder, chosen, parsed, head, transforms)
+        rounding = Recipe(rounder, chosen, parsed, head, transforms, embeddings=embeddings)
         made = make_plan(seen, rounding, format, clients, tensor_parallel)
         label, notes = chosen.label, [*notes, *why, *made.notes]
         wanted = _wanted(method, chosen, scheme, symmetric, bits)

@@ -101,6 +101,7 @@ def quantize(
     scheme: QuantScheme | None = None,
     overrides: tuple[tuple[str, QuantScheme | None], ...] = (),
     head: bool = False,
+    embeddings: bool = False,
     transforms: tuple[Transform, ...] = (),
     calibration: str | Path | Text | Tensor | Calibration | None = None,
     statistics: str | Path | None = None,
@@ -131,6 +132,8 @@ def quantize(
             its own.
         overrides: (pattern, scheme or None for float); see `Recipe`.
         head: quantize the output head too.
+        embeddings: quantize the embedding too, and with it a head that is tied to it: to
+            `EMBEDDING_SCHEME` of recipe.py, if no override names another.
         transforms: rewrite each block before it is rounded, like `AWQ()`.
         calibration: what calibrated methods and transforms run the model on; see
             `read_calibration`, also for samples, length and seed.
@@ -169,7 +172,7 @@ def quantize(
         method = _static_or_not(scheme, overrides)
     if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
-    recipe = Recipe(method, scheme, overrides, head, named + transforms)
+    recipe = Recipe(method, scheme, overrides, head, named + transforms, embeddings=embeddings)
     out = Path(out)
     source = resolve(model)
     check_out(out, source)

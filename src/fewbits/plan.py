@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from fewbits.structure import (
     Matrix,
     block_number,
     find_blocks,
+    find_embedding,
     find_head,
     find_matrices,
+    find_tied_head,
+    is_linear,
     locate,
     skeleton,
     text_config,
@@ -176,6 +180,12 @@ def make_plan(
     made, origins = _untie_head(seen) if recipe.head else ({}, {})
     matrices = seen.matrices | made if made else seen.matrices  # thousands: not copied for nothing
     schemes = recipe.assign(matrices.values())
+    looked_up, tied = _check_embedding(seen, recipe, schemes)
+    if tied is not None:  # it stays so: the codes are its own too
+        matrices, origins = seen.matrices, {}
+        schemes = {name: scheme for name, scheme in schemes.items() if name in matrices}
+        label = getattr(schemes[str(looked_up)], "label", "")
+        notes.append(Note("fact", tied, f"is tied to {looked_up}: multiplies by its codes, {label}"))
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
     _check_experts(folder, model, matrices, schemes)
@@ -186,7 +196,7 @@ def make_plan(
     layout, why = _choose_format(
         format_name, config, placements, _some_experts_float(matrices, placements)
     )
-    floats = sorted(_float_modules(seen, matrices, placements))
+    floats = sorted(_float_modules(seen, matrices, placements) - {tied})
     notes += why + [Note("fact", layout.name, remark) for remark in layout.remarks(placements)]
     facts = Facts(placements, floats, layout.name, text_config(model), find_head(model))
     notes += check_clients(facts, clients, tensor_parallel)
@@ -234,7 +244,7 @@ def placement_of(matrix: Matrix, scheme: QuantScheme) -> Placement:
     """Where a matrix stands, were it quantized so."""
     return Placement(
         matrix.module, scheme, matrix.kind == "expert", matrix.stacked, matrix.transposed,
-        matrix.own_forward, matrix.rows_columns,
+        matrix.own_forward, matrix.rows_columns, matrix.kind == "embedding",
     )  # fmt: skip
 
 
@@ -314,11 +324,53 @@ def _untie_head(seen: Survey) -> tuple[dict[str, Matrix], dict[str, str]]:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if head is None or not tied or any(matrix.head for matrix in seen.matrices.values()):
         return {}, {}
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    path = next(name for name, module in model.named_modules() if module is embeddings)
-    origin = next(n for n, target in seen.targets.items() if target.parameter == f"{path}.weight")
+    path = find_embedding(model)
+    whole = (name for name, matrix in seen.matrices.items() if matrix.module == path)
+    left = (n for n, target in seen.targets.items() if target.parameter == f"{path}.weight")
+    origin = next(chain(whole, left))
     name, shape = f"{head}.weight", seen.checkpoint.tensors[origin].shape
     return {name: Matrix(name, head, "weight", "linear", shape, head=True)}, {name: origin}
+
+
+def _check_embedding(
+    seen: Survey, recipe: Recipe, schemes: dict[str, QuantScheme | None]
+) -> tuple[str | None, str | None]:
+    """The embedding that is quantized, and the head that is tied to it and becomes codes with it.
+
+    Raises:
+        InputError: it was asked for and there is none that can be; its scheme, or that head, is not one
+            for it.
+    """
+    name = next((name for name, m in seen.matrices.items() if m.kind == "embedding"), None)
+    if name is None and recipe.embeddings:
+        path = find_embedding(seen.model)
+        reasons = [
+            n.what
+            for n in seen.notes
+            if seen.targets.get(n.where)
+            and path is not None
+            and seen.targets[n.where].parameter == f"{path}.weight"
+        ]
+        why = reasons[0] if reasons else "the model names none that is looked up by token"
+        raise InputError(f"--embeddings: no embedding can be quantized: {why}")
+    scheme = None if name is None else schemes[name]
+    if scheme is None:
+        return None, None
+    if scheme.inputs is not None:
+        accepted = replace(scheme, inputs=None).label
+        raise InputError(
+            f"{name}: {scheme.label} rounds inputs, and those of an embedding are numbers of tokens; "
+            f"accepted is {accepted}"
+        )
+    if any(matrix.head for matrix in seen.matrices.values()):  # stored beside the embedding
+        return name, None
+    tied = find_tied_head(seen.model)
+    if tied is not None and not is_linear(seen.model.get_submodule(tied)):
+        raise InputError(
+            f"{name}: {tied} is tied to it, and does more than multiply by it; accepted is to leave "
+            "both in float"
+        )
+    return name, tied
 
 
 def _check_fit(
@@ -410,7 +462,7 @@ def _float_modules(
     quantized = any(matrices[name].head for name in placements)
     names = set() if head is None or quantized else {head}
     for name, matrix in matrices.items():
-        if name not in placements:
+        if name not in placements and matrix.kind != "embedding":
             names |= {matrix.module, name.removesuffix(".weight")}
     for name, info in seen.checkpoint.tensors.items():
         if name not in matrices and len(info.shape) == 2 and name.endswith(".weight"):

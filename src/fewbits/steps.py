@@ -401,7 +401,7 @@ def describe_calibration(plan: Plan, data: Calibration) -> dict[str, Any]:
 
 def calibration_notes(plan: Plan, data: Calibration) -> list[Note]:
     """Whether the data is enough, before the hours are spent."""
-    matrices = [plan.matrices[name] for name in plan.placements]
+    matrices = [m for n in plan.placements if (m := plan.matrices[n]).kind != "embedding"]
     widths = {m.source: m.rows_columns[1] for m in matrices if m.kind != "expert"}
     experts = {m.source: m.rows_columns[1] for m in matrices if m.kind == "expert"}
     try:

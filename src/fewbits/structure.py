@@ -3,7 +3,7 @@
 transformers builds the model without weights (on the meta device) from its config, and its own renaming
 rules tell which tensor of a checkpoint ends in which parameter. A quantizable weight is a matrix
 that multiplies activations: a linear, a `Conv1D` (stored transposed), or an expert of the fused 3-D
-parameters in which transformers keeps mixtures of experts.
+parameters in which transformers keeps mixtures of experts; or the embedding, where tokens are looked up.
 """
 
 import copy
@@ -31,7 +31,7 @@ from fewbits.errors import InputError
 from fewbits.tensor import Note
 from fewbits.untrusted import shown
 
-Kind = Literal["linear", "conv1d", "expert"]
+Kind = Literal["linear", "conv1d", "expert", "embedding"]
 
 # The parameters of a fused-experts module that transformers' experts interface knows.
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -53,6 +53,9 @@ _BUILT_IN = (None, "eager", "sdpa")
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A source tensor that multiplies activations: one matrix, or all experts' in one 3-D tensor.
+
+    Or the embedding: (tokens, hidden), of which a row is looked up; an output head that is tied to it
+    multiplies by the same tensor, and has none of its own.
 
     Args:
         source: its name in the checkpoint.
@@ -217,6 +220,73 @@ def find_head(model: nn.Module) -> str | None:
     return next((name for name, m in model.named_modules() if m is head), None)
 
 
+def find_embedding(model: nn.Module) -> str | None:
+    """Path of the module in which tokens are looked up; None: there is no such `nn.Embedding`."""
+    try:
+        module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    names = (name for name, other in model.named_modules() if other is module)
+    return next(names, None) if isinstance(module, nn.Embedding) else None
+
+
+def find_tied_head(model: nn.Module) -> str | None:
+    """Path of the output head, if its weight is that of the embedding."""
+    embedding, head = find_embedding(model), find_head(model)
+    if embedding is None or head is None or embedding == head:
+        return None
+    # While it loads, transformers has not tied them yet.
+    told = getattr(model, "all_tied_weights_keys", None) or {}
+    own, other = (model.get_submodule(path)._parameters.get("weight") for path in (head, embedding))
+    same = own is not None and own is other
+    return head if same or told.get(f"{head}.weight") == f"{embedding}.weight" else None
+
+
+def row_factor(module: nn.Module, dtype: torch.dtype) -> float | Tensor | None:
+    """What an embedding multiplies the rows by that it looks up; None: it does something else.
+
+    A class with a forward of its own is tried on a small table. It must give `row * factor` exactly,
+    with the factor a number, or a tensor of no dimensions in `dtype`. Where the module is without values
+    (on the meta device), others are put in their place: the factor is then none of its own.
+    """
+    has_table = "weight" in module._parameters or "weight" in vars(module)  # codes are none
+    if not isinstance(module, nn.Embedding) or not has_table:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0 if module.max_norm is None else None
+    own = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[3, 1, 1], [0, 2, 3]])
+    table = 100 * torch.randn(4, 32, generator=own, dtype=torch.float64)
+    try:
+        exact = _looked_up(module, torch.ones_like(table), ids)
+        ones = _looked_up(module, torch.ones_like(table, dtype=dtype), ids)
+        found = _looked_up(module, table.to(dtype), ids)
+    except Exception:  # whatever it does, it is no plain look-up
+        return None
+    for factor in (exact.flatten()[0].item(), ones.flatten()[0].clone()):
+        if torch.equal(found, F.embedding(ids, table.to(dtype)) * factor):
+            return factor
+    return None
+
+
+def _looked_up(module: nn.Embedding, table: Tensor, ids: Tensor) -> Tensor:
+    """What the class of an embedding makes of another table, on the CPU."""
+    small = copy.copy(module)
+    small.num_embeddings, small.embedding_dim = table.shape
+    small.padding_idx = None
+    vars(small).pop("weight", None)
+    small._parameters = {"weight": nn.Parameter(table, requires_grad=False)}
+    small._buffers = {
+        name: value
+        if value is None or value.device.type != "meta"
+        else torch.full_like(value, 1.7, device="cpu")
+        for name, value in module._buffers.items()
+    }
+    small._buffers = {k: v if v is None else v.cpu() for k, v in small._buffers.items()}
+    result: Tensor = type(module).forward(small, ids)
+    return result
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether calling the module is `x @ weight.T + bias`; subclasses are tried on a small weight."""
     if not isinstance(module, nn.Linear) or "weight" not in module._parameters:  # codes are no weight
@@ -324,7 +394,7 @@ def _find_alike(names: list[str], find: Callable[[str], _Target | None]) -> dict
 def find_matrices(
     model: nn.Module, shapes: dict[str, tuple[int, ...]], targets: dict[str, _Target] | None = None
 ) -> tuple[dict[str, Matrix], list[Note]]:
-    """Every source tensor that multiplies activations, and why others that might were left out.
+    """Every source tensor that multiplies activations, the embedding, and why others that might be none.
 
     Args:
         model: a `skeleton`.
@@ -336,7 +406,7 @@ def find_matrices(
             experts of a kind that can be run as linears; names them.
     """
     modules = dict(model.named_modules())
-    blocks, head = find_blocks(model), find_head(model)
+    blocks, head, embedding = find_blocks(model), find_head(model), find_embedding(model)
     matrices: dict[str, Matrix] = {}
     notes: list[Note] = []
     targets = locate(model, list(shapes)) if targets is None else targets
@@ -344,7 +414,7 @@ def find_matrices(
     for name, target in targets.items():
         alike = (target.parameter, target.pattern, shapes[name])  # as the experts of a block are
         if alike not in judged:
-            judged[alike] = _judge(modules, target, shapes[name], blocks, head)
+            judged[alike] = _judge(modules, target, shapes[name], blocks, head, embedding)
         found = judged[alike]
         if isinstance(found, str):
             notes.append(Note("skip", name, found))
@@ -374,6 +444,7 @@ def _judge(
     shape: tuple[int, ...],
     blocks: str,
     head: str | None,
+    embedding: str | None,
 ) -> tuple[Callable[..., Matrix], re.Pattern[str] | None] | str | None:
     """What makes the matrix of a name, and what finds its expert's number in the name, if it has one.
 
@@ -409,6 +480,10 @@ def _judge(
         return make("linear", own_forward=own), None
     if isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} does more than multiply by its weight: left in float"
+    if path == embedding and path != head:
+        if any(row_factor(owner, dtype) is None for dtype in (torch.bfloat16, torch.float32)):
+            return f"{type(owner).__name__} does more than look up and scale its rows: left in float"
+        return make("embedding"), None
     return None
 
 

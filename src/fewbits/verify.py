@@ -280,7 +280,16 @@ def _check_config(out: Path, ledger: Ledger, problems: list[str]) -> None:
         model = skeleton(config)
         entries = ledger.tensors.items()
         shapes = {name: entry.matrix_shape for name, entry in entries if not entry.part_of_another}
-        modules = {name: m.module for name, m in find_matrices(model, shapes)[0].items()}
+        matrices = find_matrices(model, shapes)[0]
+        listed = layout.quantized_names(
+            quantization, {w.name for _, entry in entries for w in entry.written}
+        )
+        modules = {
+            name: m.module
+            for name, m in matrices.items()
+            # Most formats speak of linears only: they say nothing of an embedding in float.
+            if m.kind != "embedding" or name in listed or ledger.tensors[name].quantized is not None
+        }
         head = find_head(model)
         if head is not None and head not in modules.values():  # tied: it has no tensor of its own
             modules[f"{head}.weight"] = head

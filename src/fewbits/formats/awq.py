@@ -87,7 +87,7 @@ class AwqLayout:
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Other bits than 4, rounded inputs, stacked weights, outputs that fill no words; heads."""
-        if "." not in placement.module:
+        if "." not in placement.module and not placement.embedding:
             return (
                 "its clients look for no codes in a head; accepted is to leave it in float, or "
                 "--format gptq-v2"

@@ -38,7 +38,7 @@ from torch import Tensor
 from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.formats.gptq import order_of, setting
-from fewbits.formats.layout import TWO_LEVELS, Integers, Names, ScaleRange, Stored
+from fewbits.formats.layout import FLOAT_EMBEDDINGS, TWO_LEVELS, Integers, Names, ScaleRange, Stored
 from fewbits.formats.packed import (
     decode_packed,
     find,
@@ -91,6 +91,8 @@ class CompressedTensors:
 
     def refuses(self, placement: Placement, scheme: QuantScheme) -> str | None:
         """Outlier columns, transposed or stacked weights: there is no layout; and asymmetric experts."""
+        if placement.embedding:
+            return FLOAT_EMBEDDINGS
         if scheme.two_level:
             return TWO_LEVELS
         if scheme.inputs is not None and scheme.inputs.threshold:

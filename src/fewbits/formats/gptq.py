@@ -36,6 +36,7 @@ from torch import Tensor
 from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.formats.layout import (
+    FLOAT_EMBEDDINGS,
     TWO_LEVELS,
     Integers,
     Names,
@@ -323,6 +324,8 @@ def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
 
 def refuses_placement(placement: Placement, scheme: QuantScheme) -> str | None:
     """Why neither of the two layouts can hold a weight; None if they may."""
+    if placement.embedding:
+        return FLOAT_EMBEDDINGS
     if scheme.two_level:
         return TWO_LEVELS
     if scheme.inputs is not None:

@@ -13,6 +13,7 @@ from fewbits.scheme import QuantScheme
 from fewbits.tensor import Levels, QuantizedTensor
 
 TWO_LEVELS = "two levels of scales have a layout in gguf only"
+FLOAT_EMBEDDINGS = "its clients look up embeddings in float; accepted are --format fewbits and gguf"
 
 
 class ScaleRange(NamedTuple):

@@ -17,6 +17,7 @@ class Placement:
         transposed: stored (in, out) on disk.
         own_forward: its module is a linear by a forward of its own, which wraps itself round the weight.
         shape: (out, in) of one matrix; None where nobody asks.
+        embedding: tokens are looked up in it; a head may be tied to it.
     """
 
     module: str
@@ -26,3 +27,4 @@ class Placement:
     transposed: bool = False
     own_forward: bool = False
     shape: tuple[int, int] | None = None
+    embedding: bool = False

@@ -93,18 +93,19 @@ class Reference(Kernel):
         """`x @ W.T`, slice by slice of output rows."""
         rows, columns = self.shape
         step = max(1, _SLICE // columns)
-        parts = [F.linear(x, self._rows(i, i + step, x.dtype)) for i in range(0, rows, step)]
+        parts = [F.linear(x, self.rows(slice(i, i + step), x.dtype)) for i in range(0, rows, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""
-        return self._rows(0, self.shape[0], dtype)
+        return self.rows(slice(None), dtype)
 
-    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        codes = packing.unpack(self.codes[start:stop], self.scheme.bits, self.shape[1])
-        scale, zero_point = self.scale[start:stop], self.zero_point[start:stop]
-        offset = None if self.offset is None else self.offset[start:stop]
+    def rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, (n, in), each value rounded once; by a slice, or numbers (n,)."""
+        codes = packing.unpack(self.codes[which], self.scheme.bits, self.shape[1])
+        scale, zero_point = self.scale[which], self.zero_point[which]
+        offset = None if self.offset is None else self.offset[which]
         weight = dequantize(codes, scale, zero_point, self.scheme, dtype, offset)
         if self.outliers is not None:
-            weight[:, self.columns] = self.outliers[start:stop].to(dtype)
+            weight[:, self.columns] = self.outliers[which].to(dtype)
         return weight
