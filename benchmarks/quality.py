@@ -38,7 +38,7 @@ from samples import (
     prepare,
     write_ids,
 )
-from tools import ENVIRONMENTS, TOOLS, Task, ToolError, provenance, run, version
+from tools import ENVIRONMENTS, TOOLS, USUAL, Task, ToolError, provenance, run, version
 
 SAMPLES, LENGTH = 128, 256  # calibration
 WINDOWS, BATCH = 128, 8  # held out, of the same length
@@ -50,17 +50,20 @@ class Case:
     """One quantized model."""
 
     model: str
-    bits: int
+    bits: float  # of a code; on average for a method that mixes
     symmetric: bool
     seed: int  # of the calibration ids
     tool: str
     method: str
+    bits_per_weight: float | None = None  # of the whole file, instead of a grid: `budget.py`
 
     @property
     def grid(self) -> str:
-        """Label of bits, groups and symmetry."""
+        """Label of bits, groups and symmetry, or of the size."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:.4f}bpw"
         group = MODELS[self.model].group
-        return f"w{self.bits}-{f'g{group}' if group else 'channel'}{'' if self.symmetric else '-asym'}"
+        return f"w{self.bits:g}-{f'g{group}' if group else 'channel'}{'' if self.symmetric else '-asym'}"
 
     @property
     def cell(self) -> "Case":
@@ -99,13 +102,21 @@ class Bench:
 
     def measure(self, case: Case) -> Result:
         """From the work folder if it is there."""
-        key = self.key(case)
-        path = self.path(case, key)
-        if not path.exists():
-            result = self.quantize_and_judge(case)
+        found = self.known(case)
+        if found is None:
+            key = self.key(case)
+            found = self.quantize_and_judge(case)
+            path = self.path(case, key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            stored = {"key": key, "kl": result.kl.tolist(), "facts": result.facts}
+            stored = {"key": key, "kl": found.kl.tolist(), "facts": found.facts}
             path.write_text(json.dumps(stored) + "\n")
+        return found
+
+    def known(self, case: Case) -> Result | None:
+        """From the work folder; None if it is not there."""
+        path = self.path(case, self.key(case))
+        if not path.exists():
+            return None
         stored = json.loads(path.read_text())
         return Result(torch.tensor(stored["kl"], dtype=torch.float64), stored["facts"])
 
@@ -120,7 +131,8 @@ class Bench:
         """All that a result depends on."""
         calibration, heldout = self.ids(case)
         weights = (prepare(MODELS[case.model], self.work) / "model.safetensors").read_bytes()
-        return {
+        size = {} if case.bits_per_weight is None else {"bits per weight": repr(case.bits_per_weight)}
+        return size | {
             "case": case.label,
             "weights": hashlib.sha256(weights).hexdigest()[:16],
             "tool": version(TOOLS[case.tool], self.environments),
@@ -140,7 +152,9 @@ class Bench:
         write_ids(calibration, ids_file)
         model, out = prepare(MODELS[case.model], self.work), self.work / "quantized" / case.label
         group = MODELS[case.model].group
-        task = Task(model, out, case.method, case.bits, group, case.symmetric, ids_file)
+        task = Task(
+            model, out, case.method, case.bits, group, case.symmetric, ids_file, case.bits_per_weight
+        )
         try:
             facts = run(TOOLS[case.tool], task, self.environments, self.threads)
             kl = kl_by_window(load_float32(model), load_float32(out / "dense"), heldout)
@@ -320,9 +334,8 @@ def checks(results: Results) -> list[Check]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = [name for name, sample in MODELS.items() if sample.source.is_dir()]
-    tools = [name for name in TOOLS if name != "autoround"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=here)
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=tools)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=USUAL)
     parser.add_argument("--methods", nargs="+", help="all by default")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
     parser.add_argument("--asymmetric", action="store_true", help="grids with zero points instead")

@@ -34,33 +34,44 @@ TOOLS = {
         Tool("fewbits", "fewbits", ("rtn", "gptq", "awq", "awq+gptq")),
         Tool("gptqmodel", "gptqmodel", ("gptq", "awq")),
         Tool("llmcompressor", "llmcompressor", ("gptq", "awq", "awq+gptq")),
-        Tool("autoround", "auto-round", ("autoround",)),
+        Tool("autoround", "auto-round", ("autoround", "autoscheme")),
+        Tool("hqq", "hqq", ("hqq",)),
+        Tool("llamacpp", "llama-cpp-python", ("k_m",)),
     )
 }
+# Beside these, the others write other grids, or take ten times as long.
+USUAL = ("fewbits", "gptqmodel", "llmcompressor")
 
 BITSANDBYTES = Tool("bitsandbytes", "bitsandbytes", ("llm-int8",))  # `llm_int8.py` alone runs it
 
 
 @dataclass(frozen=True)
 class Task:
-    """One quantization; see `rivals/job.py`, which reads it."""
+    """One quantization; see `rivals/job.py`, which reads it.
+
+    Args:
+        bits: of a code, or on average for tools that mix.
+        bits_per_weight: of the whole file, at most, instead of bits and group.
+    """
 
     model: Path
     out: Path
     method: str
-    bits: int
+    bits: float
     group: int | None
     symmetric: bool
     ids: Path
+    bits_per_weight: float | None = None
 
     @property
     def arguments(self) -> list[str]:
         """For the command line of a tool's script."""
         group = [] if self.group is None else ["--group", str(self.group)]
         grid = [] if self.symmetric else ["--asymmetric"]
+        size = [] if self.bits_per_weight is None else ["--bits-per-weight", repr(self.bits_per_weight)]
         paths = [str(path.resolve()) for path in (self.model, self.out)]
         options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids.resolve())]
-        return [*paths, *options, *group, *grid]
+        return [*paths, *options, *group, *grid, *size]
 
 
 class ToolError(Exception):

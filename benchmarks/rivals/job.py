@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CHECKED_SAMPLES = 8  # of the calibration ids, for the comparison with the tool's own forward pass
+WEIGHTS = (".safetensors", ".gguf", ".pt")  # files of weights; beside them lie config and tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,20 @@ class Job:
     Args:
         model: folder of the float checkpoint.
         out: folder to be made; holds `packed`, the tool's own files, and `dense`, their float32 values.
+        bits: of a code, or on average for tools that mix.
         group: input columns that share a scale; None for whole rows.
         ids: calibration tokens, (samples, length).
+        bits_per_weight: of the whole file, at most, instead of bits and group.
     """
 
     model: Path
     out: Path
     method: str
-    bits: int
+    bits: float
     group: int | None
     symmetric: bool
     ids: Tensor
+    bits_per_weight: float | None
 
     @property
     def packed(self) -> Path:
@@ -63,15 +67,24 @@ def read_job(methods: tuple[str, ...]) -> Job:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", choices=methods, required=True)
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=number, default=4)
     parser.add_argument("--group", type=int, help="columns that share a scale; left out: whole rows")
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--ids", type=Path, required=True, help="safetensors file with `ids`")
+    parser.add_argument("--bits-per-weight", type=float, help="of the whole file, at most")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     ids = load_file(args.ids)["ids"]
-    return Job(args.model, args.out, args.method, args.bits, args.group, not args.asymmetric, ids)
+    return Job(
+        args.model, args.out, args.method, args.bits, args.group, not args.asymmetric, ids,
+        args.bits_per_weight,
+    )  # fmt: skip
+
+
+def number(text: str) -> float:
+    """An integer where it is written as one: most tools take no other bits."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 @dataclass
@@ -99,13 +112,17 @@ def cpu_s() -> float:
 class Storage:
     """Bits that the quantized matrices take: codes, scales, zero points."""
 
-    bits: int = 0
+    bits: float = 0
     weights: int = 0
 
-    def add(self, job: Job, weights: int, scale: Tensor) -> None:
-        """A matrix of so many weights; zero points that are constant are not counted, stored or not."""
-        zero_point = 0 if job.symmetric else job.bits
-        self.bits += weights * job.bits + scale.numel() * (8 * scale.dtype.itemsize + zero_point)
+    def add(self, job: Job, weights: int, scale: Tensor, bits: float | None = None) -> None:
+        """A matrix of so many weights; zero points that are constant are not counted, stored or not.
+
+        `bits` of a code, where not all have those that were asked for.
+        """
+        bits = job.bits if bits is None else bits
+        zero_point = 0 if job.symmetric else bits
+        self.bits += weights * bits + scale.numel() * (8 * scale.dtype.itemsize + zero_point)
         self.weights += weights
 
     @property
@@ -136,6 +153,7 @@ def report(
     own_logits: Tensor,
     state: dict[str, Tensor],
     packages: tuple[str, ...],
+    more: dict[str, object] | None = None,
 ) -> None:
     """Write the dense model, compare it with the tool's own forward pass, print one line of JSON.
 
@@ -143,6 +161,7 @@ def report(
         own_logits: `check_logits` of the model that the tool itself would run.
         state: the weights of `packed` in float32, by the names of the source.
         packages: whose versions matter.
+        more: to be told beside.
     """
     dense = write_dense(job, state)
     own, ours = (F.log_softmax(x.double(), -1) for x in (own_logits, check_logits(job, dense)))
@@ -155,10 +174,12 @@ def report(
         "process_cpu_s": cpu_s(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "packed_bytes": sum(path.stat().st_size for path in files),
+        "weight_bytes": sum(path.stat().st_size for path in files if path.suffix in WEIGHTS),
+        "parameters": sum(tensor.numel() for tensor in load_tensors(job.model).values()),
         "threads": torch.get_num_threads(),
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", *packages)},
     }
-    print("RESULT " + json.dumps(result), flush=True)
+    print("RESULT " + json.dumps(result | (more or {})), flush=True)
 
 
 def write_dense(job: Job, state: dict[str, Tensor]) -> nn.Module:

@@ -1,14 +1,16 @@
 """fewbits, run like a rival. Started by ../tools.py; see job.py."""
 
+from typing import Any
+
 import torch
-from job import Clock, Job, check_logits, compressed_tensors_storage, read_job, report
+from job import Clock, Job, Storage, check_logits, compressed_tensors_storage, read_job, report
 from transformers import AutoModelForCausalLM
 
 import fewbits
-from fewbits import QuantizedLinear, QuantScheme
+from fewbits import Quantized, QuantizedLinear, QuantScheme
 
 
-def quantize(job: Job, clock: Clock) -> None:
+def quantize(job: Job, clock: Clock) -> Quantized:
     """Reads, quantizes, writes and verifies; what is timed of other tools is quantizing alone.
 
     Before it, as of the others, the model is loaded once, which imports what transformers needs for it.
@@ -16,24 +18,39 @@ def quantize(job: Job, clock: Clock) -> None:
     with clock.phase("load"):
         AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
     granularity = "group" if job.group else "channel"
-    scheme = QuantScheme(job.bits, granularity, job.group, job.symmetric)
-    calibration = None if job.method == "rtn" else job.ids
+    if job.bits_per_weight is None:
+        asked = {"scheme": QuantScheme(job.bits, granularity, job.group, job.symmetric)}
+    else:
+        asked = {"bits_per_weight": job.bits_per_weight}
+    calibrated = job.method != "rtn" or job.bits_per_weight is not None
+    calibration = job.ids if calibrated else None
     with clock.phase("quantize"):
-        fewbits.quantize(
-            job.model, job.packed, method=job.method, scheme=scheme, calibration=calibration
+        return fewbits.quantize(
+            job.model, job.packed, method=job.method, calibration=calibration, **asked
         )
 
 
 def main() -> None:
-    job, clock = read_job(("rtn", "gptq", "awq", "awq+gptq")), Clock()
-    quantize(job, clock)
+    job, clock = read_job(("rtn", "gptq", "awq", "awq+gptq", "best")), Clock()
+    made = quantize(job, clock)
     model = fewbits.load(job.packed, dtype=torch.float32)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             state[f"{name}.weight"] = module.weight.detach()
-    storage = compressed_tensors_storage(job, state)
-    report(job, clock, storage, check_logits(job, model), state, ("fewbits",))
+    storage, more = compressed_tensors_storage(job, state), {}
+    if job.bits_per_weight is not None:
+        storage = Storage(8 * made.weight_bytes, made.parameters)  # of the whole file, as it was asked
+        more = predicted(made)
+    report(job, clock, storage, check_logits(job, model), state, ("fewbits",), more)
+
+
+def predicted(made: Quantized) -> dict[str, Any]:
+    """What the allocation promised: KL in nats per token, and bytes of the weight files."""
+    return {
+        "predicted_kl": made.allocation.predicted_kl,
+        "predicted_bytes": made.allocation.weight_bytes,
+    }
 
 
 if __name__ == "__main__":
