@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from typing import Any, Literal
 
 from fewbits.errors import InputError
@@ -328,19 +329,11 @@ def check_clients(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int 
         InputError: a client that was asked for, or that is to divide the model, would not load it: all
             its modules that it would not load are named.
     """
-    if tensor_parallel < 1:
-        raise InputError(f"--tensor-parallel is {tensor_parallel}; accepted are numbers from 1")
-    wanted = [parse_client(text) for text in dict.fromkeys(asked)]
-    dividing = {name for rule in _rules("split") for name in rule.clients}
-    promised = bool(wanted) or tensor_parallel > 1
-    if not wanted:
-        readers = [client for client in clients().values() if facts.format in client.reads]
-        if tensor_parallel > 1:
-            readers = [client for name, client in clients().items() if name in dividing]
-        wanted = [(client, client.newest) for client in readers]
+    asked = tuple(asked)
+    promised = bool(asked) or tensor_parallel > 1
     notes: list[Note] = []
     problems: list[str] = []
-    for client, version in wanted:
+    for client, version in _wanted(facts.format, asked, tensor_parallel):
         label = client.said(version)
         if facts.format not in client.reads:
             problems.append(
@@ -348,7 +341,7 @@ def check_clients(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int 
                 f"{' or '.join(client.reads)}, where that can hold the model"
             )
             continue
-        devices = tensor_parallel if client.name in dividing else 1
+        devices = _devices(client, tensor_parallel)
         if devices != tensor_parallel:
             notes.append(Note("skip", label, "not checked on several devices: no rules are known"))
         found = _find(facts, client.name, _version(version or "0"), devices)
@@ -367,6 +360,68 @@ def check_clients(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int 
     if promised and problems:
         raise InputError("; ".join(problems))
     return notes
+
+
+def joined(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int = 1) -> list[tuple[str, ...]]:
+    """Weights that must have one scheme, because they are one matrix in a client, or experts there.
+
+    Args:
+        facts, asked, tensor_parallel: as for `check_clients`.
+
+    Returns:
+        Source names, those of floats as if each had a weight; one may stand in several lists.
+    """
+    leaves: dict[str, dict[str, str]] = defaultdict(dict)  # parent -> last name -> source name
+    experts: dict[str, list[str]] = defaultdict(list)
+    for name in chain((f"{module}.weight" for module in facts.floats), facts.placements):
+        placement = facts.placements.get(name)
+        if placement is not None and placement.expert:
+            experts[placement.module].append(name)
+        else:
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            leaves[parent][leaf] = name
+    found: dict[tuple[str, ...], None] = {}
+    for client, version in _wanted(facts.format, asked, tensor_parallel):
+        at = client.name, _version(version or "0"), facts.format
+        lists = [names for rule in _rules("fused") if rule.holds(*at) for names in rule.lists]
+        for there in leaves.values():
+            for members in lists:
+                together = tuple(there[leaf] for leaf in members if leaf in there)
+                found |= {together: None} if len(together) > 1 else {}
+        if any(rule.holds(*at) for rule in _rules("experts")):
+            found |= dict.fromkeys(map(tuple, experts.values()))
+    return list(found)
+
+
+def not_loaded(facts: Facts, asked: Iterable[str] = (), tensor_parallel: int = 1) -> set[str]:
+    """Module names, as the source has them, of what one of those clients would not load."""
+    found: set[str] = set()
+    for client, version in _wanted(facts.format, asked, tensor_parallel):
+        devices = _devices(client, tensor_parallel)
+        refused = _find(facts, client.name, _version(version or "0"), devices).refused
+        found |= set().union(*refused.values())
+    return found
+
+
+def _wanted(layout: str, asked: Iterable[str], tensor_parallel: int) -> list[tuple[Client, str | None]]:
+    """Those asked for; without any all that read the format, or that divide a model."""
+    if tensor_parallel < 1:
+        raise InputError(f"--tensor-parallel is {tensor_parallel}; accepted are numbers from 1")
+    wanted = [parse_client(text) for text in dict.fromkeys(asked)]
+    if wanted:
+        return wanted
+    if tensor_parallel > 1:
+        return [(c, c.newest) for name, c in clients().items() if name in _dividing()]
+    return [(client, client.newest) for client in clients().values() if layout in client.reads]
+
+
+def _dividing() -> set[str]:
+    return {name for rule in _rules("split") for name in rule.clients}
+
+
+def _devices(client: Client, tensor_parallel: int) -> int:
+    """Between which it divides a model."""
+    return tensor_parallel if client.name in _dividing() else 1
 
 
 def _find(facts: Facts, client: str, version: Version, devices: int) -> _Findings:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fewbits.checkpoint import Checkpoint, TensorInfo, hash_json
 from fewbits.errors import InputError, first_line
 from fewbits.formats import Format, GgufLayout, Placement
-from fewbits.gguf_file import gguf_bytes
 from fewbits.plan import Plan, Survey, rescheme
 from fewbits.scheme import InputScheme, QuantScheme
+from fewbits.sizes import weight_file_bytes
 from fewbits.structure import (
     Matrix,
     find_blocks,
@@ -633,28 +633,11 @@ def _files(
     for kind, count in groups.items():
         components[kind.component] += count * tensor_bytes(kind, scheme, other.format)
     if isinstance(other.format, GgufLayout):
-        size = _gguf_bytes(other)
+        size = weight_file_bytes(other)
     else:
         size = sum(components.values())
         size += header_bytes(groups, letters, scheme, other.format, size)
     return _Files(other.format, None, components, size)
-
-
-def _gguf_bytes(plan: Plan) -> int:
-    """Of the file: what `write` gives, arranged with the tokenizer as it will be."""
-    source = plan.checkpoint
-    made = (name for name in plan.origins if name not in source.tensors)
-    infos = []
-    for name in chain(source.tensors, made):
-        info = plan.info(name)
-        place = plan.placements.get(name)
-        if place is not None:
-            (rows, columns), (end,) = plan.matrices[name].rows_columns, plan.format.tensors(name).needed
-            row = plan.format.written_bytes(1, columns, place.scheme, info.dtype.itemsize)
-            info = TensorInfo(end, torch.uint8, (rows, row), info.file)
-        infos.append(info)
-    labels = {"quantization_config": plan.format.config(plan.placements, plan.floats)}
-    return gguf_bytes(source.folder, plan.config | labels, infos)
 
 
 def _row(choice: Choice, parameters: int, files: _Files) -> Row:

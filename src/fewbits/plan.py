@@ -1,6 +1,7 @@
 """Preflight: everything that can go wrong and be known from config and headers, known in seconds."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -92,6 +93,14 @@ class Plan:
             size = self.format.written_bytes(*matrix.rows_columns, scheme, dtype.itemsize)
             total += count * math.prod(matrix.shape[:-2]) * size
         return total
+
+    def names(self) -> dict[int | None, list[str]]:
+        """What is written, in its order: outside of the blocks under None, then block by block."""
+        found: dict[int | None, list[str]] = {None: []}
+        found |= {number: [] for number in sorted(set(self.blocks.values()))}
+        for name in sorted(self.checkpoint.tensors.keys() | self.origins.keys(), key=_natural):
+            found[self.blocks.get(name)].append(name)
+        return found
 
     def quantization(self) -> dict[str, Any]:
         """What config.json says of the codes; of modules placed alike one is named.
@@ -186,6 +195,8 @@ def make_plan(
         schemes = {name: scheme for name, scheme in schemes.items() if name in matrices}
         label = getattr(schemes[str(looked_up)], "label", "")
         notes.append(Note("fact", tied, f"is tied to {looked_up}: multiplies by its codes, {label}"))
+    if any(schemes[name] is None for name in origins):  # it stays tied, without a tensor of its own
+        matrices, origins = seen.matrices, {}
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
     _check_experts(folder, model, matrices, schemes)
@@ -206,6 +217,12 @@ def make_plan(
     )  # fmt: skip
     plan.quantization()
     return plan
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: `layers.2` before `layers.10`."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def rescheme(

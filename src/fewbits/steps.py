@@ -1,7 +1,5 @@
 """The steps of a run, one block each: those of earlier processes are taken over, the rest is done."""
 
-import re
-from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +80,7 @@ class Steps:
         )
         self.ledger.calibration = asked["request"].get("calibration", {})
         self._entered: dict[str, Entry] = {}  # of the step that is being done
-        self.names: dict[int | None, list[str]] = defaultdict(list)
-        for name in sorted(plan.checkpoint.tensors.keys() | plan.origins.keys(), key=_natural):
-            self.names[plan.blocks.get(name)].append(name)
+        self.names = plan.names()
 
     def _choose(self) -> dict[str, Any]:
         """What an earlier process would have settled: how much is run at a time, and what was found."""
@@ -434,9 +430,3 @@ def _routing(plan: Plan) -> tuple[int, int] | None:
     shared = [m for m in plan.matrices.values() if m.kind == "expert"]
     counts = {m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in shared}
     return (max(counts), chosen) if isinstance(chosen, int) and counts else None
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key: `layers.2` before `layers.10`."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

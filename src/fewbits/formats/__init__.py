@@ -10,7 +10,7 @@ from fewbits.formats.bitsandbytes import BitsAndBytes
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.gguf import GgufLayout
 from fewbits.formats.gptq import GptqLayout
-from fewbits.formats.layout import Format, Integers, Names, Reader, ScaleRange
+from fewbits.formats.layout import Format, Headers, Integers, Names, Reader, ScaleRange
 from fewbits.formats.own import Own
 from fewbits.formats.placement import Placement
 
@@ -41,6 +41,7 @@ __all__ = [
     "Format",
     "GgufLayout",
     "GptqLayout",
+    "Headers",
     "Integers",
     "Names",
     "Own",

@@ -39,7 +39,15 @@ from fewbits.formats.gptq import (
     stored_parts,
     zero_points,
 )
-from fewbits.formats.layout import Integers, Names, ScaleRange, Stored, as_float16, float16_scales
+from fewbits.formats.layout import (
+    Headers,
+    Integers,
+    Names,
+    ScaleRange,
+    Stored,
+    as_float16,
+    float16_scales,
+)
 from fewbits.formats.packed import on_disk, unpack_elsewhere
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
@@ -166,6 +174,18 @@ class AwqLayout:
         """Codes, zero points and scales."""
         groups, words = scheme.groups(columns), packing.packed_columns(rows, _BITS)
         return 4 * words * (columns + groups) + 2 * groups * rows
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """Of those three."""
+        (rows, columns), base = shape, base_of(name)
+        groups, words = scheme.groups(columns), packing.packed_columns(rows, _BITS)
+        return {
+            f"{base}.qweight": (torch.int32, (columns, words)),
+            f"{base}.qzeros": (torch.int32, (groups, words)),
+            f"{base}.scales": (torch.float16, (groups, rows)),
+        }
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """One scheme for all, and the names of what stays in float."""

@@ -38,12 +38,21 @@ from torch import Tensor
 from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.formats.gptq import order_of, setting
-from fewbits.formats.layout import FLOAT_EMBEDDINGS, TWO_LEVELS, Integers, Names, ScaleRange, Stored
+from fewbits.formats.layout import (
+    FLOAT_EMBEDDINGS,
+    TWO_LEVELS,
+    Headers,
+    Integers,
+    Names,
+    ScaleRange,
+    Stored,
+)
 from fewbits.formats.packed import (
     decode_packed,
     find,
     on_disk,
     packed_bytes,
+    packed_headers,
     rows_columns,
     write_packed,
 )
@@ -181,6 +190,14 @@ class CompressedTensors:
         if scheme.inputs is None:
             return packed_bytes(rows, columns, scheme, itemsize)
         return rows * (columns + itemsize)
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """Of one layout or of the other."""
+        if scheme.inputs is None:
+            return packed_headers(name, "_packed", shape, scheme, dtype)
+        return {name: (torch.int8, shape), f"{name}_scale": (dtype, (shape[0], 1))}
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """One config group per scheme; with several, their modules are named by pattern."""

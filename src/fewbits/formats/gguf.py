@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 from fewbits.formats.gguf_k import Q4KBlock, as_bytes, as_halves, elsewhere
-from fewbits.formats.layout import Integers, Names, ScaleRange, Stored, as_float16, float16_scales
+from fewbits.formats.layout import (
+    Headers,
+    Integers,
+    Names,
+    ScaleRange,
+    Stored,
+    as_float16,
+    float16_scales,
+)
 from fewbits.formats.placement import Placement
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor
@@ -347,6 +355,13 @@ class GgufLayout:
         block = block_of(scheme)
         assert block is not None, "refused before"
         return rows * (columns // block.columns) * block.size_bytes
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """Of the one."""
+        rows, columns = shape
+        return {name + _END: (torch.uint8, (rows, self.written_bytes(1, columns, scheme, 0)))}
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """Every weight by name, as it is read."""

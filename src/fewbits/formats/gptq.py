@@ -38,6 +38,7 @@ from fewbits.errors import InputError
 from fewbits.formats.layout import (
     FLOAT_EMBEDDINGS,
     TWO_LEVELS,
+    Headers,
     Integers,
     Names,
     ScaleRange,
@@ -193,6 +194,19 @@ class GptqLayout:
         words = rows * packing.packed_columns(columns, scheme.bits)
         words += groups * packing.packed_columns(rows, scheme.bits)
         return 4 * words + 2 * groups * rows + 4 * columns
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """Of those four."""
+        (rows, columns), base = shape, base_of(name)
+        groups, bits = scheme.groups(columns), scheme.bits
+        return {
+            f"{base}.qweight": (torch.int32, (packing.packed_columns(columns, bits), rows)),
+            f"{base}.qzeros": (torch.int32, (groups, packing.packed_columns(rows, bits))),
+            f"{base}.scales": (torch.float16, (groups, rows)),
+            f"{base}.g_idx": (torch.int32, (columns,)),
+        }
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """The commonest scheme for all, and a rule for each module that has another or none."""

@@ -69,6 +69,10 @@ class Names(NamedTuple):
         return self.needed + self.possible
 
 
+# Tensors on disk of one weight, in the order in which they are written: their dtype and shape.
+Headers = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Integers:
     """A weight (out, in) as another library unpacks it: the parts of a QuantizedTensor."""
@@ -172,6 +176,14 @@ class Format(Reader, Protocol):
 
     def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
         """What `write` writes for one weight whose source has values of `itemsize` bytes."""
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """What `write` gives for a weight (out, in) with scales chosen in `dtype`.
+
+        Without columns in 16 bit: how many there are is known only when inputs were seen.
+        """
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """`quantization_config` for config.json.

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
-from fewbits.formats.layout import TWO_LEVELS, Integers, Names, ScaleRange, Stored
+from fewbits.formats.layout import TWO_LEVELS, Headers, Integers, Names, ScaleRange, Stored
 from fewbits.formats.packed import (
     decode_packed,
     names_packed,
     on_disk,
     packed_bytes,
+    packed_headers,
     read_packed,
     shape_packed,
     write_packed,
@@ -97,6 +98,12 @@ class Own:
     def written_bytes(self, rows: int, columns: int, scheme: QuantScheme, itemsize: int) -> int:
         """Codes, scales, zero points and the shape."""
         return packed_bytes(rows, columns, scheme, itemsize)
+
+    def headers(
+        self, name: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+    ) -> Headers:
+        """Likewise."""
+        return packed_headers(name, "", shape, scheme, dtype)
 
     def config(self, placements: Mapping[str, Placement], floats: list[str]) -> dict[str, Any]:
         """Every weight by name."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewbits import packing
 from fewbits.errors import InputError
-from fewbits.formats.layout import TWO_LEVELS, Integers, Names, Stored
+from fewbits.formats.layout import TWO_LEVELS, Headers, Integers, Names, Stored
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Outliers, QuantizedTensor
 from fewbits.untrusted import shown
@@ -167,6 +167,22 @@ def packed_bytes(rows: int, columns: int, scheme: QuantScheme, itemsize: int) ->
     words = rows * packing.packed_columns(columns, scheme.bits)
     points = 0 if scheme.symmetric else packing.packed_columns(rows, scheme.bits) * groups
     return 4 * (words + points) + rows * groups * itemsize + 2 * 8
+
+
+def packed_headers(
+    name: str, suffix: str, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
+) -> Headers:
+    """Of what `write_packed` writes for a weight (out, in) with scales in `dtype`."""
+    (rows, columns), bits = shape, scheme.bits
+    groups = scheme.groups(columns)
+    found: Headers = {
+        name + suffix: (torch.int32, (rows, packing.packed_columns(columns, bits))),
+        f"{name}_scale": (dtype, (rows, groups)),
+        f"{name}_shape": (torch.int64, (2,)),
+    }
+    if not scheme.symmetric:
+        found[f"{name}_zero_point"] = torch.int32, (packing.packed_columns(rows, bits), groups)
+    return found
 
 
 def on_disk(scheme: QuantScheme) -> QuantScheme:
