@@ -194,12 +194,39 @@ def test_a_seed_that_is_none_is_one_line_in_every_command(model, text, tmp_path,
     for command in (
         ("quantize", model, out),
         ("quantize", model, out, "--method", "gptq", "--calibration", text, *CALIBRATED),
+        ("measure", model, out, "--calibration", text),
         ("compare", model, "--work", out, "--methods", "int8", "--text", text, "--no-speed"),
         ("inspect", model, "--calibration", text),
         ("generate", model, "The"),
     ):
         assert refused(run(*command, *given), f"seed is {seed}", "accepted are numbers from 0 to")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_measured_once_is_quantized_from_again(model, text, tmp_path):
+    stats, out = tmp_path / "stats", tmp_path / "out"
+    measuring = ("measure", model, stats, "--calibration", text, "--samples", "4", "--seq-len", "16")
+    assert run("measure", model, stats).exit_code == 2  # --calibration is missing
+    result = run(*measuring, "--json")
+    assert result.exit_code == 0, result.output
+    value = json.loads(result.stdout)
+    assert (value["blocks"], value["inputs"], value["reused"]) == (2, 8, False)
+    size = sum(path.stat().st_size for path in stats.glob("*.safetensors"))
+    assert value["size_bytes"] == size
+    again = run(*measuring)
+    assert again.exit_code == 0
+    assert again.stdout.startswith(f"{stats}: already there, and verified; ")
+    assert "2 blocks, 8 inputs" in again.stdout
+    assert refused(run(*measuring, "--seed", "3"), "holds another measurement", "--restart")
+    quantizing = ("quantize", model, out, "--group-size", "32", "--stats", stats)
+    made = run(*quantizing, "--method", "awq+gptq", "--json")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["request"]["statistics"] == value["sha256"]
+    static = run("quantize", model, tmp_path / "int8", "--method", "llm-int8", "--stats", stats, "--json")
+    assert json.loads(static.stdout)["request"]["scheme"] == "w8-channel-a8-token-t6-static"
+    both = run(*quantizing, "--method", "gptq", "--calibration", text)
+    assert refused(both, "calibration and statistics are both given", "accepted is one of them")
+    assert refused(run(*quantizing), "method rtn takes no statistics")
 
 
 def test_generate_streams_text_and_is_repeatable(int4):
