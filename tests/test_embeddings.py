@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fewbits
+import fewbits.kernels.native.kernel
 import fewbits.plan
 from fewbits import InputError, QuantizedLinear, QuantScheme
 from fewbits.convert import convert
@@ -111,6 +112,36 @@ def test_rows_are_looked_up_in_any_scheme(label):
         embedding.weight.data = torch.zeros(24, 64)
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize("label", ["w8-channel", "w8-g32-asym", "w4-g32", "w3-channel-asym", "w2-g64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tied_head_is_asked_for_its_rows(label, dtype, native, monkeypatch):
+    monkeypatch.setenv("FEWBITS_NATIVE", native)
+    codes = quantize_tensor(torch.randn(70, 192).bfloat16(), QuantScheme.parse(label))
+    embedding, head = QuantizedEmbedding(codes, dtype), QuantizedLinear(codes, dtype=dtype)
+    monkeypatch.setattr(fewbits.kernels.native.kernel, "_SLICE", 2 * 32 * 192)  # two blocks at a time
+    ids = torch.tensor([[69, 0, 31], [32, 64, 32]])
+    expected = embedding(ids)
+    shared = embedding.share(head)
+    assert shared == (head.kernel_name != "int4pack")
+    assert (embedding.kernel is head.kernel) == shared
+    assert torch.equal(embedding(ids), expected)
+    assert torch.equal(embedding(ids[0].int()), expected[0])
+    assert torch.equal(embedding.weight, codes.dequantize(dtype))
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match=f"token {wrong}; accepted are 0 to 69"):
+            embedding(torch.tensor([3, wrong]))
+
+
+def test_a_look_up_is_one_operation_in_compiled_graphs():
+    codes = quantize_tensor(torch.randn(70, 64).bfloat16(), QuantScheme(8))
+    embedding = QuantizedEmbedding(codes)
+    ids = torch.tensor([[69, 0, 31]])
+    expected = embedding(ids)
+    embedding.share(QuantizedLinear(codes))
+    assert torch.equal(torch.compile(embedding, backend="eager", fullgraph=True)(ids), expected)
+
+
 def test_a_scale_of_the_class_is_kept(tmp_path):
     source = tiny_checkpoint(tmp_path / "source", "gemma3_text")
     only_embeddings(source, tmp_path / "out")
@@ -208,6 +239,7 @@ def test_a_tied_head_shares_the_codes(tmp_path):
     codes = [give_back(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert torch.equal(codes[0].codes, codes[1].codes)
     assert torch.equal(codes[0].scale, codes[1].scale)
+    assert model.get_input_embeddings().kernel is model.get_output_embeddings().kernel
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "gptq-v2", "awq"])

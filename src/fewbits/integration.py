@@ -50,6 +50,7 @@ from fewbits.load import (
     put,
     quantized_matrices,
     read_parameter,
+    share_codes,
     tied_to_codes,
 )
 from fewbits.recipe import Recipe
@@ -479,6 +480,7 @@ def _read_stored(state: _State, model: Any, dtype: torch.dtype) -> None:
         if kind == "embedding" and tied is not None:
             head = f"{tied}.weight"
             _place(model, head, "linear", pieces, dtype, _device(model, head))
+            share_codes(model, name.rpartition(".")[0], tied)
 
 
 def _device(model: Any, name: str) -> torch.device:
@@ -547,7 +549,8 @@ def _stored_tensors(state: _State, model: Any) -> dict[str, Tensor]:
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     linears = {name: _linears(model, name) for name in state.parameters}
-    inside = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Kernel))
+    modules = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{path}." for path, m in modules if isinstance(m, Kernel))
     floats = {n: t for n, t in model.state_dict().items() if not n.startswith(inside)}
     floats = remove_tied_weights_from_state_dict(floats, model)
     tensors: dict[str, Tensor] = revert_weight_conversion(model, floats)

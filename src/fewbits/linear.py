@@ -125,7 +125,7 @@ class QuantizedEmbedding(nn.Embedding):
         self.scale_grad_by_freq, self.sparse = False, False
         self.scheme, self.kernel_name = weight.scheme, "reference"
         self.dtype = dtype or weight.scale.dtype
-        self.kernel = Reference(weight, self.dtype, torch.device(device))
+        self.kernel: Kernel = Reference(weight, self.dtype, torch.device(device))
         self.order = None
         self.factor: float | Tensor
         if isinstance(factor, Tensor):
@@ -133,17 +133,38 @@ class QuantizedEmbedding(nn.Embedding):
         else:
             self.factor = factor
 
+    def share(self, head: QuantizedLinear) -> bool:
+        """Look up the codes of a head that is tied to it, and keep no others, if its kernel gives rows.
+
+        Returns:
+            Whether it can; some layouts hold columns together.
+        """
+        own = type(head.kernel).rows is not Kernel.rows
+        if own:
+            self.kernel, self.kernel_name = head.kernel, head.kernel_name
+        return own
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # read only
         """The dequantized weight (tokens, hidden), without the factor, made anew at each access."""
         return self.kernel.weight(self.dtype).as_subclass(_Dequantized)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(...) numbers of tokens -> (..., hidden)."""
+        """(...) numbers of tokens -> (..., hidden).
+
+        Raises:
+            IndexError: there is no such token; on a CPU, as `nn.Embedding`.
+        """
         shape = (*input.shape, self.embedding_dim)
         if not input.numel():
             return torch.empty(shape, dtype=self.dtype, device=input.device)
-        rows = self.kernel.rows(input.reshape(-1), self.dtype).view(shape)
+        if input.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in torch.aminmax(input))
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(
+                    f"token {low if low < 0 else high}; accepted are 0 to {self.num_embeddings - 1}"
+                )
+        rows = self.kernel.rows(input.reshape(-1).long(), self.dtype).view(shape)
         plain = not isinstance(self.factor, Tensor) and self.factor == 1
         return rows if plain else rows * self.factor
 

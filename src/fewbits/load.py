@@ -150,7 +150,7 @@ def _load(
         put(loaded, module, parameter, kind, pieces, dtype, place, int8_inputs)
         if kind == "embedding" and tied is not None:
             put(loaded, tied, parameter, "linear", pieces, dtype, place, int8_inputs)
-            keep_apart(loaded, tied)
+            share_codes(loaded, module, tied)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
     return loaded.eval()
@@ -259,6 +259,13 @@ def tied_to_codes(checkpoint: Checkpoint, network: nn.Module, weights: dict[str,
     own = {matrix.module for matrix in weights.values()}
     own |= {t.parameter.rpartition(".")[0] for t in locate(network, list(checkpoint.tensors)).values()}
     return None if head in own else head
+
+
+def share_codes(model: Any, embedding: str, head: str) -> None:
+    """Let an embedding look up the codes of the head that is tied to it, once both have them."""
+    looked_up, multiplied = (model.get_submodule(path) for path in (embedding, head))
+    looked_up.share(multiplied)
+    keep_apart(model, head)
 
 
 def keep_apart(model: Any, head: str) -> None:

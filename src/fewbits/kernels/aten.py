@@ -136,3 +136,8 @@ class Int8Pack(Kernel):
         rows = F.pad(x.reshape(-1, x.shape[-1]).to(self.dtype), (0, self.padding)).contiguous()
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
         return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+    def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, each value rounded once."""
+        codes = self.codes[which, : self.shape[1]].float()
+        return (codes * self.scale[which, None].float()).to(dtype)

@@ -53,6 +53,13 @@ class Kernel(nn.Module):
         weight: Tensor = self(one)
         return weight.t().to(dtype).contiguous()
 
+    def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of that weight, (n, in), by their numbers (n,).
+
+        All of it is made for them: a kernel whose layout lets it take some alone has its own.
+        """
+        return self.weight(dtype)[which]
+
 
 def no_product(weight: QuantizedTensor, device: torch.device, where: str) -> str | None:
     """Why a kernel for one kind of device ("cpu", "cuda") that rounds no inputs cannot run; or None."""
@@ -93,15 +100,18 @@ class Reference(Kernel):
         """`x @ W.T`, slice by slice of output rows."""
         rows, columns = self.shape
         step = max(1, _SLICE // columns)
-        parts = [F.linear(x, self.rows(slice(i, i + step), x.dtype)) for i in range(0, rows, step)]
+        parts = [F.linear(x, self._rows(slice(i, i + step), x.dtype)) for i in range(0, rows, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""
-        return self.rows(slice(None), dtype)
+        return self._rows(slice(None), dtype)
 
-    def rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight, (n, in), each value rounded once; by a slice, or numbers (n,)."""
+    def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some of its rows, each value rounded once."""
+        return self._rows(which, dtype)
+
+    def _rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
         codes = packing.unpack(self.codes[which], self.scheme.bits, self.shape[1])
         scale, zero_point = self.scale[which], self.zero_point[which]
         offset = None if self.offset is None else self.offset[which]

@@ -31,6 +31,7 @@ from fewbits.kernels.native.library import (
 from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
+_SLICE = 2**22  # weights unpacked at a time for rows: 8 MB in 16 bits; not tuned
 _INPUTS = {torch.bfloat16: INPUTS_16, torch.float16: INPUTS_16, torch.float32: INPUTS_32}
 
 
@@ -90,6 +91,13 @@ class Native(Kernel):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""
         return self._library.unpack(self._weight, dtype)
+
+    def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of it, (n, in), each value rounded once; blocks of 32 rows are unpacked for them."""
+        numbers = (self.shape[1], self.bits, self.group, self.zero_type, dtype)
+        unpack = torch.ops.fewbits.native_rows if torch.compiler.is_compiling() else _native_rows
+        rows: Tensor = unpack(which, self.codes, self.scales, self.zeros, *numbers)
+        return rows
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, in) and zero points (out, groups), uint8, and scales, as they were given.
@@ -162,6 +170,43 @@ def _like_native_linear(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], others[4])
 
 
+_OPS.define(  # type: ignore[no-untyped-call]
+    "native_rows(Tensor which, Tensor codes, Tensor scales, Tensor? zeros, int columns, "
+    "int bits, int group, int zero_type, ScalarType dtype) -> Tensor"
+)
+
+
+def _native_rows(
+    which: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: int,
+    bits: int,
+    group: int,
+    zero_type: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    result = torch.empty(len(which), columns, dtype=dtype)
+    blocks, place = torch.unique(which // ROWS, return_inverse=True)
+    codes, step = codes.view(len(scales), -1), max(1, _SLICE // (ROWS * columns))
+    for i in range(0, len(blocks), step):
+        some = blocks[i : i + step]
+        points = None if zeros is None else zeros[some]
+        shape = (ROWS * len(some), columns)
+        weight = describe(shape, bits, group, codes[some].view(-1), scales[some], zero_type, points)
+        here = (place >= i) & (place < i + step)
+        rows = ROWS * (place[here] - i) + which[here] % ROWS
+        result[here] = _library().unpack(weight, dtype)[rows]
+    return result
+
+
+def _like_native_rows(which: Tensor, *others: Any) -> Tensor:
+    return which.new_empty(len(which), others[3], dtype=others[7])
+
+
+_OPS.impl("native_rows", _native_rows, "CPU")  # type: ignore[no-untyped-call]
+_OPS.impl("native_rows", _like_native_rows, "Meta")  # type: ignore[no-untyped-call]
 _OPS.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]
 _OPS.impl("native_linear", _like_native_linear, "Meta")  # type: ignore[no-untyped-call]
 
