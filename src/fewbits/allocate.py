@@ -39,7 +39,7 @@ _ROUNDS = 8  # of choosing and weighing; two or three are needed
 # above the least. From 1e4 to 1e6 and from 1 to 1e6 every choice was the same, and none was faster.
 _SCALE, _ROOM = 1e6, 1e3
 _COARSE = 1e3  # times as large as the least sum: damages are put to another scale
-_LEAST = 1e-12  # of the solver's numbers, to divide by
+_NOTHING = 1e-30  # nats that are none
 _ROUGHLY = 0.01  # share by which a first sum may be above the least
 
 Damage = Mapping[str, Mapping[str, float]]
@@ -480,12 +480,13 @@ class _Problem:
     def solve(self, most: int) -> list[int] | None:
         """The choice of least cost whose size is at most that; None if there is none."""
         above = [[cost - min(row) for cost in row] for row in self.costs]
-        limit = most
-        while True:
+        limit, least = most, sum(map(min, self.sizes))
+        while limit >= least:
             found = self._exactly(above, limit)
             if found is None or self.size(found) <= most:
                 return found
             limit -= self.size(found) - most  # what the solver takes for whole is whole to 1e-6
+        return None
 
     def _exactly(self, above: list[list[float]], most: int | None) -> list[int] | None:
         """The choice of least sum of what costs are above the least of their unit.
@@ -495,16 +496,17 @@ class _Problem:
         """
         largest = max(chain.from_iterable(above), default=0.0)
         while True:
-            scale = _SCALE / largest if largest else 1.0
+            scale = _SCALE / largest if largest > _NOTHING else 0.0
             scaled = [[cost * scale if cost <= largest else None for cost in row] for row in above]
             choice = self._milp(scaled, most, _ROUGHLY)
-            if choice is None or not largest:
+            if choice is None or not scale:
                 return choice
             total = math.fsum(row[i] for row, i in zip(above, choice, strict=True))
             if total * _COARSE > largest:
                 break
             largest = total
-        scaled = [[c * _SCALE / total if c <= total else None for c in row] for row in above]
+        scale = _SCALE / total
+        scaled = [[cost * scale if cost <= total else None for cost in row] for row in above]
         return self._milp(scaled, most, 0.0)
 
     def price(self, most: int) -> float:
@@ -515,12 +517,12 @@ class _Problem:
         costs = np.array([cost - min(row) for row in self.costs for cost in row])
         equal, equals, below, limits, per_byte = self._constraints(most)
         costs = np.concatenate([costs, np.zeros(equal.shape[1] - len(costs))])
-        price, scale = 0.0, 1 / max(float(costs.max()), _LEAST)
+        price, scale = 0.0, 1 / max(float(costs.max()), _NOTHING)
         for _ in range(2):  # the second time by the costs that decide: the solver tells 1e-7 from 0
             found = linprog(costs * scale, below, limits, equal, equals, bounds=(0, 1), method="highs")
             assert found.status == 0, found.message
             price = max(0.0, -float(found.ineqlin.marginals[0]) / scale * per_byte)
-            scale /= max(float(found.fun), _LEAST)
+            scale /= max(float(found.fun), 1e-12)  # 0 where all is saved
         return price
 
     def _milp(self, costs: list[list[float | None]], most: int | None, gap: float) -> list[int] | None:
@@ -561,7 +563,7 @@ class _Problem:
             columns += range(start, end)
         count, equalities = self._starts[-1], len(self._starts) - 1
         least = [min(row) for row in self.sizes]
-        room = 0 if most is None else max(0, most - sum(least))
+        room = 0 if most is None else most - sum(least)
         per_byte = 0.0 if most is None else _ROOM / max(room, 1)
         above = [(s - low) * per_byte for row, low in zip(self.sizes, least, strict=True) for s in row]
         under = [(0, i, value) for i, value in enumerate(above) if value]
