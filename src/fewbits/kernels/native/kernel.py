@@ -31,7 +31,6 @@ from fewbits.kernels.native.library import (
 from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
-_SLICE = 2**22  # weights unpacked at a time for rows: 8 MB in 16 bits; not tuned
 _INPUTS = {torch.bfloat16: INPUTS_16, torch.float16: INPUTS_16, torch.float32: INPUTS_32}
 
 
@@ -93,11 +92,18 @@ class Native(Kernel):
         return self._library.unpack(self._weight, dtype)
 
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
-        """Some rows of it, (n, in), each value rounded once; blocks of 32 rows are unpacked for them."""
-        numbers = (self.shape[1], self.bits, self.group, self.zero_type, dtype)
-        unpack = torch.ops.fewbits.native_rows if torch.compiler.is_compiling() else _native_rows
-        rows: Tensor = unpack(which, self.codes, self.scales, self.zeros, *numbers)
-        return rows
+        """Some rows of it, (n, in), each value rounded once."""
+        block, row = which // ROWS, which % ROWS
+        codes = _codes_of_rows(self.codes.view(len(self.scales), -1), block, row, self.bits)
+        scale = self.scales[block, :, row].float()[..., None]
+        parts = (codes.float() - 2 ** (self.bits - 1)).view(*scale.shape[:2], -1)
+        if self.zeros is not None:
+            zeros = self.zeros[block, :, row].float()[..., None]
+            parts = parts * scale - zeros if self.zero_type == OFFSET else (parts - zeros) * scale
+        else:
+            parts = parts * scale
+        weight: Tensor = parts.flatten(1)[:, : self.shape[1]].to(dtype)
+        return weight
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, in) and zero points (out, groups), uint8, and scales, as they were given.
@@ -170,43 +176,6 @@ def _like_native_linear(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], others[4])
 
 
-_OPS.define(  # type: ignore[no-untyped-call]
-    "native_rows(Tensor which, Tensor codes, Tensor scales, Tensor? zeros, int columns, "
-    "int bits, int group, int zero_type, ScalarType dtype) -> Tensor"
-)
-
-
-def _native_rows(
-    which: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: int,
-    bits: int,
-    group: int,
-    zero_type: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    result = torch.empty(len(which), columns, dtype=dtype)
-    blocks, place = torch.unique(which // ROWS, return_inverse=True)
-    codes, step = codes.view(len(scales), -1), max(1, _SLICE // (ROWS * columns))
-    for i in range(0, len(blocks), step):
-        some = blocks[i : i + step]
-        points = None if zeros is None else zeros[some]
-        shape = (ROWS * len(some), columns)
-        weight = describe(shape, bits, group, codes[some].view(-1), scales[some], zero_type, points)
-        here = (place >= i) & (place < i + step)
-        rows = ROWS * (place[here] - i) + which[here] % ROWS
-        result[here] = _library().unpack(weight, dtype)[rows]
-    return result
-
-
-def _like_native_rows(which: Tensor, *others: Any) -> Tensor:
-    return which.new_empty(len(which), others[3], dtype=others[7])
-
-
-_OPS.impl("native_rows", _native_rows, "CPU")  # type: ignore[no-untyped-call]
-_OPS.impl("native_rows", _like_native_rows, "Meta")  # type: ignore[no-untyped-call]
 _OPS.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]
 _OPS.impl("native_linear", _like_native_linear, "Meta")  # type: ignore[no-untyped-call]
 
@@ -216,6 +185,30 @@ def _library() -> Library:
     if found is None:
         raise RuntimeError(f"the native library {why_absent()}")
     return found
+
+
+def _codes_of_rows(codes: Tensor, block: Tensor, row: Tensor, bits: int) -> Tensor:
+    """Some rows (n, columns) of codes (blocks, bytes) in the layout that pack.cpp explains.
+
+    Args:
+        block, row: (n,), which block of 32 rows, and which of those.
+    """
+    tile, lane = row // 16, row % 16
+    chunks = codes.view(len(codes), -1, 192 if bits == 3 else 128)
+    found = chunks[..., :128].view(*chunks.shape[:2], 2, 16, 4)[block, :, tile, lane]  # (n, chunks, 4)
+    if bits == 8:
+        return found.flatten(1)
+    width = 4 if bits == 4 else 2
+    quads = [found >> shift & 2**width - 1 for shift in range(0, 8, width)]
+    result = torch.stack(quads, 2)  # (n, chunks, quads, 4)
+    if bits == 3:
+        high = chunks[..., 128:].view(*chunks.shape[:2], 2, 4, 8)[
+            block, :, tile
+        ]  # (n, chunks, quads, 8)
+        which = (lane // 2)[:, None, None, None].expand(*high.shape[:3], 1)
+        shift = (lane % 2 * 4)[:, None] + torch.arange(4, device=lane.device)
+        result = result | (high.gather(3, which) >> shift[:, None, None].to(torch.uint8) & 1) << 2
+    return result.flatten(1)
 
 
 def _zeros(weight: QuantizedTensor) -> tuple[int, Tensor | None]:
