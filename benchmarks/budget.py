@@ -248,7 +248,8 @@ def beyond(runs: Runs) -> list[int]:
     for case, result in runs.results.items():
         if case.bits_per_weight is not None:
             facts = result.facts
-            found.append(facts["weight_bytes"] - int(case.bits_per_weight * facts["parameters"] / 8))
+            budget = int(case.bits_per_weight * facts["parameters"] / 8 + 1e-6)  # what was rounded
+            found.append(facts["weight_bytes"] - budget)
             found.append(abs(facts["weight_bytes"] - facts["predicted_bytes"]))
     return found
 

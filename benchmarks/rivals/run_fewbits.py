@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits import Quantized, QuantizedLinear, QuantScheme
+from fewbits.linear import QuantizedEmbedding
 
 
 def quantize(job: Job, clock: Clock) -> Quantized:
@@ -36,7 +37,7 @@ def main() -> None:
     model = fewbits.load(job.packed, dtype=torch.float32)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             state[f"{name}.weight"] = module.weight.detach()
     storage, more = compressed_tensors_storage(job, state), {}
     if job.bits_per_weight is not None:
@@ -48,7 +49,7 @@ def main() -> None:
 def predicted(made: Quantized) -> dict[str, Any]:
     """What the allocation promised: KL in nats per token, and bytes of the weight files."""
     return {
-        "predicted_kl": made.allocation.predicted_kl,
+        "predicted_kl": made.allocation.damage,
         "predicted_bytes": made.allocation.weight_bytes,
     }
 
