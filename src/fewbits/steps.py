@@ -171,6 +171,8 @@ class Steps:
             if self.data is not None and name in self.plan.placements:
                 _without_calibration(name, self.plan)
                 what = "outside of the blocks: rounded to nearest, without calibration"
+                if self.plan.matrices[name].kind == "embedding":
+                    what += "; the blocks are calibrated on its floats"
                 notes.append(Note("fallback", name, what))
             self._write_one(name, self._round(name, notes), None, notes)
         self._commit(notes)
