@@ -137,7 +137,7 @@ def find_units(
             _scheme_of(plan, name) for name in members if name in fixed or name not in plan.placements
         ]
         candidates = given[:1] or candidates
-        alike = [_alike(plan, names, places, scheme) for scheme in candidates]
+        alike = [_alike(plan, places, scheme) for scheme in candidates]
         fitting = [
             (c, a)
             for c, a in zip(candidates, alike, strict=True)
@@ -254,23 +254,32 @@ def _modules(plan: Plan, name: str) -> set[str]:
 
 
 def _alike(
-    plan: Plan, names: Sequence[str], places: Iterable[str], scheme: QuantScheme | None
+    plan: Plan, names: Iterable[str], scheme: QuantScheme | None
 ) -> frozenset[tuple[Hashable, Hashable]]:
-    """What a unit has in common with others, were it in a scheme; experts of one kind are one unit."""
-    if plan.matrices[names[0]].kind == "expert":
-        own = plan.format.name == "fewbits"
-        return frozenset() if own else frozenset({(_EXPERTS, scheme is None)})
-    if scheme is None:
-        return frozenset()
-    kinds = (plan.format.alike(n, replace(plan.placements[n], scheme=scheme)) for n in places)
-    return frozenset(kind for kind in kinds if kind is not None)
+    """What matrices have in common with others, were they in a scheme.
+
+    Args:
+        plan: that they are in.
+        names: one of each kind in a unit.
+        scheme: None for float.
+    """
+    found: set[tuple[Hashable, Hashable]] = set()
+    for name in names:
+        place = plan.placements[name]
+        if place.expert and plan.format.name != "fewbits":
+            found.add((_EXPERTS, scheme is None))
+        kind = None
+        if scheme is not None:
+            kind = plan.format.alike(name, replace(place, scheme=scheme))
+        found |= set() if kind is None else {kind}
+    return frozenset(found)
 
 
 def _pinned(plan: Plan, fixed: frozenset[str]) -> dict[Hashable, Hashable]:
     """What fixed matrices have, and others must have as well."""
     found: dict[Hashable, Hashable] = {}
     for name in fixed & plan.placements.keys():
-        found |= dict(_alike(plan, [name], [name], plan.placements[name].scheme))
+        found |= dict(_alike(plan, [name], plan.placements[name].scheme))
     return found
 
 
