@@ -231,7 +231,11 @@ def test_only_samples_for_search_and_judging_are_kept(tiny, tmp_path, monkeypatc
     for method in ("gptq", "awq"):
         one, two = (
             quantize(
-                tiny.source("llama"), tmp_path / f"{method}-{name}", method=method, scheme=G32, **given
+                tiny.source("llama"),
+                tmp_path / f"{method}-{name}",
+                scheme=G32,
+                **METHODS[method],
+                **given,
             ).ledger
             for name, given in (("one", {"statistics": stats}), ("two", {"calibration": IDS}))
         )
@@ -247,10 +251,11 @@ def test_only_samples_for_search_and_judging_are_kept(tiny, tmp_path, monkeypatc
 
 # -- quantizing from it ------------------------------------------------------------------------------
 
+QUICK = (AWQ(points=3),)
 METHODS = {
     "gptq": {"method": "gptq"},
-    "awq": {"method": "awq"},
-    "awq+gptq": {"transforms": (AWQ(points=3),), "method": GPTQ()},
+    "awq": {"transforms": QUICK, "method": WeightedRTN()},
+    "awq+gptq": {"transforms": QUICK, "method": GPTQ()},
     "weighted-rtn": {"method": WeightedRTN()},
     "llm-int8": {"method": "llm-int8", "scheme": STATIC},
 }
@@ -414,8 +419,8 @@ def test_an_interrupted_measurement_goes_on_to_the_same_bytes(tiny, tmp_path, at
 def test_an_interrupted_run_from_statistics_goes_on_to_the_same_bytes(tiny, tmp_path, method):
     def run(out, progress=None):
         return quantize(
-            tiny.source("llama"), out, method=method, scheme=G32, statistics=tiny.stats("llama"),
-            progress=progress,
+            tiny.source("llama"), out, scheme=G32, statistics=tiny.stats("llama"), progress=progress,
+            **METHODS[method],
         )  # fmt: skip
 
     def interrupt(what: str, done: int, total: int) -> None:

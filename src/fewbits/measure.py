@@ -119,7 +119,7 @@ def measure(
 
     `quantize(..., statistics=stats)` then takes any method, bits and format without the text. For an
     input of n features the folder takes about 2 n^2 bytes: of a 7B Llama 11 GB, of the reference model
-    10 MB. Whatever ends the process, the same call goes on after the last finished block.
+    14 MB. Whatever ends the process, the same call goes on after the last finished block.
 
     Args:
         model: folder of a float checkpoint, or a hub id.

@@ -1,6 +1,10 @@
 """What is known of the inputs of a block's linears: collected while it runs, or kept in a folder.
 
-`fewbits measure` makes such a folder; from it any method can be had without the text it was made on:
+`fewbits measure` makes such a folder; from it any method can be had without the text it was made on.
+Its Hessians are those of the float model. On the reference model that costs nothing: KL of GPTQ in a run
+and from the folder 0.01773 and 0.01768 ± 0.00039 at 4 bits, 0.0738 and 0.0733 ± 0.0017 at 3, 0.337 and
+0.336 ± 0.007 at 2 (groups of 128, 128, 32; 67 windows, 2026-11-26).
+
 
     statistics.json          of which model, on which text, what was found; hashes of all there is
     statistics.safetensors   or shards of it
@@ -569,6 +573,9 @@ def _check_values(statistics: Statistics) -> None:
     kinds = {block.kind for block in statistics.blocks}
     if not counts([samples, length]) or statistics.panel < 1 or statistics.held_out < 1:
         raise ValueError("samples, length, panel and held_out are numbers from 1")
+    ids = statistics.tensors["ids"].shape
+    if len(ids) != 2 or ids[1] != length or not statistics.held_out < ids[0] <= samples:
+        raise ValueError(f"ids are {shown(ids)}, of {samples} samples of {length} tokens")
     if not kinds <= statistics.wirings.keys():
         raise ValueError("a block is of a kind that has no wiring")
     for name, stated in statistics.files.items():
