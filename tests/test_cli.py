@@ -222,7 +222,9 @@ def test_what_was_measured_once_is_quantized_from_again(model, text, tmp_path):
     made = run(*quantizing, "--method", "awq+gptq", "--json")
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["request"]["statistics"] == value["sha256"]
-    static = run("quantize", model, tmp_path / "int8", "--method", "llm-int8", "--stats", stats, "--json")
+    static = run(
+        "quantize", model, tmp_path / "int8", "--method", "llm-int8", "--stats", stats, "--json"
+    )
     assert json.loads(static.stdout)["request"]["scheme"] == "w8-channel-a8-token-t6-static"
     both = run(*quantizing, "--method", "gptq", "--calibration", text)
     assert refused(both, "calibration and statistics are both given", "accepted is one of them")
