@@ -198,20 +198,26 @@ from fewbits.methods import LLMInt8
 folder, out, method, most = sys.argv[1:]
 planned = []
 plan_memory = steps.plan_memory
-steps.plan_memory = lambda *args: planned.append(plan_memory(*args)) or planned[-1]
+for module in (steps, sys.modules["fewbits.measure"]):
+    module.plan_memory = lambda *args: planned.append(plan_memory(*args)) or planned[-1]
 steps.Steps.check_forward = lambda _: []  # loads the result whole, where there is room
 calibrated = {} if method == "rtn" else {
     "calibration": torch.randint(3, 2000, (16, 128), generator=torch.Generator().manual_seed(1))
 }
 scheme = None if method == "llm-int8" else fewbits.QuantScheme(4, "group", 32)
+most = int(most) or None
 try:
-    result = fewbits.quantize(folder, out, method=method, scheme=scheme, **calibrated,
-                              max_memory=int(most) or None)
+    if method == "measure":
+        result = fewbits.measure(folder, out, **calibrated, max_memory=most)
+    else:
+        result = fewbits.quantize(folder, out, method=method, scheme=scheme, **calibrated,
+                                  max_memory=most)
 except fewbits.InputError as error:
     print(json.dumps({"refused": str(error)}))
 else:
+    blocks = [] if method == "measure" else result.ledger.blocks
     print(json.dumps({"expected": planned[0].peak_bytes, **result.run["memory_bytes"],
-                      "kl": [b["kl"] for b in result.ledger.blocks]}))
+                      "kl": [b["kl"] for b in blocks]}))
 """
 
 
@@ -227,7 +233,8 @@ def measured(folder: Path, out: Path, name: str, most: int) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="anonymous memory is told by Linux")
 @pytest.mark.parametrize(
-    ("model_type", "name"), [*(("llama", name) for name in RECIPES), ("mixtral", "gptq")]
+    ("model_type", "name"),
+    [*(("llama", name) for name in RECIPES), ("mixtral", "gptq"), ("mixtral", "measure")],
 )
 def test_a_run_takes_no_more_than_expected_and_stays_below_the_least_budget(
     wide, tmp_path, model_type, name
