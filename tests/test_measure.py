@@ -320,6 +320,19 @@ def test_hessians_of_few_at_a_time_give_the_same_bytes(tiny, tmp_path, monkeypat
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_statistics_in_several_files_are_the_same(tiny, tmp_path):
+    source, stats = tiny.source("llama"), tmp_path / "stats"
+    measure(source, stats, calibration=IDS, max_shard_bytes=50_000)
+    assert len(list(stats.glob("statistics-*-of-*.safetensors"))) > 2
+    assert {p.suffix for p in stats.iterdir()} == {".json", ".safetensors"}
+    one, two = weights(stats), weights(tiny.stats("llama"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    result = quantize(source, tmp_path / "out", method="gptq", scheme=G32, statistics=stats)
+    other = quantize(source, tmp_path / "two", method="gptq", scheme=G32, statistics=tiny.stats("llama"))
+    assert result.ledger.tensors == other.ledger.tensors
+
+
 @dataclass(frozen=True, slots=True)
 class Folding(AWQ):
     """Folds something into all there is."""
@@ -626,9 +639,10 @@ def test_states_before_each_block_are_kept_for_later_steps(tiny, tmp_path):
 
     data = Calibration(IDS, "by hand", 0)
     with watch_memory() as memory, Journal(tmp_path / "stats") as journal:
-        run = Measurement(plan, data, _ask(plan, data, source), journal, kept_tokens=3 * 32 - 1)
+        run = Measurement(plan, data, _ask(plan, data, source), journal, kept_tokens=4 * 32 - 1)
         run.take()
         found = [run.states(number) for number in range(3)]
+        looked = [[(one, run.hessian(i, one)) for one in run.inputs(i)] for i in range(2)]
         journal.add("0.self_attn.q_proj.rows", torch.ones(128))
         journal.commit_step({"damage": {"model.layers.0.self_attn.q_proj.weight": {"w4-g32": 0.25}}})
         run.finish(0.0, memory, 2**30)
@@ -648,6 +662,10 @@ def test_states_before_each_block_are_kept_for_later_steps(tiny, tmp_path):
     statistics = read_statistics(tmp_path / "stats")
     assert statistics.damage == {"model.layers.0.self_attn.q_proj.weight": {"w4-g32": 0.25}}
     assert not [name for name in statistics.tensors if name.endswith(".states")]
+    for i, block in enumerate(statistics.blocks):
+        assert tuple(one for one, _ in looked[i]) == block.inputs
+        for one, hessian in looked[i]:
+            assert torch.equal(hessian, statistics.stats(i, one.linears, one.columns, BOTH).hessian)
     assert statistics.read("0.self_attn.q_proj.rows").sum() == 128
     assert not partial_folder(tmp_path / "stats").exists()
     assert isinstance(statistics, Statistics)

@@ -87,7 +87,7 @@ class Journal:
         self.stale: str | None = None  # who left them
         self.choices: dict[str, Any] = {}
         self.shard_names: list[str] = []
-        self._written: list[list[Written]] = []  # by step
+        self._places: dict[str, tuple[Written, int, int]] = {}  # with step, and begin in its file
         self._names: set[str] = set()
         self._last = ""  # hash of the last record
         self._states: dict[str, Any] | None = None  # of the last record
@@ -325,8 +325,11 @@ class Journal:
                 os.unlink(self.folder / before["file"])
 
     def _accept(self, value: dict[str, Any], written: list[Written]) -> None:
+        start = 0
+        for tensor in written:
+            self._places[tensor.name] = tensor, len(self.steps), start
+            start += tensor.size_bytes
         self.steps.append(value)
-        self._written.append(written)
         self._names |= {w.name for w in written}
 
     def _keep_states(self, step: int) -> dict[str, Any]:
@@ -346,11 +349,17 @@ class Journal:
     @property
     def written(self) -> list[Written]:
         """Tensors of all finished steps, in their order."""
-        return [written for written, _, _ in self._places().values()]
+        return [written for written, _, _ in self._places.values()]
 
     def read(self, name: str) -> Tensor:
         """A tensor of a finished step, in memory."""
-        return self._read(*self._places()[name])
+        written, step, start = self._places[name]
+        raw, dtype = bytearray(written.size_bytes), dtype_of(written.dtype)
+        with self._path(step).open("rb") as file:
+            file.seek(start)
+            file.readinto(raw)
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return flat.view(written.shape)
 
     # -- the checkpoint ----------------------------------------------------------------------------
 
@@ -369,14 +378,13 @@ class Journal:
         """
         with disk_errors(self.out, _KEPT):
             self._new_result()
-            places = self._places()
-            written = [written for written, _, _ in places.values() if keep(written.name)]
+            written = [written for written in self.written if keep(written.name)]
             infos = [TensorInfo(w.name, dtype_of(w.dtype), w.shape, "") for w in written]
             shards = list(cut(infos, max_shard_bytes))
             names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
             self.shard_names = [f"{stem}.safetensors"] if len(shards) == 1 else names
             for name, shard in zip(self.shard_names, shards, strict=True):
-                self._write_shard(self.result / name, ordered(shard), places)
+                self._write_shard(self.result / name, ordered(shard))
         if len(shards) > 1 and stem == "model":
             pairs = zip(self.shard_names, shards, strict=True)
             where = {info.name: name for name, shard in pairs for info in shard}
@@ -394,39 +402,16 @@ class Journal:
         """
         with disk_errors(self.out, _KEPT):
             self._new_result()
-            places = self._places()
-
-            def read(tensor: str) -> Tensor:
-                return self._read(*places[tensor])
-
-            write(self.result / name, [written for written, _, _ in places.values()], read)
+            write(self.result / name, self.written, self.read)
             sync(self.result / name)
-
-    def _read(self, written: Written, step: int, start: int) -> Tensor:
-        raw = bytearray(b"".join(_pieces(self._path(step), start, written.size_bytes)))
-        dtype = dtype_of(written.dtype)
-        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return flat.view(written.shape)
 
     def _new_result(self) -> None:
         if self.result.exists():  # of an earlier process, which stopped in the middle
             shutil.rmtree(self.result)
         self.result.mkdir()
 
-    def _places(self) -> dict[str, tuple[Written, int, int]]:
-        """Every tensor of all steps, with its step and where it begins in its file; in their order."""
-        places = {}
-        for step, tensors in enumerate(self._written):
-            start = 0
-            for tensor in tensors:
-                places[tensor.name] = tensor, step, start
-                start += tensor.size_bytes
-        return places
-
-    def _write_shard(
-        self, path: Path, shard: list[TensorInfo], places: dict[str, tuple[Written, int, int]]
-    ) -> None:
-        found = (places[info.name] for info in shard)
+    def _write_shard(self, path: Path, shard: list[TensorInfo]) -> None:
+        found = (self._places[info.name] for info in shard)
         parts = (_pieces(self._path(step), start, w.size_bytes) for w, step, start in found)
         append(path, chain([encode_header(shard)], *parts), fresh=True)
 

@@ -47,6 +47,7 @@ from fewbits.statistics import (
     panel_values,
     read_statistics,
     tensor_name,
+    unpack_hessian,
 )
 from fewbits.steps import calibration_notes, describe_calibration, modified, read_samples
 from fewbits.stream import TOKENS, Stream
@@ -215,7 +216,7 @@ class Measurement:
     """The steps of a measurement: one for each block, those of earlier processes first.
 
     Steps behind those of the blocks may add a `damage` to their value and tensors of their own; what
-    they find there of the forward pass is `states(number)`.
+    they find there of the forward pass are `inputs`, `hessian` and `states`, by number of block.
 
     Args:
         plan: of a run that would quantize every matrix.
@@ -224,8 +225,8 @@ class Measurement:
         journal: where the steps are kept.
         max_memory: bytes.
         progress: called with (what, done, total).
-        kept_tokens: of the first samples, whose states before each block, and behind the last one, are
-            kept until the folder is finished; 0: none.
+        kept_tokens: at most so many of the first samples, at least one sample, whose states before each
+            block and behind the last one are kept until the folder is finished; 0: none.
     """
 
     def __init__(
@@ -243,7 +244,8 @@ class Measurement:
         samples, length = data.ids.shape
         self.held_out = held_out_samples(samples, length)
         self.fitted = data.ids[: samples - self.held_out]
-        self.kept = min(-(-kept_tokens // length), len(self.fitted))  # samples
+        kept = max(1, kept_tokens // length) if kept_tokens else 0
+        self.kept = min(kept, len(self.fitted))  # samples
         self.limits = plan_memory(plan, _RECIPE, (samples, length), memory_bytes(), max_memory).limits
         self.by_block: dict[int, list[Matrix]] = {}
         for matrix in plan.matrices.values():
@@ -277,6 +279,16 @@ class Measurement:
     def blocks(self) -> list[dict[str, Any]]:
         """Values of the steps that are blocks."""
         return [value for value in self.journal.steps if value.get("block") is not None]
+
+    def inputs(self, number: int) -> tuple[Input, ...]:
+        """What the linears of a block read."""
+        found = self.blocks[number]["inputs"]
+        return tuple(Input(tuple(i["linears"]), i["columns"], i["tokens"]) for i in found)
+
+    def hessian(self, number: int, one: Input) -> Tensor:
+        """Of what some linears of a block read, (in, in)."""
+        panels = self.journal.read(tensor_name(number, one.linears, "hessian"))
+        return unpack_hessian(panels, one.columns)
 
     def states(self, number: int) -> Tensor:
         """What a block was given, (samples, length, hidden) bfloat16, of the samples that are kept.
@@ -433,13 +445,8 @@ class Measurement:
         for value in journal.steps:
             wirings |= value.get("wirings", {})
             damage |= value.get("damage", {})
-        blocks = [
-            MeasuredBlock(
-                value["kind"],
-                tuple(Input(tuple(i["linears"]), i["columns"], i["tokens"]) for i in value["inputs"]),
-            )
-            for value in self.blocks
-        ]
+        kinds = [value["kind"] for value in self.blocks]
+        blocks = [MeasuredBlock(kind, self.inputs(i)) for i, kind in enumerate(kinds)]
         tensors: dict[str, Written] = {w.name: w for w in journal.written if _is_kept(w.name)}
         return Statistics(
             journal.result,
