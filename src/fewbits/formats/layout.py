@@ -13,8 +13,8 @@ from fewbits.scheme import QuantScheme
 from fewbits.tensor import Levels, QuantizedTensor
 
 TWO_LEVELS = "two levels of scales have a layout in gguf only"
-# Read and tried 2026-11-26: compressed-tensors 0.20 packs an `Embedding` that a target names, and in
-# transformers 5.23 it then has no weight and cannot be called; gptq's and awq's clients know linears alone.
+# Of compressed-tensors tried 2026-11-26: 0.20 packs an `Embedding` that a target names, which in
+# transformers 5.23 then has no weight and cannot be called. GPTQ and AWQ have layouts for linears alone.
 FLOAT_EMBEDDINGS = "its clients look up embeddings in float; accepted are --format fewbits and gguf"
 
 
