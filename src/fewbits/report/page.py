@@ -19,6 +19,7 @@ from fewbits.ledger import Ledger
 from fewbits.outliers import InputReport, Inspection, MatrixError
 from fewbits.outliers import Row as InputRow
 from fewbits.pipeline import Quantized
+from fewbits.report.allocation import allocation_section, read_schemes
 from fewbits.report.parts import (
     DELTA,
     MISSING,
@@ -99,6 +100,7 @@ def run_page(result: Quantized, command: str) -> str:
     sections = [
         _run_quality(result),
         _run_sizes(result),
+        *_run_allocation(result),
         _run_blocks(ledger),
         _run_tensors(ledger),
         _run_notes(ledger),
@@ -914,6 +916,26 @@ def _run_sizes(result: Quantized) -> Section:
         pairs.append(("reused", "the finished result of the same run was there; it was verified again"))
     table = Table("Sizes before and now", columns, body)
     return Section("sizes", "Size, time and memory", (table, Facts(tuple(pairs))))
+
+
+def _run_allocation(result: Quantized) -> Iterator[Section]:
+    """Where there was a budget."""
+    request, blocks = result.ledger.request, result.ledger.blocks
+    if "allocation" not in request or "budget" not in request:
+        return
+    budget = request["budget"]
+    if "memory_bytes" in budget:
+        asked = bytes_text(budget["memory_bytes"])
+    else:
+        asked = f"{budget['bits_per_weight']:g} bits per weight"
+    yield allocation_section(
+        read_schemes(request["allocation"]),
+        damage=budget["predicted"],
+        bits_per_weight=result.bits_per_weight,
+        price=budget["price"],
+        asked=asked,
+        realized=blocks[-1]["kl"] if blocks else None,
+    )
 
 
 def _run_blocks(ledger: Ledger) -> Section:
