@@ -84,7 +84,7 @@ class Tiny:
     made: dict[Any, Path] = field(default_factory=dict)
 
     def source(self, model_type: str, **changes: Any) -> Path:
-        key = ("source", model_type, *changes.items())
+        key = ("source", model_type, str(changes))
         if key not in self.made:
             torch.manual_seed(0)
             path = self.folder / f"{model_type}-{len(self.made)}"
@@ -92,7 +92,7 @@ class Tiny:
         return self.made[key]
 
     def stats(self, model_type: str, **changes: Any) -> Path:
-        key = ("stats", model_type, *changes.items())
+        key = ("stats", model_type, str(changes))
         if key not in self.made:
             source = self.source(model_type, **changes)
             path = self.folder / f"stats-{len(self.made)}"
@@ -291,17 +291,24 @@ def test_another_scheme_and_format_need_no_other_statistics(tiny, tmp_path):
         assert verify(out, tiny.source("llama")).problems == []
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_of_one_block_the_weights_are_those_of_the_calibrated_run(tiny, tmp_path, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("llama", "gptq"), ("mixtral", "gptq"), ("gpt_oss", "weighted-rtn"), ("gpt_oss", "llm-int8")],
+)
+def test_of_one_block_the_weights_are_those_of_the_calibrated_run(tiny, tmp_path, model_type, name):
     """Nothing lies before it: what it is given is what the float model gives it."""
-    source, stats = (make(model_type, num_hidden_layers=1) for make in (tiny.source, tiny.stats))
-    quantize(source, tmp_path / "one", method="gptq", scheme=G32, statistics=stats)
-    quantize(source, tmp_path / "two", method="gptq", scheme=G32, calibration=IDS)
+    layers = {"num_hidden_layers": 1}
+    layers |= {"layer_types": ["full_attention"]} if model_type == "gpt_oss" else {}
+    source, how = tiny.source(model_type, **layers), {"scheme": G32} | METHODS[name]
+    quantize(source, tmp_path / "one", statistics=tiny.stats(model_type, **layers), **how)
+    quantize(source, tmp_path / "two", calibration=IDS, **how)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert {name for name in one if one[name] != two[name]} == {"fewbits.json"}
-    first, second = (read_ledger(tmp_path / name) for name in ("one", "two"))
+    assert {file for file in one if one[file] != two[file]} == {"fewbits.json"}
+    first, second = (read_ledger(tmp_path / out) for out in ("one", "two"))
     assert first.blocks == second.blocks
     assert first.tensors == second.tensors
+    if name == "llm-int8":
+        assert any(entry.quantized.outliers for entry in first.tensors.values() if entry.quantized)
 
 
 def test_hessians_of_few_at_a_time_give_the_same_bytes(tiny, tmp_path, monkeypatch):
