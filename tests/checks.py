@@ -299,6 +299,9 @@ def _check_round_trip(layout: Format) -> int:
         header = 8 + int.from_bytes(stored[:8], "little")
         size = layout.written_bytes(*shape, scheme, weight.scale.dtype.itemsize)
         assert len(stored) - header == size
+        given = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        headers = layout.headers(name, shape, scheme, weight.scale.dtype)
+        assert list(headers.items()) == list(given.items())  # the order decides where a file is cut
         held = layout.held(weight)
         assert torch.equal(held.dequantize(torch.float64), weight.dequantize(torch.float64))
         result = layout.read(name, safetensors.torch.load(stored), on_disk(held.scheme))
