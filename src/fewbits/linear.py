@@ -137,12 +137,13 @@ class QuantizedEmbedding(nn.Embedding):
         """Look up the codes of a head that is tied to it, and keep no others, if its kernel gives rows.
 
         Returns:
-            Whether it can; some layouts hold columns together.
+            Whether it can: some layouts hold columns together, and the head may be on another device.
         """
-        own = type(head.kernel).rows is not Kernel.rows
-        if own:
+        own, other = (next(kernel.buffers()).device for kernel in (self.kernel, head.kernel))
+        can = own == other and type(head.kernel).rows is not Kernel.rows
+        if can:
             self.kernel, self.kernel_name = head.kernel, head.kernel_name
-        return own
+        return can
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # read only
