@@ -228,6 +228,10 @@ def test_a_tied_head_shares_the_codes(tmp_path):
         assert any(
             note.where == "lm_head" and "multiplies by its codes" in note.what for note in plan.notes
         )
+    found, plan = chosen(source, head=True, embeddings=True, allocation={name: None})
+    assert found == {}
+    assert plan.config["tie_word_embeddings"] is True
+    plan = chosen(source, embeddings=True)[1]
     done = fewbits.quantize(
         source, tmp_path / "out", scheme=QuantScheme(4, "group", 32), embeddings=True
     )

@@ -195,7 +195,11 @@ def make_plan(
         schemes = {name: scheme for name, scheme in schemes.items() if name in matrices}
         label = getattr(schemes[str(looked_up)], "label", "")
         notes.append(Note("fact", tied, f"is tied to {looked_up}: multiplies by its codes, {label}"))
-    if any(schemes[name] is None for name in origins):  # it stays tied, without a tensor of its own
+    told = recipe.allocation  # of an embedding alone: with its head
+    if any(
+        schemes[name] is None or (origin in told and name not in told)
+        for name, origin in origins.items()
+    ):  # it stays tied, without a tensor of its own
         matrices, origins = seen.matrices, {}
     if any(m.head and schemes[name] is not None for name, m in matrices.items()):
         config["tie_word_embeddings"] = False
