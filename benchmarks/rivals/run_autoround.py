@@ -21,15 +21,14 @@ OPTIONS = (2, 3, 4, 8)  # bits that AutoScheme chooses between
 def scheme(job: Job) -> dict[str, Any]:
     grid = {"group_size": job.group or -1, "sym": job.symmetric}
     if job.method == "autoround":
-        return {"scheme": "W4A16", "bits": job.bits, **grid}
+        samples = [row[None] for row in job.ids]
+        return {"scheme": "W4A16", "bits": job.bits, "dataset": samples, **grid}
     options = [QuantizationScheme(bits=bits, act_bits=16, data_type="int", **grid) for bits in OPTIONS]
-    # It takes samples by the name of a dataset, where rounding takes them as they are.
+    # It takes samples by the name of a dataset, where rounding alone takes them as they are.
     register_dataset("calibration")(lambda *_, **__: Dataset.from_list(job.rows))
     samples, length = job.ids.shape
-    chosen = AutoScheme(
-        avg_bits=job.bits, options=options, dataset="calibration", nsamples=samples, seqlen=length
-    )
-    return {"scheme": chosen}
+    chosen = AutoScheme(avg_bits=job.bits, options=options, nsamples=samples, seqlen=length)
+    return {"scheme": chosen, "dataset": "calibration"}
 
 
 def quantize(job: Job, clock: Clock, storage: Storage) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,7 +44,6 @@ def quantize(job: Job, clock: Clock, storage: Storage) -> tuple[dict[str, Tensor
         batch_size=BATCH,
         nsamples=len(job.ids),
         seqlen=job.ids.shape[1],
-        dataset=[row[None] for row in job.ids],
         device_map="cpu",
         enable_torch_compile=False,
     )
