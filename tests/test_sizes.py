@@ -86,7 +86,7 @@ def test_sums_of_parts_differ_from_whole_files_by_digits_and_padding(checkpoint,
             continue
         if len(whole) < 2:
             continue
-        parts = [bytes_together(plan, names, s) for s in schemes]
+        parts = [bytes_together(plan, names, s, plan.source_bytes) for s in schemes]
         # Up to two numbers of six digits for each of four tensors, in safetensors; padding in GGUF.
         assert abs((parts[0] - parts[1]) - (whole[0] - whole[1])) <= len(names) * 2 * 6 * 4 + 64
 

@@ -96,6 +96,12 @@ def default_candidates(columns: int, symmetric: bool = True) -> list[QuantScheme
     return [QuantScheme(bits, "group", size, symmetric) for bits in BITS for size in groups]
 
 
+def measured_schemes(columns: int) -> list[QuantScheme]:
+    """Those whose damage is measured: what is tried by default with and without zero points, and W8."""
+    found = [s for symmetric in (True, False) for s in default_candidates(columns, symmetric)]
+    return list(dict.fromkeys([*found, QuantScheme(8)]))
+
+
 def find_units(
     plan: Plan,
     schemes: Sequence[QuantScheme] | None = None,
@@ -345,14 +351,21 @@ def allocate(
             float.
     """
     costs = [[_cost(unit, scheme, damage) for scheme in unit.candidates] for unit in units]
+    file_bytes = min(plan.source_bytes, max_shard_bytes)
     sizes = [
-        [bytes_together(plan, unit.names, scheme, max_shard_bytes) for scheme in unit.candidates]
+        [bytes_together(plan, unit.names, scheme, file_bytes) for scheme in unit.candidates]
         for unit in units
     ]
     problem = _Problem(costs, sizes, units)
 
+    weighed: dict[tuple[int, ...], int] = {}  # seconds for thousands of experts, or for a tokenizer
+
     def weigh(choice: Sequence[int]) -> int:
-        return weight_file_bytes(allotted(plan, _schemes(units, choice)), max_shard_bytes)
+        key = tuple(choice)
+        if key not in weighed:
+            made = allotted(plan, _schemes(units, choice))
+            weighed[key] = weight_file_bytes(made, max_shard_bytes)
+        return weighed[key]
 
     _check_float(units, plan, most_bytes, max_shard_bytes)
     smallest = problem.smallest()

@@ -10,6 +10,8 @@ from fewbits.journal import cut, ordered
 from fewbits.plan import Plan
 from fewbits.scheme import QuantScheme
 
+_EMPTY = len(encode_header([])[8:].rstrip())  # of a header without tensors
+
 
 def weight_file_bytes(plan: Plan, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
     """Of all weight files that `fewbits.quantize` will write, headers included.
@@ -47,15 +49,19 @@ def written_tensors(plan: Plan, name: str, scheme: QuantScheme | None) -> list[T
     return [TensorInfo(key, dtype, (*stack, *shape), "") for key, (dtype, shape) in headers.items()]
 
 
-def bytes_together(
-    plan: Plan, names: Iterable[str], scheme: QuantScheme | None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> int:
+def bytes_together(plan: Plan, names: Iterable[str], scheme: QuantScheme | None, file_bytes: int) -> int:
     """What source tensors take of the files, all of them in one scheme, or None for float.
 
     To within some digits of offsets, and what pads a file: sums of these differ by as much from what
     `weight_file_bytes` gives.
+
+    Args:
+        plan: that they are in.
+        names: of them.
+        scheme: of all.
+        file_bytes: of the largest file, roughly.
     """
-    digits = len(str(min(plan.source_bytes, max_shard_bytes)))
+    digits = len(str(file_bytes))
     known: dict[tuple[object, ...], tuple[int, int]] = {}  # experts of a block are alike
     total = 0
     for name in names:
@@ -85,8 +91,8 @@ def _file_bytes(shard: list[TensorInfo]) -> int:
 
 def _entry_bytes(info: TensorInfo, digits: int) -> int:
     """Of a tensor in a header of safetensors, its offsets with so many digits each."""
-    alone, none = (len(encode_header(infos)[8:].rstrip()) for infos in ([info], []))
-    return alone - none - len(f"0{info.size_bytes}") + 2 * digits
+    alone = len(encode_header([info])[8:].rstrip())
+    return alone - _EMPTY - len(f"0{info.size_bytes}") + 2 * digits
 
 
 def _gguf_bytes(plan: Plan) -> int:
