@@ -1,9 +1,11 @@
 """measure(): a float model run once over its calibration, and what its linears read kept in a folder.
 
 The model is streamed block by block, as `quantize` does it, and each block is a step of the journal.
-What lies in the folder is said in `statistics`.
+Then gradients are taken back from the last block to the first, a step each, and tell what rounding each
+matrix would cost (`sensitivity`). What lies in the folder is said in `statistics`.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewbits.allocate import measured_schemes
 from fewbits.blockwise import (
     blame_weight,
     block_kind,
@@ -27,12 +30,21 @@ from fewbits.checkpoint import MAX_SHARD_BYTES, RUN, Written, hash_tensor, read_
 from fewbits.errors import InputError
 from fewbits.journal import Journal, differences, discard, throw_away
 from fewbits.ledger import comparable, describe_files, describe_machine, describe_source, plain
+from fewbits.linear import float_weight
 from fewbits.memory import Memory, hand_back_memory, memory_bytes, watch_memory
 from fewbits.methods import GPTQ
-from fewbits.pieces import find_pieces
+from fewbits.pieces import Piece, find_pieces
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
+from fewbits.sensitivity import (
+    Sensitivity,
+    draw_back,
+    error_weights,
+    find_damage,
+    find_embedding_damage,
+    pull_back,
+)
 from fewbits.statistics import (
     STATISTICS,
     STEM,
@@ -51,7 +63,7 @@ from fewbits.statistics import (
 )
 from fewbits.steps import calibration_notes, describe_calibration, modified, read_samples
 from fewbits.stream import TOKENS, Stream
-from fewbits.structure import Matrix
+from fewbits.structure import Matrix, find_head, find_tied_head
 from fewbits.tensor import Note, is_finite
 from fewbits.text import Text
 from fewbits.transforms import AWQ
@@ -63,6 +75,8 @@ _RECIPE = Recipe(GPTQ(), QuantScheme(8), transforms=(AWQ(),))
 _NEEDS = frozenset({"hessian", "absmax"})
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same measurement"
 KEPT_TOKENS = 16384  # whose states are kept for a pass from the last block to the first; not tuned
+_DRAWN = 4096  # tokens that are drawn from the model's predictions on them, at most; not tuned
+_DRAW_SEED = 0  # of that draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +173,8 @@ def measure(
             return _reuse(stats, _ask(plan, read(calibration), model))
         with Journal(stats) as journal:
             data = read(calibration, journal)
-            run = Measurement(plan, data, _ask(plan, data, model), journal, max_memory, progress)
+            asked = _ask(plan, data, model)
+            run = Measurement(plan, data, asked, journal, max_memory, progress, KEPT_TOKENS)
             run.take()
             return run.finish(began, memory, max_shard_bytes)
 
@@ -300,14 +315,20 @@ class Measurement:
     # -- forward -----------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Run the blocks that are left."""
+        """Do the steps that are left."""
         journal, done = self.journal, len(self.blocks)
         self.kept = journal.choices["kept"]
         if journal.resumed:
             self._check_source()
         count = 1 + max(self.plan.blocks.values())
-        if done == count:
-            return
+        if done < count:
+            self._run_forward(done, count)
+        self._pull_back(count)
+        self.plan.checkpoint.close()
+
+    def _run_forward(self, done: int, count: int) -> None:
+        """Run the blocks that are left."""
+        journal = self.journal
         room = journal.states()
         shape = (*self.fitted.shape, self.plan.hidden_size)
         states = None if room is None else room.view(torch.bfloat16).view(shape)
@@ -320,7 +341,6 @@ class Measurement:
             self._say(what, number, count)
             self._forward(stream, number, number == count - 1, known)
         self._say(what, count, count)
-        self.plan.checkpoint.close()
 
     def _say(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -414,6 +434,129 @@ class Measurement:
         }
         self.journal.commit_step(value, states)
 
+    # -- backward ----------------------------------------------------------------------------------
+
+    def _pull_back(self, count: int) -> None:
+        """Take gradients from the predictions to the first block, as far as that is left."""
+        journal, done = self.journal, len(self.journal.steps) - count
+        if not self.kept or done > count:
+            return
+        ids = self.fitted[: self.kept]
+        shape = (*ids.shape, self.plan.hidden_size)
+        every, tokens = max(1, ids.numel() // _DRAWN), journal.choices["tokens"]
+        stream = Stream(self.plan.checkpoint, ids, every, tokens, states=self.states(count))
+        what = "blocks back, what rounding costs"
+        for number in range(count - done, -1, -1):
+            self._say(what, count - number, count)
+            last = number == 0
+            into = None if last else journal.new_states(4 * math.prod(shape))
+            gradients = None if into is None else into.view(torch.float32).view(shape)
+            if number == count:
+                assert gradients is not None
+                value = self._draw_back(stream, gradients)
+            else:
+                room = journal.states()
+                assert room is not None
+                given = room.view(torch.float32).view(shape)
+                value = self._block_back(stream, number, given, gradients)
+            journal.commit_step(value, into is not None)
+            hand_back_memory()
+        self._say(what, count, count)
+
+    def _draw_back(self, stream: Stream, gradients: Tensor) -> dict[str, Any]:
+        """Draw from the predictions; what rounding the head would cost."""
+        generator = torch.Generator().manual_seed(_DRAW_SEED)
+        states = stream.states
+        positions, found = draw_back(stream, lambda rows: states[rows], generator, gradients)
+        damage: dict[str, dict[str, float]] = {}
+        path = find_head(stream.network)
+        if found is not None and path is not None and path in found.rows:
+            tied = find_tied_head(stream.network) is not None
+            heads = [m for m in self.plan.matrices.values() if m.head]
+            weight, rows = stream.shell.get_submodule(path).weight, found.rows[path]
+            assert isinstance(weight, Tensor)
+            nats = self._damage(weight.detach(), rows, error_weights(found.hessian))
+            names = [m.source for m in heads] or ([f"{path}.weight"] if tied else [])
+            damage = dict.fromkeys(names, nats)
+        return {"drawn": positions, "damage": damage}
+
+    def _block_back(
+        self, stream: Stream, number: int, given: Tensor, gradients: Tensor | None
+    ) -> dict[str, Any]:
+        """Take gradients through one block; what rounding each of its matrices would cost."""
+        drawn = next(v["drawn"] for v in self.journal.steps if "drawn" in v)
+        states, block = self.states(number), stream.load(number)
+        wanted = torch.empty_like(given) if number == 0 else gradients
+        prefix = f"{stream.path}.{number}."
+        pieces = find_pieces(self.by_block.get(number, []), prefix)
+        inputs = [one.linears for one in self.inputs(number)]
+        passes = divide_inputs(block, inputs, self.limits.statistics_bytes)
+        damage: dict[str, dict[str, float]] = {}
+        for i, some in enumerate(passes):
+            into = wanted if i == len(passes) - 1 else None
+            found = pull_back(stream, number, block, some, lambda rows: states[rows], given, drawn, into)
+            for linears in list(found):
+                one = found.pop(linears)
+                self.journal.add(tensor_name(number, linears, "weighted"), pack_hessian(one.hessian))
+                self._add_damage(block, pieces, one, damage)
+        if wanted is not None and not is_finite(wanted):
+            blame_weight(self.plan, number)
+            raise InputError(
+                f"the gradient of block {number} of {self.plan.checkpoint.folder} holds NaN or "
+                "infinity; accepted are models that compute"
+            )
+        if number == 0 and wanted is not None:
+            self._add_embedding(stream, states, wanted, drawn, damage)
+        return {"damage": damage}
+
+    def _add_damage(
+        self,
+        block: nn.Module,
+        pieces: dict[str, list[Piece]],
+        found: Sensitivity,
+        damage: dict[str, dict[str, float]],
+    ) -> None:
+        """Of the matrices that linears which read one tensor are made of; of a stack the sum."""
+        columns = torch.zeros(len(found.hessian))
+        if found.rows:  # of experts that no token was sent to nothing is known to be lost
+            columns = error_weights(found.hessian)
+        for path in found.linears:
+            weight = float_weight(block.get_submodule(path))
+            rows = found.rows.get(path, torch.zeros(len(weight)))
+            for piece in pieces[path]:
+                own = slice(piece.start, piece.stop)
+                nats = self._damage(weight[own], rows[own], columns)
+                total = damage.setdefault(piece.source, dict.fromkeys(nats, 0.0))
+                for label, value in nats.items():
+                    total[label] += value
+
+    def _damage(self, weight: Tensor, rows: Tensor, columns: Tensor) -> dict[str, float]:
+        schemes = measured_schemes(weight.shape[1])
+        return find_damage(weight, rows, columns, schemes, self.plan.checkpoint.dtype)
+
+    def _add_embedding(
+        self,
+        stream: Stream,
+        states: Tensor,
+        gradients: Tensor,
+        drawn: int,
+        damage: dict[str, dict[str, float]],
+    ) -> None:
+        """What rounding the embedding would cost, and with it a head that is tied to it."""
+        names = [m.source for m in self.plan.matrices.values() if m.kind == "embedding"]
+        for name in names:
+            weight = self.plan.checkpoint.read(name)
+            nats = find_embedding_damage(
+                weight, stream.ids.flatten(), states.flatten(0, 1), gradients.flatten(0, 1), drawn,
+                measured_schemes(weight.shape[1]), self.plan.checkpoint.dtype,
+            )  # fmt: skip
+            path = find_tied_head(stream.network)
+            tied = {} if path is None else self._found_damage().get(f"{path}.weight", {})
+            damage[name] = {label: value + tied.get(label, 0.0) for label, value in nats.items()}
+
+    def _found_damage(self) -> dict[str, dict[str, float]]:
+        return {n: d for value in self.journal.steps for n, d in value.get("damage", {}).items()}
+
     # -- the folder --------------------------------------------------------------------------------
 
     def _sources(self) -> dict[str, str]:
@@ -441,10 +584,8 @@ class Measurement:
     def _statistics(self) -> Statistics:
         journal, asked = self.journal, self.asked
         wirings: dict[str, Any] = {}
-        damage: dict[str, dict[str, float]] = {}
         for value in journal.steps:
             wirings |= value.get("wirings", {})
-            damage |= value.get("damage", {})
         kinds = [value["kind"] for value in self.blocks]
         blocks = [MeasuredBlock(kind, self.inputs(i)) for i, kind in enumerate(kinds)]
         tensors: dict[str, Written] = {w.name: w for w in journal.written if _is_kept(w.name)}
@@ -460,7 +601,7 @@ class Measurement:
             self._sources(),
             tensors,
             describe_files(journal.result),
-            damage,
+            self._found_damage(),
             tuple(Note(**note) for note in journal.choices["notes"]),
         )
 

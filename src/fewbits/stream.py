@@ -86,7 +86,7 @@ class _Head(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """`x @ W.T` in the dtype of x, of a few rows of W at a time: no copy of W is kept for the gradient."""
+    """`x @ W.T` in the dtype of x, a few rows of W at a time: no copy of W is kept for gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Stream:
         allocate: Allocate | None = None,
         states: Tensor | None = None,
     ) -> None:
-        self.checkpoint, self.ids = checkpoint, ids
+        self.checkpoint, self.ids, self.every = checkpoint, ids, every
         self.network = skeleton(checkpoint.config)
         self.path = find_blocks(self.network)
         self.count = len(self.network.get_submodule(self.path))  # type: ignore[arg-type]
@@ -303,7 +303,7 @@ class Stream:
         return hidden.float()
 
     def pull_back(self, number: int, block: nn.Module, states: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient at the block's input, given that at its output; both (samples, length, hidden)."""
+        """The gradient at a block's input, given that at its output; both (samples, length, hidden)."""
         with torch.enable_grad():
             given = states.float().requires_grad_()
             output = self._run(number, block, given)
