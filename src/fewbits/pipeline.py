@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError, VerificationError
+from fewbits.fit import Size, fit, fitted_before
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, differences, discard, throw_away
@@ -39,6 +40,7 @@ from fewbits.ledger import (
     plain,
     read_ledger,
 )
+from fewbits.measure import measure
 from fewbits.memory import Memory, watch_memory
 from fewbits.methods import Q4K, RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
@@ -105,6 +107,8 @@ def quantize(
     transforms: tuple[Transform, ...] = (),
     calibration: str | Path | Text | Tensor | Calibration | None = None,
     statistics: str | Path | None = None,
+    bits_per_weight: float | None = None,
+    memory: int | None = None,
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
     seed: int = 0,
@@ -126,7 +130,9 @@ def quantize(
         out: folder to be made. If it holds the finished result of the same run it is verified and
             left as it is.
         method: rounds each matrix; round to nearest by default. A name like "gptq" or "awq+gptq"
-            stands for a method and the transforms before it.
+            stands for a method and the transforms before it; "best" for "awq+gptq" whose Hessians weigh
+            tokens by what their errors cost, with the schemes chosen such that the files are no larger
+            than with `scheme` for all.
         scheme: 4 bits in groups of 128 by default; for "llm-int8" 8 bits by channel, inputs by token,
             with the outlier columns that calibration finds, or without it those of each call; for "q4_k"
             its own.
@@ -140,6 +146,11 @@ def quantize(
         statistics: folder that `measure` made of this model, instead of calibration: the text is not
             needed again. They are of the float model, not of what the quantized blocks before give; of
             the reference model the KL is the same within its error (0.0177 at 4 bits, 0.073 at 3).
+        bits_per_weight: of all weight files, at most: the schemes are chosen such that the predicted KL
+            is least. The head is chosen too, and the embedding with `embeddings` or a format that is
+            named and holds it; `overrides` stay. What rounding costs is measured first, in a folder
+            beside `out`, or taken from `statistics`.
+        memory: the same in bytes.
         max_memory: bytes of anonymous memory that the process may take; the work is divided so that
             it stays below. Refused where that cannot be done.
         format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
@@ -163,6 +174,8 @@ def quantize(
     (42, [])
     """
     began = time.monotonic()
+    best, size = method == "best", Size(bits_per_weight, memory)
+    method = "awq+gptq" if best else method
     named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
     if calibration is not None and statistics is not None:
         raise InputError("calibration and statistics are both given; accepted is one of them")
@@ -176,23 +189,134 @@ def quantize(
     out = Path(out)
     source = resolve(model)
     check_out(out, source)
-    plan = make_plan(source, recipe, format, clients, tensor_parallel)
-    stats = None if statistics is None else read_statistics(statistics)
-    if stats is not None:
-        calibration = _kept_samples(stats, plan, recipe, model, samples, length, seed)
-    with watch_memory() as memory:
-        read = partial(_read_calibration, plan, recipe, samples, length, seed, progress)
-        if restart:  # after all that may be refused
+    run = _Request(
+        model, source, out, recipe, format, clients, tensor_parallel, samples, length, seed,
+        max_memory, max_shard_bytes, restart, progress, best,
+    )  # fmt: skip
+    with watch_memory() as memory_taken:
+        if best or size.asked:
+            return run.take_fitted(size, calibration, statistics, began, memory_taken)
+        stats = None if statistics is None else read_statistics(statistics)
+        return run.take(recipe, calibration, stats, None, began, memory_taken)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `quantize` was asked for."""
+
+    model: str | Path
+    source: Path
+    out: Path
+    recipe: Recipe
+    format: str | None
+    clients: tuple[str, ...]
+    tensor_parallel: int
+    samples: int
+    length: int | None
+    seed: int
+    max_memory: int | None
+    max_shard_bytes: int
+    restart: bool
+    progress: Progress | None
+    weighted: bool
+
+    def take(
+        self,
+        recipe: Recipe,
+        calibration: str | Path | Text | Tensor | Calibration | None,
+        stats: Statistics | None,
+        budget: dict[str, Any] | None,
+        began: float,
+        memory: Memory,
+    ) -> Quantized:
+        """Quantize by a recipe, or find that this was done."""
+        out, model = self.out, self.model
+        plan = make_plan(self.source, recipe, self.format, self.clients, self.tensor_parallel)
+        samples, length, seed = self.samples, self.length, self.seed
+        if stats is not None and (budget is None or recipe.needs_calibration):
+            calibration = _kept_samples(stats, plan, recipe, model, samples, length, seed)
+        read = partial(_read_calibration, plan, recipe, samples, length, seed, self.progress)
+        if self.restart:  # after all that may be refused
             calibration = read(calibration)
             throw_away(out)
         if out.exists():
             data = read(calibration)
-            return reuse(out, _ask(plan, recipe, data, model, stats), plan, progress)
+            return reuse(out, _ask(plan, recipe, data, model, stats, budget), plan, self.progress)
         with Journal(out) as journal:
             data = read(calibration, journal)
-            asked = _ask(plan, recipe, data, model, stats)
-            steps = Steps(plan, recipe, data, asked, journal, max_memory, progress, stats)
-            return finish(steps, began, memory, max_shard_bytes)
+            asked = _ask(plan, recipe, data, model, stats, budget)
+            used = stats if data is not None else None
+            steps = Steps(plan, recipe, data, asked, journal, self.max_memory, self.progress, used)
+            return finish(steps, began, memory, self.max_shard_bytes)
+
+    def take_fitted(
+        self,
+        size: Size,
+        calibration: str | Path | Text | Tensor | Calibration | None,
+        statistics: str | Path | None,
+        began: float,
+        memory: Memory,
+    ) -> Quantized:
+        """Choose the schemes by what was measured, and quantize so."""
+        own = self.out.parent / f".{self.out.name}.measured"
+        if self.out.exists() and not self.restart:
+            done = self._find_done(size, calibration, statistics)
+            if done is not None:
+                return done
+        if statistics is None and calibration is None:
+            raise InputError(
+                "choosing schemes needs calibration, or statistics of `fewbits measure`; accepted are a text "
+                f"file, a .jsonl file, hub:owner/name/config:split:column, and {SELF}"
+            )
+        if statistics is None:
+            assert calibration is not None
+            statistics = own
+            measure(
+                self.model, own, calibration=calibration, samples=self.samples, length=self.length,
+                seed=self.seed, max_memory=self.max_memory, restart=self.restart, progress=self.progress,
+            )  # fmt: skip
+        stats = read_statistics(statistics)
+        stats.hessian = self._hessian
+        fitted = fit(
+            self.source, self.recipe, size, stats.damage, format=self.format, clients=self.clients,
+            tensor_parallel=self.tensor_parallel, max_shard_bytes=self.max_shard_bytes,
+        )  # fmt: skip
+        budget = fitted.budget | {"hessian": stats.hessian}
+        named = replace(self, format=fitted.format)
+        result = named.take(fitted.recipe, None, stats, budget, began, memory)
+        if statistics is own:
+            throw_away(own)
+        return result
+
+    @property
+    def _hessian(self) -> Literal["hessian", "weighted"]:
+        return "weighted" if self.weighted else "hessian"
+
+    def _find_done(
+        self,
+        size: Size,
+        calibration: str | Path | Text | Tensor | Calibration | None,
+        statistics: str | Path | None,
+    ) -> Quantized | None:
+        """The finished result of the same command, of which nothing need be measured again."""
+        ledger = read_ledger(self.out)
+        fitted = fitted_before(self.recipe, size, ledger)
+        if fitted is None or fitted.budget.get("hessian") != (
+            "weighted" if self.weighted else "hessian"
+        ):
+            raise InputError(f"{self.out} holds another run; {_ACCEPTED}, or --restart to throw it away")
+        plan = make_plan(self.source, fitted.recipe, self.format, self.clients, self.tensor_parallel)
+        asked = _ask(plan, fitted.recipe, None, self.model, None, fitted.budget)
+        request, held = asked["request"], ledger.request
+        if statistics is not None:
+            stats = read_statistics(statistics)
+            request |= {"calibration": stats.calibration, "statistics": stats.sha256}
+        elif calibration is not None:
+            data = read_samples(plan, self.samples, self.length, self.seed, self.progress, calibration)
+            request |= plain({"calibration": describe_calibration(plan, data)})
+            request["statistics"] = held.get("statistics")
+        asked["made_with"] = ledger.made_with
+        return reuse(self.out, asked, plan, self.progress)
 
 
 def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> Quantized:
@@ -291,9 +415,11 @@ def _ask(
     data: Calibration | None,
     model: str | Path,
     statistics: Statistics | None,
+    budget: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that decides what comes out, as JSON: what was asked for, of what, and what does the work."""
     request = recipe.describe() | {"format": plan.format.name}
+    request |= {} if budget is None else {"budget": budget}
     if statistics is not None:
         request |= {"calibration": statistics.calibration, "statistics": statistics.sha256}
     elif data is not None:

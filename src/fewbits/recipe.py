@@ -115,6 +115,11 @@ class Recipe:
             schemes |= dict.fromkeys((m.source for m in named), scheme)
         return schemes
 
+    def caught(self, matrices: Iterable[Matrix]) -> set[str]:
+        """Source names of the matrices that an override speaks of."""
+        patterns = [pattern for pattern, _ in self.overrides]
+        return {m.source for m in matrices if any(_matches(pattern, m) for pattern in patterns)}
+
     def _usual(self, matrix: Matrix) -> QuantScheme | None:
         """Of a weight that neither an allocation nor an override speaks of."""
         if matrix.kind == "embedding":

@@ -12,6 +12,7 @@ and from the folder 0.01773 and 0.01768 ± 0.00039 at 4 bits, 0.0738 and 0.0733 
 
     ids                          (samples, length) int64: to search with, behind them those held out
     0.self_attn.q_proj.hessian   of what q_proj of block 0 reads, and with it k_proj and v_proj
+    0.self_attn.q_proj.weighted  the same, each token weighed by what its errors cost (`sensitivity`)
     0.self_attn.q_proj.absmax    (in,) float32
 
 A Hessian is symmetric, and kept are its lower panels, float32, one after the other, each by rows:
@@ -24,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -339,6 +340,7 @@ class Statistics:
     damage: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     panel: int = PANEL
+    hessian: Literal["hessian", "weighted"] = "hessian"  # which of the two is given to methods
     _shards: Checkpoint | None = field(default=None, repr=False)
     _inputs: dict[tuple[int, str], Input] = field(default_factory=dict, repr=False)
 
@@ -446,7 +448,7 @@ class Statistics:
             )
         stats = InputStats(tokens=one.tokens)
         if "hessian" in needs:
-            name = tensor_name(number, one.linears, "hessian")
+            name = tensor_name(number, one.linears, self.hessian)
             panels = self._floats(name, panel_values(width, self.panel))
             stats.hessian = unpack_hessian(panels, width, self.panel)
         if "absmax" in needs:
