@@ -63,9 +63,15 @@ def rival_cases(model: str, level: float, seed: int, tools: list[str]) -> list[C
     return found
 
 
-def ours(model: str, seed: int, method: str, size: float) -> Case:
+def ours(model: str, seed: int, size: float, args: argparse.Namespace) -> Case:
     """We, at a size."""
-    return Case(model, 0, True, seed, "fewbits", method, size)
+    return Case(model, 0, True, seed, "fewbits", args.method, size, args.format, args.embeddings)
+
+
+def uniform(model: str, seed: int, level: float, args: argparse.Namespace) -> Case:
+    """We, with one scheme for all; `best` chooses several, and rounds like `awq+gptq`."""
+    method = "awq+gptq" if args.method == "best" else args.method
+    return Case(model, LEVELS[level].bits, True, seed, "fewbits", method)
 
 
 def size_of(result: Result) -> float:
@@ -155,13 +161,13 @@ def compared(runs: Runs, args: argparse.Namespace) -> tuple[list[Pair], list[Pai
             for seed in args.seeds:
                 cases = rival_cases(model, level, seed, args.rivals)
                 found = {case: result for case in cases if (result := runs(case)) is not None}
-                uniform = Case(model, LEVELS[level].bits, True, seed, "fewbits", args.method)
+                alike = uniform(model, seed, level, args)
                 best = [] if args.only_rivals else front(found)
                 places = [(others, case, result, case in best) for case, result in found.items()]
-                if not args.only_rivals and (result := runs(uniform)) is not None:
-                    places.append((own, uniform, result, True))
+                if not args.only_rivals and (result := runs(alike)) is not None:
+                    places.append((own, alike, result, True))
                 for pairs, case, result, asked in places:
-                    mine = runs(ours(model, seed, args.method, size_of(result))) if asked else None
+                    mine = runs(ours(model, seed, size_of(result), args)) if asked else None
                     pairs.append(Pair(model, level, seed, case, result, asked, mine))
     return others, own
 
@@ -212,9 +218,8 @@ class Point:
 
 def points(runs: Runs, args: argparse.Namespace) -> list[Point]:
     sizes = np.geomspace(LEAST, MOST, args.budgets).round(3).tolist() if args.budgets else []
-    seed, method = args.seeds[0], args.method
     return [
-        Point(model, size, runs(ours(model, seed, method, size)))
+        Point(model, size, runs(ours(model, args.seeds[0], size, args)))
         for model in args.models
         for size in sizes
     ]
@@ -285,7 +290,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--levels", nargs="*", type=float, choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--rivals", nargs="+", choices=rivals, default=rivals)
     parser.add_argument("--only-rivals", action="store_true", help="measure nothing of ours")
-    parser.add_argument("--method", default="awq+gptq", help="ours")
+    parser.add_argument("--method", default="best", help="ours")
+    parser.add_argument("--format", default="fewbits", help="ours, at a size")
+    parser.add_argument(
+        "--embeddings", action=argparse.BooleanOptionalAction, default=True, help="ours, at a size"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, default=24, help="how many; 0 leaves this part out")
     parser.add_argument("--environments", type=Path, default=Path(ENVIRONMENTS))
@@ -302,7 +311,8 @@ def command(args: argparse.Namespace) -> str:
     alone = ["--only-rivals"] if args.only_rivals else []
     return " ".join(
         ["python benchmarks/budget.py", *options, *alone,
-         f"--method {args.method} --budgets {args.budgets}"]
+         f"--method {args.method} --format {args.format}",
+         f"--{'' if args.embeddings else 'no-'}embeddings --budgets {args.budgets}"]
     )  # fmt: skip
 
 

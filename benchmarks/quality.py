@@ -56,6 +56,8 @@ class Case:
     tool: str
     method: str
     bits_per_weight: float | None = None  # of the whole file, instead of a grid: `budget.py`
+    format: str | None = None  # of the files, for tools that write several
+    embeddings: bool = False  # quantized too
 
     @property
     def grid(self) -> str:
@@ -73,7 +75,8 @@ class Case:
     @property
     def label(self) -> str:
         """For progress and file names."""
-        return f"{self.model}-{self.grid}-{self.tool}-{self.method}-seed{self.seed}"
+        more = ("" if self.format is None else f"-{self.format}") + "-embeddings" * self.embeddings
+        return f"{self.model}-{self.grid}-{self.tool}-{self.method}{more}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,9 @@ class Bench:
         model, out = prepare(MODELS[case.model], self.work), self.work / "quantized" / case.label
         group = MODELS[case.model].group
         task = Task(
-            model, out, case.method, case.bits, group, case.symmetric, ids_file, case.bits_per_weight
-        )
+            model, out, case.method, case.bits, group, case.symmetric, ids_file, case.bits_per_weight,
+            case.format, case.embeddings,
+        )  # fmt: skip
         try:
             facts = run(TOOLS[case.tool], task, self.environments, self.threads)
             kl = kl_by_window(load_float32(model), load_float32(out / "dense"), heldout)

@@ -52,6 +52,8 @@ class Task:
     Args:
         bits: of a code, or on average for tools that mix.
         bits_per_weight: of the whole file, at most, instead of bits and group.
+        format: of the files, for tools that write several; None: their own choice.
+        embeddings: quantize them too.
     """
 
     model: Path
@@ -62,6 +64,8 @@ class Task:
     symmetric: bool
     ids: Path
     bits_per_weight: float | None = None
+    format: str | None = None
+    embeddings: bool = False
 
     @property
     def arguments(self) -> list[str]:
@@ -69,9 +73,11 @@ class Task:
         group = [] if self.group is None else ["--group", str(self.group)]
         grid = [] if self.symmetric else ["--asymmetric"]
         size = [] if self.bits_per_weight is None else ["--bits-per-weight", repr(self.bits_per_weight)]
+        form = [] if self.format is None else ["--format", self.format]
+        more = [*form, *(["--embeddings"] if self.embeddings else [])]
         paths = [str(path.resolve()) for path in (self.model, self.out)]
         options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids.resolve())]
-        return [*paths, *options, *group, *grid, *size]
+        return [*paths, *options, *group, *grid, *size, *more]
 
 
 class ToolError(Exception):

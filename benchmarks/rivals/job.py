@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CHECKED_SAMPLES = 8  # of the calibration ids, for the comparison with the tool's own forward pass
+HEAD = "lm_head.weight"
 WEIGHTS = (".safetensors", ".gguf", ".pt")  # files of weights; beside them lie config and tokenizer
 
 
@@ -39,6 +40,8 @@ class Job:
         group: input columns that share a scale; None for whole rows.
         ids: calibration tokens, (samples, length).
         bits_per_weight: of the whole file, at most, instead of bits and group.
+        format: of the files, for tools that write several; None: their own choice.
+        embeddings: quantize them too.
     """
 
     model: Path
@@ -49,6 +52,8 @@ class Job:
     symmetric: bool
     ids: Tensor
     bits_per_weight: float | None
+    format: str | None
+    embeddings: bool
 
     @property
     def packed(self) -> Path:
@@ -72,13 +77,15 @@ def read_job(methods: tuple[str, ...]) -> Job:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--ids", type=Path, required=True, help="safetensors file with `ids`")
     parser.add_argument("--bits-per-weight", type=float, help="of the whole file, at most")
+    parser.add_argument("--format")
+    parser.add_argument("--embeddings", action="store_true")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     ids = load_file(args.ids)["ids"]
     return Job(
         args.model, args.out, args.method, args.bits, args.group, not args.asymmetric, ids,
-        args.bits_per_weight,
+        args.bits_per_weight, args.format, args.embeddings,
     )  # fmt: skip
 
 
@@ -197,6 +204,9 @@ def write_dense(job: Job, state: dict[str, Tensor]) -> nn.Module:
     folder.mkdir()
     config = AutoConfig.from_pretrained(job.model)
     config.dtype = torch.float32
+    if HEAD in state and HEAD not in tensors:  # it was tied, and was given codes of its own
+        tensors[HEAD] = state[HEAD]
+        config.tie_word_embeddings = False
     config.save_pretrained(folder)
     floats = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     save_file(floats, folder / "model.safetensors", metadata={"format": "pt"})

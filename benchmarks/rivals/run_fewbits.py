@@ -27,8 +27,9 @@ def quantize(job: Job, clock: Clock) -> Quantized:
     calibration = job.ids if calibrated else None
     with clock.phase("quantize"):
         return fewbits.quantize(
-            job.model, job.packed, method=job.method, calibration=calibration, **asked
-        )
+            job.model, job.packed, method=job.method, calibration=calibration, format=job.format,
+            embeddings=job.embeddings, **asked,
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -48,10 +49,8 @@ def main() -> None:
 
 def predicted(made: Quantized) -> dict[str, Any]:
     """What the allocation promised: KL in nats per token, and bytes of the weight files."""
-    return {
-        "predicted_kl": made.allocation.damage,
-        "predicted_bytes": made.allocation.weight_bytes,
-    }
+    budget = made.ledger.request["budget"]
+    return {"predicted_kl": budget["predicted"], "predicted_bytes": budget["weight_bytes"]}
 
 
 if __name__ == "__main__":
