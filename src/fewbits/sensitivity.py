@@ -46,7 +46,7 @@ class Sensitivity:
             of which each linear has the same say.
         rows: by linear, (out,): nats per token that a mean squared error of 1 at an output costs.
         weight: sum of the tokens' weights.
-        usual: by linear, the mean weight of the tokens seen first, which its weights are divided by.
+        usual: by linear, the mean weight of the first tokens that have any, which all are divided by.
     """
 
     linears: Linears
@@ -172,7 +172,9 @@ def _add(sensitivity: Sensitivity, path: str, x: Tensor, gradient: Tensor) -> No
     """One call of a linear: inputs (tokens, in), gradients (tokens, out)."""
     squares = gradient.square()
     weights = squares.sum(1)
-    weights /= sensitivity.usual.setdefault(path, float(weights.mean())) or 1.0
+    mean = float(weights.mean())
+    if mean:  # behind the last token that was drawn it is 0
+        weights /= sensitivity.usual.setdefault(path, mean)
     sensitivity.hessian.addmm_(x.t() * weights, x)
     sensitivity.weight += float(weights.sum())
     rows = squares.sum(0)
