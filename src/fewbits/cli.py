@@ -51,7 +51,8 @@ Method = Annotated[
     typer.Option(
         help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. llm-int8: inputs "
         "in 8 bits too, but for outlier columns. q4_k: Q4_K of llama.cpp. With --calibration: gptq, "
-        "awq, awq+gptq, weighted-rtn."
+        "awq, awq+gptq, weighted-rtn; best: awq+gptq, errors weighed by what they cost in the end, each "
+        "matrix its own scheme."
     ),
 ]
 Calibration = Annotated[
@@ -70,6 +71,20 @@ SeqLen = Annotated[
     int | None, typer.Option(help="Tokens of a sample.  [default: 2048, at most the context]")
 ]
 Seed = Annotated[int, typer.Option(help="Of the draw of samples.")]
+BitsPerWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--bits-per-weight",
+        metavar="B",
+        help="Of all weight files, at most, like 3.7, instead of --bits and --group-size: each matrix "
+        "gets its own scheme, by what rounding it costs.",
+        show_default=False,
+    ),
+]
+FileSize = Annotated[
+    str | None,
+    typer.Option("--memory", help="The same in bytes, like 4GB.", show_default=False),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="Like 6GB: the work is divided so that it takes less, or the run is refused."),
@@ -250,6 +265,34 @@ def _scheme(
     return QuantScheme(bits, "group", int(size), not asymmetric)
 
 
+def _check_size(
+    bits_per_weight: float | None,
+    memory: str | None,
+    method: str,
+    bits: int | None,
+    group_size: str | None,
+    per_tensor: bool,
+) -> None:
+    """Refuse two answers to one question: a size, and one scheme for all."""
+    size = "--memory" if bits_per_weight is None else "--bits-per-weight"
+    if bits_per_weight is not None and memory is not None:
+        raise InputError("--bits-per-weight and --memory are both given; accepted is one of them")
+    if bits_per_weight is None and memory is None:
+        return
+    given = {
+        "--bits": bits is not None,
+        "--group-size": group_size is not None,
+        "--per-tensor": per_tensor,
+        "--method int8": method == "int8",
+    }
+    for option, there in given.items():
+        if there:
+            raise InputError(
+                f"{option} with {size}, which chooses for each matrix; accepted is one of them, and "
+                "--override for matrices that shall have a scheme of yours"
+            )
+
+
 @_command
 def plan(
     model: Model,
@@ -349,6 +392,8 @@ def quantize(
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
     threshold: Threshold = None,
+    bits_per_weight: BitsPerWeight = None,
+    memory: FileSize = None,
     override: Override = None,
     head: Head = False,
     embeddings: Embeddings = False,
@@ -378,6 +423,7 @@ def quantize(
     from fewbits.report.page import check_page, run_page, write_page
 
     check_seed(seed)  # also where nothing is drawn
+    _check_size(bits_per_weight, memory, method, bits, group_size, per_tensor)
     calibrated = calibration is not None or stats is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
     overrides = tuple(map(parse_override, override or ()))
@@ -394,6 +440,8 @@ def quantize(
             embeddings=embeddings,
             calibration=calibration,
             statistics=stats,
+            bits_per_weight=bits_per_weight,
+            memory=_bytes(memory, "--memory"),
             samples=samples,
             length=seq_len,
             seed=seed,
@@ -413,18 +461,19 @@ def quantize(
     if json_:
         _print_json(result.to_json())
         return
-    _print_written(result, scheme.label)
+    _print_written(result, result.ledger.scheme)
+    _print_allocation(result)
     if result.ledger.blocks:
         wide.print(blocks_table(result.ledger.blocks))
     if result.run.get("resumed_steps") and not result.reused:
         out.print(f"went on after {result.run['resumed_steps']} finished steps of an earlier process")
-    memory, most = result.run.get("memory_bytes"), result.run.get("max_memory")
-    if memory is not None and most is not None and memory["peak"] > most:
-        out.print(f"warning: memory was at most {bytes_text(memory['peak'])}, above --max-memory")
-    if result.ledger.blocks and memory is not None:
+    taken, most = result.run.get("memory_bytes"), result.run.get("max_memory")
+    if taken is not None and most is not None and taken["peak"] > most:
+        out.print(f"warning: memory was at most {bytes_text(taken['peak'])}, above --max-memory")
+    if result.ledger.blocks and taken is not None:
         out.print(
-            f"{result.run['elapsed_s']:.0f} s; memory {bytes_text(memory['before'])} before, at most "
-            f"{bytes_text(memory['peak'])}{'' if memory['anonymous'] else ' with mapped files'}",
+            f"{result.run['elapsed_s']:.0f} s; memory {bytes_text(taken['before'])} before, at most "
+            f"{bytes_text(taken['peak'])}{'' if taken['anonymous'] else ' with mapped files'}",
             highlight=False,
         )
     _print_notes([str(note) for note in result.ledger.notes])
@@ -476,6 +525,9 @@ def measure(
         f"{data['source']}; {result.run.get('elapsed_s', 0):.0f} s",
         highlight=False,
     )
+    costly = _costliest(result.statistics.damage)
+    if costly is not None:
+        out.print(costly, highlight=False)
     _print_notes([str(note) for note in result.statistics.notes])
 
 
@@ -894,6 +946,42 @@ def _print_written(result: Any, scheme: str) -> None:
         f"verified: {checked.files} files, {checked.tensors} tensors, the integers of {checked.codes} "
         "weights, read back by another library",
         highlight=False,
+    )
+
+
+def _print_allocation(result: Any) -> None:
+    """Which scheme each matrix got, where they were chosen."""
+    from fewbits.report.allocation import allocation_lines, allocation_table, read_schemes
+
+    request, blocks = result.ledger.request, result.ledger.blocks
+    if "allocation" not in request or "budget" not in request:
+        return
+    schemes, budget = read_schemes(request["allocation"]), request["budget"]
+    wide.print(allocation_table(schemes))
+    lines = allocation_lines(
+        schemes,
+        damage=budget["predicted"],
+        bits_per_weight=result.bits_per_weight,
+        price=budget["price"],
+        realized=blocks[-1]["kl"] if blocks else None,
+    )
+    for line in lines:
+        out.print(line, highlight=False)
+    if blocks:
+        out.print("realized KL leaves out what head and embedding cost", highlight=False)
+
+
+def _costliest(damage: dict[str, dict[str, float]]) -> str | None:
+    """Which matrix is the dearest to round, in the scheme that most can have."""
+    labels = [label for nats in damage.values() for label in nats if label.startswith("w4-")]
+    if not labels:
+        return None
+    label = max(labels, key=labels.count)
+    nats = {name: found[label] for name, found in damage.items() if label in found}
+    worst = max(nats, key=lambda name: nats[name])
+    return (
+        f"what rounding costs was predicted of {len(damage)} matrices: in {label} {len(nats)} of them "
+        f"together {sum(nats.values()):.3g} nats of KL, most for {worst}, {nats[worst]:.3g}"
     )
 
 

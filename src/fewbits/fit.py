@@ -1,12 +1,11 @@
 """The best model that fits: schemes chosen by what rounding each matrix was measured to cost."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewbits.allocate import Allocation, Unit, allocate, default_candidates, find_units
+from fewbits.allocate import Allocation, Unit, allocate, find_units
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import InputError
 from fewbits.ledger import Ledger
@@ -21,6 +20,7 @@ from fewbits.sizes import weight_file_bytes
 _MORE_BITS = (3, 4, 8)
 # In which a plan is made that says what may be quantized: the first that format and model hold.
 _TRIED = ("w8-g32", "w8-channel", "w4-g128", "w4-g32", "w4-g128-asym", "w4-g32-asym")
+_MOST_BITS = 64  # of a weight: of the widest floats
 _HOLD_EMBEDDINGS = ("fewbits", "gguf")
 
 
@@ -38,9 +38,12 @@ class Size:
     def __post_init__(self) -> None:
         if self.bits_per_weight is not None and self.memory is not None:
             raise InputError("bits per weight and memory are both given; accepted is one of them")
-        if self.bits_per_weight is not None and not 0 < self.bits_per_weight < math.inf:
-            raise InputError(f"bits per weight are {self.bits_per_weight}; accepted are numbers above 0")
-        if self.memory is not None and self.memory < 1:
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= _MOST_BITS:
+            raise InputError(
+                f"bits per weight are {self.bits_per_weight}; accepted are numbers above 0, at most "
+                f"{_MOST_BITS}"
+            )
+        if self.memory is not None and not 1 <= self.memory < math.inf:
             raise InputError(f"memory is {self.memory} bytes; accepted are numbers from 1")
 
     @property
@@ -64,7 +67,7 @@ def fit(
     source: Path,
     recipe: Recipe,
     size: Size,
-    damage: dict[str, dict[str, float]],
+    damage: dict[str, dict[str, float]] | None,
     *,
     format: str | None,
     clients: tuple[str, ...],
@@ -80,7 +83,7 @@ def fit(
         source: folder of the float checkpoint.
         recipe: without an allocation.
         size: of the weight files, at most.
-        damage: see `allocate`.
+        damage: see `allocate`; None: it is not known yet, and only asked whether anything fits.
         format, clients, tensor_parallel, max_shard_bytes: as for `quantize`.
 
     Raises:
@@ -91,22 +94,30 @@ def fit(
     plan = _widest(seen, recipe, format, clients, tensor_parallel)
     fixed = recipe.caught(plan.matrices.values())
 
-    def choose(schemes: Sequence[QuantScheme] | None) -> Allocation:
-        units: list[Unit] = find_units(
-            plan, schemes, clients=clients, tensor_parallel=tensor_parallel, fixed=fixed
-        )
-        return allocate(units, damage, plan, most, max_shard_bytes=max_shard_bytes)
+    units = find_units(plan, clients=clients, tensor_parallel=tensor_parallel, fixed=fixed)
+
+    def choose(units: list[Unit]) -> Allocation:
+        known = _nothing(units) if damage is None else damage
+        return allocate(units, known, plan, most, max_shard_bytes=max_shard_bytes)
 
     try:
-        found = choose(_without_two_bits(plan))
-    except InputError:  # too small for it, or a format that holds other bits only
-        found = choose(None)
+        found = choose([_without_two_bits(unit) for unit in units])
+    except InputError:  # too small for it: this one says what is the least
+        found = choose(units)
     budget = size.asked | {
         "predicted": found.damage,
         "price": found.price,
         "weight_bytes": found.weight_bytes,
     }
     return Fitted(_recipe(recipe, plan, found), plan.format.name, budget)
+
+
+def find_format(
+    source: Path, recipe: Recipe, format: str | None, clients: tuple[str, ...], tensor_parallel: int
+) -> str:
+    """Name of the format in which `fit` would have the files."""
+    seen = survey(open_checkpoint(source))
+    return _widest(seen, recipe, format, clients, tensor_parallel).format.name
 
 
 def fitted_before(recipe: Recipe, size: Size, ledger: Ledger) -> Fitted | None:
@@ -156,7 +167,8 @@ def _widest(
     """A plan that quantizes all that may be chosen, in some scheme."""
     holds = format in _HOLD_EMBEDDINGS and any(m.kind == "embedding" for m in seen.matrices.values())
     wide = replace(recipe, head=True, embeddings=recipe.embeddings or holds)
-    schemes = dict.fromkeys([recipe.scheme, *map(QuantScheme.parse, _TRIED)])
+    tried = [recipe.scheme, *map(QuantScheme.parse, _TRIED)]
+    schemes = [s for s in dict.fromkeys(tried) if recipe.scheme.symmetric or not s.symmetric]
     refused: InputError | None = None
     for scheme in schemes:
         try:
@@ -167,11 +179,22 @@ def _widest(
     raise refused
 
 
-def _without_two_bits(plan: Plan) -> list[QuantScheme]:
-    columns = {plan.matrices[name].rows_columns[1] for name in plan.placements}
-    kinds = {plan.placements[name].scheme.symmetric for name in plan.placements}
-    found = [s for n in sorted(columns) for kind in kinds for s in default_candidates(n, kind)]
-    return [scheme for scheme in dict.fromkeys(found) if scheme.bits in _MORE_BITS]
+def _without_two_bits(unit: Unit) -> Unit:
+    """With the candidates of more bits, if there are any but float."""
+    kept = [i for i, s in enumerate(unit.candidates) if s is None or s.bits in _MORE_BITS]
+    if all(unit.candidates[i] is None for i in kept):
+        return unit
+    alike = None if unit.alike is None else tuple(unit.alike[i] for i in kept)
+    return replace(unit, candidates=tuple(unit.candidates[i] for i in kept), alike=alike)
+
+
+def _nothing(units: list[Unit]) -> dict[str, dict[str, float]]:
+    """Damage of none."""
+    return {
+        name: {scheme.label: 0.0 for scheme in unit.candidates if scheme is not None}
+        for unit in units
+        for name in unit.names
+    }
 
 
 def _recipe(recipe: Recipe, plan: Plan, found: Allocation) -> Recipe:

@@ -151,6 +151,12 @@ class Ledger:
         }
 
     @property
+    def scheme(self) -> str:
+        """What all matrices have that nothing else was said of; or how many schemes were chosen."""
+        labels = [label for label in self.request.get("allocation", {}) if label != "float"]
+        return f"{len(labels)} schemes" if len(labels) > 1 else "".join(labels) or self.request["scheme"]
+
+    @property
     def parameters(self) -> int:
         """Elements of all weights of the source, whatever it held them in."""
         entries = [e for e in self.tensors.values() if not e.part_of_another]

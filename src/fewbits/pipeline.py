@@ -23,11 +23,12 @@ from fewbits.checkpoint import (
     TensorInfo,
     Written,
     dtype_of,
+    open_checkpoint,
     read_json,
     resolve,
 )
 from fewbits.errors import InputError, VerificationError
-from fewbits.fit import Size, fit, fitted_before
+from fewbits.fit import Fitted, Size, find_format, fit, fitted_before
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, differences, discard, throw_away
@@ -46,13 +47,14 @@ from fewbits.methods import Q4K, RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
-from fewbits.statistics import Statistics, read_statistics
+from fewbits.statistics import STATISTICS, Statistics, read_statistics
 from fewbits.steps import Steps, describe_calibration, read_samples
 from fewbits.text import Text
 from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
 
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same run"
+_CHOOSES = "accepted with it are rtn, weighted-rtn, gptq, awq, awq+gptq and best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,9 @@ def quantize(
     scheme = scheme or _default_scheme(method, calibrated)
     if isinstance(method, LLMInt8):
         method = _static_or_not(scheme, overrides)
+    if size.asked and isinstance(method, LLMInt8 | Q4K):
+        what = "llm-int8" if isinstance(method, LLMInt8) else "q4_k"
+        raise InputError(f"method {what} with a size, and it has one scheme; {_CHOOSES}")
     if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
     recipe = Recipe(method, scheme, overrides, head, named + transforms, embeddings=embeddings)
@@ -261,32 +266,35 @@ class _Request:
         own = self.out.parent / f".{self.out.name}.measured"
         if self.out.exists() and not self.restart:
             done = self._find_done(size, calibration, statistics)
-            if done is not None:
-                return done
+            _throw_away_measured(own, statistics)  # of one that stopped between the last two steps
+            return done
         if statistics is None and calibration is None:
             raise InputError(
-                "choosing schemes needs calibration, or statistics of `fewbits measure`; accepted are a text "
-                f"file, a .jsonl file, hub:owner/name/config:split:column, and {SELF}"
+                "choosing schemes needs calibration, or statistics of `fewbits measure`; accepted are a "
+                f"text file, a .jsonl file, hub:owner/name/config:split:column, and {SELF}"
             )
+        self._fit(size, None)  # refuses before the work what nothing fits
         if statistics is None:
             assert calibration is not None
-            statistics = own
             measure(
                 self.model, own, calibration=calibration, samples=self.samples, length=self.length,
                 seed=self.seed, max_memory=self.max_memory, restart=self.restart, progress=self.progress,
             )  # fmt: skip
-        stats = read_statistics(statistics)
+        stats = read_statistics(own if statistics is None else statistics)
         stats.hessian = self._hessian
-        fitted = fit(
-            self.source, self.recipe, size, stats.damage, format=self.format, clients=self.clients,
-            tensor_parallel=self.tensor_parallel, max_shard_bytes=self.max_shard_bytes,
-        )  # fmt: skip
+        _check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
+        fitted = self._fit(size, stats.damage)
         budget = fitted.budget | {"hessian": stats.hessian}
         named = replace(self, format=fitted.format)
         result = named.take(fitted.recipe, None, stats, budget, began, memory)
-        if statistics is own:
-            throw_away(own)
+        _throw_away_measured(own, statistics)  # also of an earlier process that was given none
         return result
+
+    def _fit(self, size: Size, damage: dict[str, dict[str, float]] | None) -> Fitted:
+        return fit(
+            self.source, self.recipe, size, damage, format=self.format, clients=self.clients,
+            tensor_parallel=self.tensor_parallel, max_shard_bytes=self.max_shard_bytes,
+        )  # fmt: skip
 
     @property
     def _hessian(self) -> Literal["hessian", "weighted"]:
@@ -297,15 +305,15 @@ class _Request:
         size: Size,
         calibration: str | Path | Text | Tensor | Calibration | None,
         statistics: str | Path | None,
-    ) -> Quantized | None:
+    ) -> Quantized:
         """The finished result of the same command, of which nothing need be measured again."""
         ledger = read_ledger(self.out)
         fitted = fitted_before(self.recipe, size, ledger)
-        if fitted is None or fitted.budget.get("hessian") != (
-            "weighted" if self.weighted else "hessian"
-        ):
+        format = find_format(self.source, self.recipe, self.format, self.clients, self.tensor_parallel)
+        same = fitted is not None and fitted.budget.get("hessian") == self._hessian
+        if fitted is None or not same or fitted.format != format:
             raise InputError(f"{self.out} holds another run; {_ACCEPTED}, or --restart to throw it away")
-        plan = make_plan(self.source, fitted.recipe, self.format, self.clients, self.tensor_parallel)
+        plan = make_plan(self.source, fitted.recipe, format, self.clients, self.tensor_parallel)
         asked = _ask(plan, fitted.recipe, None, self.model, None, fitted.budget)
         request, held = asked["request"], ledger.request
         if statistics is not None:
@@ -397,7 +405,21 @@ def _kept_samples(
             f"method {recipe.name} takes no statistics; accepted with it are gptq, awq, and llm-int8 "
             "whose threshold is above 0"
         )
-    statistics.check_source(plain(describe_source(model, plan.checkpoint)))
+    _check_statistics(statistics, plan.checkpoint.folder, model, samples, length, seed)
+    held = statistics.calibration
+    return Calibration(statistics.ids, held["source"], held["seed"])
+
+
+def _check_statistics(
+    statistics: Statistics,
+    source: Path,
+    model: str | Path,
+    samples: int,
+    length: int | None,
+    seed: int,
+) -> None:
+    """Refuse those of another model, or of other samples than were asked for."""
+    statistics.check_source(plain(describe_source(model, open_checkpoint(source))))
     held = statistics.calibration
     given = {"samples": (samples, DEFAULT_SAMPLES), "length": (length, None), "seed": (seed, 0)}
     for key, (value, default) in given.items():
@@ -406,7 +428,13 @@ def _kept_samples(
                 f"{key} is {value}, and {statistics.folder} was measured with {held[key]}; accepted is "
                 "to leave it away"
             )
-    return Calibration(statistics.ids, held["source"], held["seed"])
+
+
+def _throw_away_measured(own: Path, given: str | Path | None) -> None:
+    """What was measured for one run, unless it is what somebody gave, or somebody else's."""
+    ours = not own.exists() or (own / STATISTICS).is_file()
+    if ours and (given is None or Path(given).resolve() != own.resolve()):
+        throw_away(own)
 
 
 def _ask(

@@ -48,8 +48,7 @@ def measure_size(folder: Path) -> Size:
     weight_bytes = sum(checkpoint.file_bytes.values())
     if (folder / LEDGER).is_file():
         ledger = read_ledger(folder)
-        scheme = ledger.request["scheme"]
-        return Size(weight_bytes, ledger.parameters, f"{ledger.request['method']} {scheme}")
+        return Size(weight_bytes, ledger.parameters, f"{ledger.request['method']} {ledger.scheme}")
     parameters = sum(p.numel() for p in skeleton(checkpoint.config).parameters())
     quantization = checkpoint.config.get("quantization_config")
     float_name = str(checkpoint.dtype).removeprefix("torch.")

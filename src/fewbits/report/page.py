@@ -107,7 +107,7 @@ def run_page(result: Quantized, command: str) -> str:
         _run_calibration(ledger),
         _run_origin(result, command),
     ]
-    what = f"{request['method']} {request['scheme']}"
+    what = f"{request['method']} {ledger.scheme}"
     page = Page(
         f"{name}, quantized by {what}",
         f"{result.parameters:,} parameters, from {bytes_text(result.source_weight_bytes)} to "
@@ -926,8 +926,10 @@ def _run_allocation(result: Quantized) -> Iterator[Section]:
     budget = request["budget"]
     if "memory_bytes" in budget:
         asked = bytes_text(budget["memory_bytes"])
-    else:
+    elif "bits_per_weight" in budget:
         asked = f"{budget['bits_per_weight']:g} bits per weight"
+    else:
+        asked = f"no more than {request['scheme']} for all takes"
     yield allocation_section(
         read_schemes(request["allocation"]),
         damage=budget["predicted"],
@@ -1040,7 +1042,7 @@ def _run_origin(result: Quantized, command: str) -> Section:
     pairs = [
         ("fewbits", ledger.version),
         ("method", str(request["method"])),
-        ("scheme", str(request["scheme"])),
+        ("scheme", ledger.scheme),
         ("format", str(request.get("format", ""))),
         ("source", str(source["name"])),
         ("sha256 of its config", str(source["config_sha256"])),
