@@ -42,7 +42,7 @@ from fewbits.sensitivity import (
     draw_back,
     error_weights,
     find_damage,
-    find_embedding_damage,
+    find_lookup_costs,
     pull_back,
 )
 from fewbits.statistics import (
@@ -55,6 +55,7 @@ from fewbits.statistics import (
     collect,
     divide_inputs,
     find_inputs,
+    outside_name,
     pack_hessian,
     panel_values,
     read_statistics,
@@ -76,6 +77,7 @@ _NEEDS = frozenset({"hessian", "absmax"})
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same measurement"
 KEPT_TOKENS = 16384  # whose states are kept for a pass from the last block to the first; not tuned
 _DRAWN = 4096  # tokens that are drawn from the model's predictions on them, at most; not tuned
+_DRAWN_OF_ONE = 512  # of one sample, whose logits are in memory together; not tuned
 _DRAW_SEED = 0  # of that draw
 
 
@@ -266,16 +268,20 @@ class Measurement:
         for matrix in plan.matrices.values():
             if matrix.block is not None and matrix.source in plan.placements:
                 self.by_block.setdefault(matrix.block, []).append(matrix)
-        state = 2 * length * plan.hidden_size  # bytes of a sample's
+        state = 2 * length * plan.hidden_size  # bytes of a sample's; of its gradient twice as many
         count = 1 + max(plan.blocks.values(), default=0)
-        needed = 2 * self.expected_bytes + state * (3 * len(self.fitted) + self.kept * (count + 1))
+        needed = 2 * self.expected_bytes + state * self.kept * (count + 1)
+        needed += state * max(3 * len(self.fitted), 2 * 2 * self.kept)  # there, or back
         journal.begin(asked, self._choose, data.ids, needed)
 
     @property
     def expected_bytes(self) -> int:
         """Of the weight files, from above."""
         widths = [n for found in input_widths(self.plan).values() for n in found]
-        return self.fitted.nbytes + sum(4 * (panel_values(n) + n) for n in widths)
+        outside = [m.rows_columns[1] for m in self.plan.matrices.values() if m.block is None]
+        outside *= 2 if self.kept else 0  # a head that is tied to its embedding has one of its own
+        values = sum(panel_values(n) + n for n in widths) + sum(map(panel_values, outside))
+        return self.fitted.nbytes + 4 * values
 
     def _choose(self) -> dict[str, Any]:
         """What an earlier process would have settled."""
@@ -384,6 +390,7 @@ class Measurement:
         if last and self.kept:
             output = torch.empty_like(stream.states[: self.kept])
             stream.advance(number, block, range(self.kept), output)
+            self._check_finite(number, output)
             journal.add(f"{number + 1}.states", output)
         if states is not None:
             for rows in stream.batches(range(len(self.fitted))):
@@ -442,26 +449,31 @@ class Measurement:
         if not self.kept or done > count:
             return
         ids = self.fitted[: self.kept]
-        shape = (*ids.shape, self.plan.hidden_size)
-        every, tokens = max(1, ids.numel() // _DRAWN), journal.choices["tokens"]
-        stream = Stream(self.plan.checkpoint, ids, every, tokens, states=self.states(count))
+        every = max(1, ids.numel() // _DRAWN, ids.shape[1] // _DRAWN_OF_ONE)
+        tokens = journal.choices["tokens"]
+        stream = Stream(self.plan.checkpoint, ids, every, tokens, states=self.states(count - done))
+        stream.loaded.clear()  # the first block, which comes last here
         what = "blocks back, what rounding costs"
         for number in range(count - done, -1, -1):
             self._say(what, count - number, count)
-            last = number == 0
-            into = None if last else journal.new_states(4 * math.prod(shape))
-            gradients = None if into is None else into.view(torch.float32).view(shape)
-            if number == count:
-                assert gradients is not None
-                value = self._draw_back(stream, gradients)
-            else:
-                room = journal.states()
-                assert room is not None
-                given = room.view(torch.float32).view(shape)
-                value = self._block_back(stream, number, given, gradients)
-            journal.commit_step(value, into is not None)
+            self._step_back(stream, number, number == count)
             hand_back_memory()
         self._say(what, count, count)
+
+    def _step_back(self, stream: Stream, number: int, first: bool) -> None:
+        """Draw from the predictions, or go through one block; what it maps is let go with it."""
+        journal, shape = self.journal, (*stream.ids.shape, self.plan.hidden_size)
+        into = None if number == 0 else journal.new_states(4 * math.prod(shape))
+        gradients = None if into is None else into.view(torch.float32).view(shape)
+        stream.states = self.states(number)
+        if first:
+            assert gradients is not None
+            value = self._draw_back(stream, gradients)
+        else:
+            room = journal.states()
+            assert room is not None
+            value = self._block_back(stream, number, room.view(torch.float32).view(shape), gradients)
+        journal.commit_step(value, into is not None)
 
     def _draw_back(self, stream: Stream, gradients: Tensor) -> dict[str, Any]:
         """Draw from the predictions; what rounding the head would cost."""
@@ -469,23 +481,31 @@ class Measurement:
         states = stream.states
         positions, found = draw_back(stream, lambda rows: states[rows], generator, gradients)
         damage: dict[str, dict[str, float]] = {}
-        path = find_head(stream.network)
-        if found is not None and path is not None and path in found.rows:
-            tied = find_tied_head(stream.network) is not None
-            heads = [m for m in self.plan.matrices.values() if m.head]
-            weight, rows = stream.shell.get_submodule(path).weight, found.rows[path]
-            assert isinstance(weight, Tensor)
-            nats = self._damage(weight.detach(), rows, error_weights(found.hessian))
-            names = [m.source for m in heads] or ([f"{path}.weight"] if tied else [])
-            damage = dict.fromkeys(names, nats)
-        return {"drawn": positions, "damage": damage}
+        for name in self._heads(stream):
+            if found is not None and found.linears[0] in found.rows:
+                rows, weight = found.rows[found.linears[0]], self._head(stream)
+                self.journal.add(outside_name(name), pack_hessian(found.hessian))
+                damage[name] = self._damage(weight, rows, error_weights(found.hessian))
+        cost = 0.0 if found is None else sum(float(rows.sum()) for rows in found.rows.values())
+        return {"drawn": positions, "damage": damage, "cost": cost}
+
+    def _heads(self, stream: Stream) -> list[str]:
+        """Names of the output head's tensor: its own, or the one it would have were it not tied."""
+        path = find_tied_head(stream.network)
+        names = [m.source for m in self.plan.matrices.values() if m.head]
+        return names or ([] if path is None else [f"{path}.weight"])
+
+    def _head(self, stream: Stream) -> Tensor:
+        weight = stream.shell.get_submodule(find_head(stream.network)).weight  # type: ignore[arg-type]
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     def _block_back(
         self, stream: Stream, number: int, given: Tensor, gradients: Tensor | None
     ) -> dict[str, Any]:
         """Take gradients through one block; what rounding each of its matrices would cost."""
         drawn = next(v["drawn"] for v in self.journal.steps if "drawn" in v)
-        states, block = self.states(number), stream.load(number)
+        states, block = stream.states, stream.load(number)
         wanted = torch.empty_like(given) if number == 0 else gradients
         prefix = f"{stream.path}.{number}."
         pieces = find_pieces(self.by_block.get(number, []), prefix)
@@ -497,7 +517,7 @@ class Measurement:
             found = pull_back(stream, number, block, some, lambda rows: states[rows], given, drawn, into)
             for linears in list(found):
                 one = found.pop(linears)
-                self.journal.add(tensor_name(number, linears, "weighted"), pack_hessian(one.hessian))
+                self._complete(number, one)
                 self._add_damage(block, pieces, one, damage)
         if wanted is not None and not is_finite(wanted):
             blame_weight(self.plan, number)
@@ -509,6 +529,17 @@ class Measurement:
             self._add_embedding(stream, states, wanted, drawn, damage)
         return {"damage": damage}
 
+    def _complete(self, number: int, found: Sensitivity) -> None:
+        """Fewer tokens than columns, as of experts, are filled up by those of the forward pass."""
+        columns, seen = len(found.hessian), found.tokens // len(found.linears)
+        if seen >= columns:
+            return
+        (one,) = (i for i in self.inputs(number) if i.linears == found.linears)
+        other = self.hessian(number, one)
+        own, whole = (float(h.diagonal().sum()) for h in (found.hessian, other))
+        size = own / whole if own > 0 and whole > 0 else 1.0
+        found.hessian.mul_(seen / columns).add_(other, alpha=size * (columns - seen) / columns)
+
     def _add_damage(
         self,
         block: nn.Module,
@@ -517,11 +548,10 @@ class Measurement:
         damage: dict[str, dict[str, float]],
     ) -> None:
         """Of the matrices that linears which read one tensor are made of; of a stack the sum."""
-        columns = torch.zeros(len(found.hessian))
-        if found.rows:  # of experts that no token was sent to nothing is known to be lost
-            columns = error_weights(found.hessian)
+        columns = error_weights(found.hessian)
         for path in found.linears:
             weight = float_weight(block.get_submodule(path))
+            # An expert that no token was sent to adds nothing to a mean over tokens.
             rows = found.rows.get(path, torch.zeros(len(weight)))
             for piece in pieces[path]:
                 own = slice(piece.start, piece.stop)
@@ -543,16 +573,24 @@ class Measurement:
         damage: dict[str, dict[str, float]],
     ) -> None:
         """What rounding the embedding would cost, and with it a head that is tied to it."""
-        names = [m.source for m in self.plan.matrices.values() if m.kind == "embedding"]
-        for name in names:
+        tied = find_tied_head(stream.network)
+        for name in (m.source for m in self.plan.matrices.values() if m.kind == "embedding"):
             weight = self.plan.checkpoint.read(name)
-            nats = find_embedding_damage(
-                weight, stream.ids.flatten(), states.flatten(0, 1), gradients.flatten(0, 1), drawn,
-                measured_schemes(weight.shape[1]), self.plan.checkpoint.dtype,
-            )  # fmt: skip
-            path = find_tied_head(stream.network)
-            tied = {} if path is None else self._found_damage().get(f"{path}.weight", {})
-            damage[name] = {label: value + tied.get(label, 0.0) for label, value in nats.items()}
+            lookup = find_lookup_costs(
+                weight, stream.ids.flatten(), states.flatten(0, 1), gradients.flatten(0, 1), drawn
+            )
+            hessian = torch.diag(lookup.costs.sum(0))
+            head = f"{tied}.weight"
+            found = self._found_damage().get(head, {})
+            if found:  # errors of a row are read twice: as it is looked up, and by the head
+                cost = next(v["cost"] for v in self.journal.steps if "cost" in v)
+                panels = self.journal.read(outside_name(head))
+                hessian += cost * unpack_hessian(panels, weight.shape[1])
+            self.journal.add(outside_name(name), pack_hessian(hessian))
+            schemes, dtype = measured_schemes(weight.shape[1]), self.plan.checkpoint.dtype
+            columns = error_weights(hessian)
+            nats = lookup.damage(weight, columns, schemes, dtype)
+            damage[name] = {label: value + found.get(label, 0.0) for label, value in nats.items()}
 
     def _found_damage(self) -> dict[str, dict[str, float]]:
         return {n: d for value in self.journal.steps for n, d in value.get("damage", {}).items()}

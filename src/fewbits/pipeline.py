@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -132,9 +132,8 @@ def quantize(
         out: folder to be made. If it holds the finished result of the same run it is verified and
             left as it is.
         method: rounds each matrix; round to nearest by default. A name like "gptq" or "awq+gptq"
-            stands for a method and the transforms before it; "best" for "awq+gptq" whose Hessians weigh
-            tokens by what their errors cost, with the schemes chosen such that the files are no larger
-            than with `scheme` for all.
+            stands for a method and the transforms before it; "best" for "awq+gptq" with schemes that
+            are chosen such that the files are no larger than with `scheme` for all.
         scheme: 4 bits in groups of 128 by default; for "llm-int8" 8 bits by channel, inputs by token,
             with the outlier columns that calibration finds, or without it those of each call; for "q4_k"
             its own.
@@ -196,7 +195,7 @@ def quantize(
     check_out(out, source)
     run = _Request(
         model, source, out, recipe, format, clients, tensor_parallel, samples, length, seed,
-        max_memory, max_shard_bytes, restart, progress, best,
+        max_memory, max_shard_bytes, restart, progress,
     )  # fmt: skip
     with watch_memory() as memory_taken:
         if best or size.asked:
@@ -223,7 +222,6 @@ class _Request:
     max_shard_bytes: int
     restart: bool
     progress: Progress | None
-    weighted: bool
 
     def take(
         self,
@@ -281,12 +279,10 @@ class _Request:
                 seed=self.seed, max_memory=self.max_memory, restart=self.restart, progress=self.progress,
             )  # fmt: skip
         stats = read_statistics(own if statistics is None else statistics)
-        stats.hessian = self._hessian
         _check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
         fitted = self._fit(size, stats.damage)
-        budget = fitted.budget | {"hessian": stats.hessian}
         named = replace(self, format=fitted.format)
-        result = named.take(fitted.recipe, None, stats, budget, began, memory)
+        result = named.take(fitted.recipe, None, stats, fitted.budget, began, memory)
         _throw_away_measured(own, statistics)  # also of an earlier process that was given none
         return result
 
@@ -295,10 +291,6 @@ class _Request:
             self.source, self.recipe, size, damage, format=self.format, clients=self.clients,
             tensor_parallel=self.tensor_parallel, max_shard_bytes=self.max_shard_bytes,
         )  # fmt: skip
-
-    @property
-    def _hessian(self) -> Literal["hessian", "weighted"]:
-        return "weighted" if self.weighted else "hessian"
 
     def _find_done(
         self,

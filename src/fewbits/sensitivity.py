@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fewbits.affine import choose_qparams, dequantize, quantize
+from fewbits.affine import dequantize, quantize
 from fewbits.linear import float_weight
 from fewbits.methods.gptq import factor
 from fewbits.methods.grid import search_qparams
@@ -31,6 +31,7 @@ from fewbits.structure import find_head
 
 _ROWS = 512  # of a matrix that are rounded, at most; the others are taken to lose alike; not tuned
 _TOGETHER = 4096  # rows in float32 at a time; not tuned
+_POSITIONS = 512  # that tokens are drawn at at a time, at least one sample; not tuned
 _DAMP = 0.01  # of each column's H_kk, as GPTQ adds it
 
 Linears = tuple[str, ...]  # that read one tensor
@@ -46,6 +47,7 @@ class Sensitivity:
             of which each linear has the same say.
         rows: by linear, (out,): nats per token that a mean squared error of 1 at an output costs.
         weight: sum of the tokens' weights.
+        tokens: that have weights, of all linears together.
         usual: by linear, the mean weight of the first tokens that have any, which all are divided by.
     """
 
@@ -53,6 +55,7 @@ class Sensitivity:
     hessian: Tensor
     rows: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
+    tokens: int = 0
     usual: dict[str, float] = field(default_factory=dict)
 
     def finish(self, positions: int) -> None:
@@ -85,7 +88,9 @@ def draw_back(
     watched = {} if found is None else {found.linears: found}
     positions = 0
     with _watch(stream.shell, watched, stream.every) as settle:
-        for rows in stream.batches(range(len(stream.ids))):
+        some = max(1, min(stream.batch, _POSITIONS * stream.every // stream.ids.shape[1]))
+        for start in range(0, len(stream.ids), some):
+            rows = slice(start, start + some)
             into[rows], drawn = stream.draw_back(states(rows), generator)
             positions += drawn
             settle()
@@ -177,6 +182,7 @@ def _add(sensitivity: Sensitivity, path: str, x: Tensor, gradient: Tensor) -> No
         weights /= sensitivity.usual.setdefault(path, mean)
     sensitivity.hessian.addmm_(x.t() * weights, x)
     sensitivity.weight += float(weights.sum())
+    sensitivity.tokens += int(weights.count_nonzero())
     rows = squares.sum(0)
     sensitivity.rows[path] = sensitivity.rows.get(path, 0) + rows
 
@@ -236,16 +242,42 @@ def _share(weight: Tensor, rows: Tensor, columns: Tensor, some: Tensor) -> float
     return float(whole.sum()) / part if part > 0 else 1.0
 
 
-def find_embedding_damage(
-    weight: Tensor,
-    ids: Tensor,
-    states: Tensor,
-    gradients: Tensor,
-    positions: int,
-    schemes: Sequence[QuantScheme],
-    scale_dtype: torch.dtype,
-) -> dict[str, float]:
-    """The same of an embedding whose rows are looked up and rounded to nearest.
+@dataclass(frozen=True, slots=True)
+class LookupCosts:
+    """What squared errors of an embedding cost where its rows are looked up.
+
+    Args:
+        known: (rows,) numbers of the rows that were looked up.
+        costs: (rows, hidden), nats per token.
+    """
+
+    known: Tensor
+    costs: Tensor
+
+    def damage(
+        self, weight: Tensor, columns: Tensor, schemes: Sequence[QuantScheme], dtype: torch.dtype
+    ) -> dict[str, float]:
+        """The KL that rounding costs there, by label; weight (vocabulary, hidden).
+
+        Args:
+            weight: (vocabulary, hidden).
+            columns: (hidden,), what grids are chosen by.
+            schemes: that fit.
+            dtype: of scales on disk.
+        """
+        rows = weight[self.known].float()
+        found = {}
+        for scheme in schemes:
+            grid = search_qparams(rows, scheme, columns, dtype)
+            error = rows - dequantize(quantize(rows, *grid, scheme), *grid, scheme)
+            found[scheme.label] = float((error.square() * self.costs).sum())
+        return found
+
+
+def find_lookup_costs(
+    weight: Tensor, ids: Tensor, states: Tensor, gradients: Tensor, positions: int
+) -> LookupCosts:
+    """What squared errors of an embedding cost, as gradients tell.
 
     Args:
         weight: (vocabulary, hidden).
@@ -253,18 +285,10 @@ def find_embedding_damage(
         states: (tokens, hidden), what the first block is given: rows times a factor, perhaps.
         gradients: (tokens, hidden) there.
         positions: that tokens were drawn at.
-        schemes: that fit.
-        scale_dtype: of scales on disk.
     """
     known, place = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    rows = weight[known].float()
-    looked_up = rows[place]
-    norm = float(looked_up.square().sum())
-    factor = float((states.float() * looked_up).sum()) / norm if norm > 0 else 1.0
-    costs = torch.zeros_like(rows).index_add_(0, place, gradients.float().square())
-    found = {}
-    for scheme in schemes:
-        scale, zero_point = choose_qparams(rows, scheme, scale_dtype)
-        error = rows - dequantize(quantize(rows, scale, zero_point, scheme), scale, zero_point, scheme)
-        found[scheme.label] = factor**2 * float((error.square() * costs).sum()) / (2 * positions)
-    return found
+    rows = weight[ids].float()
+    norm = float(rows.square().sum())
+    factor = float((states.float() * rows).sum()) / norm if norm > 0 else 1.0
+    costs = torch.zeros(len(known), weight.shape[1]).index_add_(0, place, gradients.float().square())
+    return LookupCosts(known, costs.mul_(factor**2 / (2 * positions)))

@@ -12,8 +12,8 @@ and from the folder 0.01773 and 0.01768 ± 0.00039 at 4 bits, 0.0738 and 0.0733 
 
     ids                          (samples, length) int64: to search with, behind them those held out
     0.self_attn.q_proj.hessian   of what q_proj of block 0 reads, and with it k_proj and v_proj
-    0.self_attn.q_proj.weighted  the same, each token weighed by what its errors cost (`sensitivity`)
     0.self_attn.q_proj.absmax    (in,) float32
+    lm_head.weight.hessian       (in, in) of a head, or embedding, by its source tensor: see `outside`
 
 A Hessian is symmetric, and kept are its lower panels, float32, one after the other, each by rows:
 columns 0 to 255 of all rows, columns 256 to 511 of the rows from 256 on, and so on. Of n columns, a
@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,11 @@ def tensor_name(number: int, linears: tuple[str, ...], what: str) -> str:
     return f"{number}.{linears[0]}.{what}"
 
 
+def outside_name(source: str) -> str:
+    """Of the Hessian of a source tensor that stands outside of the blocks."""
+    return f"{source}.hessian"
+
+
 @dataclass(slots=True)
 class Statistics:
     """A folder of statistics, with its tensors unread.
@@ -340,7 +345,6 @@ class Statistics:
     damage: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     panel: int = PANEL
-    hessian: Literal["hessian", "weighted"] = "hessian"  # which of the two is given to methods
     _shards: Checkpoint | None = field(default=None, repr=False)
     _inputs: dict[tuple[int, str], Input] = field(default_factory=dict, repr=False)
 
@@ -448,12 +452,23 @@ class Statistics:
             )
         stats = InputStats(tokens=one.tokens)
         if "hessian" in needs:
-            name = tensor_name(number, one.linears, self.hessian)
+            name = tensor_name(number, one.linears, "hessian")
             panels = self._floats(name, panel_values(width, self.panel))
             stats.hessian = unpack_hessian(panels, width, self.panel)
         if "absmax" in needs:
             stats.absmax = self._floats(tensor_name(number, one.linears, "absmax"), width).clone()
         return stats
+
+    def outside(self, source: str, width: int) -> Tensor | None:
+        """What errors of a row of a head or an embedding cost, (in, in); None: nobody knows.
+
+        Of a head it is the Hessian of what it reads, tokens weighed by their squared gradients; of an
+        embedding the squared gradients of its rows, on the diagonal; of both in one the sum.
+        """
+        name = outside_name(source)
+        if name not in self.tensors:
+            return None
+        return unpack_hessian(self._floats(name, panel_values(width, self.panel)), width, self.panel)
 
     def _floats(self, name: str, count: int) -> Tensor:
         tensor = self.read(name)

@@ -29,6 +29,7 @@ from fewbits.text import Text
 from fewbits.verify import Progress
 from fewbits.wiring import Wiring
 
+_OUTSIDE_VALUES = 2**24  # of a head or an embedding, rounded at a time; not tuned
 _FORWARD = 1.5  # times the bytes that are written, to load them and run them on a few tokens; rough
 
 
@@ -170,29 +171,44 @@ class Steps:
         for name in self.names[None]:
             if self.data is not None and name in self.plan.placements:
                 _without_calibration(name, self.plan)
-                what = "outside of the blocks: rounded to nearest, without calibration"
+                if not self._stats_outside(name):
+                    what = "outside of the blocks: rounded to nearest, without calibration"
+                    notes.append(Note("fallback", name, what))
                 if self.plan.matrices[name].kind == "embedding":
-                    what += "; the blocks are calibrated on its floats"
-                notes.append(Note("fallback", name, what))
+                    notes.append(Note("fact", name, "the blocks are calibrated on its floats"))
             self._write_one(name, self._round(name, notes), None, notes)
         self._commit(notes)
 
+    def _stats_outside(self, name: str) -> dict[str, Tensor]:
+        """What statistics know of a matrix outside of the blocks, as far as the method asks for it."""
+        if self.statistics is None or self.recipe.method.needs != {"hessian"}:
+            return {}
+        hessian = self.statistics.outside(name, self.plan.matrices[name].rows_columns[1])
+        return {} if hessian is None else {"hessian": hessian}
+
     def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
-        """Round one source tensor, a matrix or a stack of them, without calibration; None: no such."""
+        """Round one source tensor outside of the blocks, or without calibration; None: no matrix."""
         plan = self.plan
         if name not in plan.placements:
             return None
-        method = RTN() if self.data is not None else self.recipe.method
+        stats = self._stats_outside(name)
+        method = RTN() if self.data is not None and not stats else self.recipe.method
         tensor, scheme = plan.checkpoint.read(plan.origins.get(name, name)), plan.placements[name].scheme
+        scales = plan.format.scales(tensor.dtype)
         weights: list[QuantizedTensor] = []
         for piece in plan.matrices[name].slices(tensor):
-            try:
-                scales = plan.format.scales(tensor.dtype)
-                weight, more = round_held(method, piece, scheme, {}, scales.dtype, scales.least)
-            except InputError as error:
-                raise InputError(f"{plan.place(name)}: {error}") from None
-            weights.append(weight)
-            notes += [replace(note, where=name) for note in more]
+            # Rows of a head or an embedding, which are many, do not touch each other.
+            whole = not stats or scheme.two_level or scheme.granularity == "tensor"
+            step = len(piece) if whole else max(1, _OUTSIDE_VALUES // piece.shape[1])
+            parts = []
+            for rows in torch.split(piece, step):
+                try:
+                    part, more = round_held(method, rows, scheme, stats, scales.dtype, scales.least)
+                except InputError as error:
+                    raise InputError(f"{plan.place(name)}: {error}") from None
+                parts.append(part)
+                notes += [replace(note, where=name) for note in more]
+            weights.append(QuantizedTensor.concatenate(parts))
         return weights
 
     def _without_data(self, numbers: list[int | None]) -> None:
