@@ -372,6 +372,11 @@ class Stream:
         with torch.enable_grad():
             given = states.float().requires_grad_()
             log_p = F.log_softmax(self._logits(given).flatten(0, -2), -1)
+            if bool(log_p.detach().isnan().any()):
+                raise InputError(
+                    f"{self.checkpoint.folder} gives logits of NaN or infinity; accepted are models "
+                    "that compute"
+                )
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             (result,) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), given)
         return result, len(drawn)
