@@ -302,8 +302,7 @@ class _Request:
         ledger = read_ledger(self.out)
         fitted = fitted_before(self.recipe, size, ledger)
         format = find_format(self.source, self.recipe, self.format, self.clients, self.tensor_parallel)
-        same = fitted is not None and fitted.budget.get("hessian") == self._hessian
-        if fitted is None or not same or fitted.format != format:
+        if fitted is None or fitted.format != format:
             raise InputError(f"{self.out} holds another run; {_ACCEPTED}, or --restart to throw it away")
         plan = make_plan(self.source, fitted.recipe, format, self.clients, self.tensor_parallel)
         asked = _ask(plan, fitted.recipe, None, self.model, None, fitted.budget)
