@@ -9,10 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits import load, stream
+from fewbits import QuantScheme, affine, load, stream
 from fewbits.blockwise import find_block_wiring
 from fewbits.checkpoint import open_checkpoint
-from fewbits.sensitivity import Sensitivity, draw_back, pull_back
+from fewbits.methods.grid import search_qparams
+from fewbits.sensitivity import (
+    LookupCosts,
+    Sensitivity,
+    draw_back,
+    error_weights,
+    find_damage,
+    find_lookup_costs,
+    pull_back,
+)
 from fewbits.statistics import find_inputs
 from fewbits.stream import Stream
 from fewbits.structure import find_blocks, find_head, is_experts
@@ -258,3 +267,135 @@ def test_gradients_of_all_positions_and_of_the_first_are_too(source, model_type,
 def test_a_head_in_slices_gives_the_same_gradients(source, monkeypatch):
     monkeypatch.setattr(stream, "_HEAD_ROWS", 64 * 7)
     check_pulled_back(source("llama"), 5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("gemma2", {}),  # times the root of the width
+        ("granite", {"embedding_multiplier": 3.0}),  # outside of the embedding
+        ("gpt2", {}),  # positions are added
+        ("bloom", {}),  # normalized
+        ("opt", {}),  # projected to another width
+    ],
+)
+def test_costs_of_an_embedding_are_those_of_its_rows(source, model_type, changes):
+    """The square of each token's gradient at its own row, by autograd of transformers' own model."""
+    folder = source(model_type, **changes)
+    model = load(folder, dtype=torch.float32).requires_grad_(False)
+    weight, looked_up = model.get_input_embeddings().weight.detach(), []
+
+    def look_up(module, args, output):
+        rows = weight[args[0]].requires_grad_()
+        factor = (output / rows.detach()).median().detach()  # gemma's; each of the others gives the rows
+        assert torch.allclose(rows * factor, output, rtol=1e-5)
+        looked_up.append(rows)
+        return rows * factor
+
+    def enter(_module, args, kwargs):
+        looked_up.append(args[0] if args else kwargs["hidden_states"])
+
+    model.get_input_embeddings().register_forward_hook(look_up)
+    first = model.get_submodule(find_blocks(model))[0]
+    first.register_forward_pre_hook(enter, with_kwargs=True)
+    model(IDS, use_cache=False)
+    gradients = torch.randn(looked_up[1].shape, generator=torch.Generator().manual_seed(1))
+    (at_rows,) = torch.autograd.grad(looked_up[1], looked_up[0], gradients)
+    flow = Stream(open_checkpoint(folder), IDS, tokens=2 * IDS.shape[1])
+    found = find_lookup_costs(flow, weight, gradients, positions=7)
+    assert found.known.tolist() == sorted(set(IDS.flatten().tolist()))
+    for token, costs in zip(found.known, found.costs, strict=True):
+        expected = at_rows[token == IDS].square().sum(0) / (2 * 7)
+        assert_close(costs, expected, f"token {token}")
+
+
+# -- damage ------------------------------------------------------------------------------------------
+
+SCHEMES = [QuantScheme.parse(label) for label in ("w4-g32", "w3-g32-asym", "w2-g64", "w8-channel")]
+
+
+def hessian_of(columns: int, tokens: int, seed: int = 0) -> Tensor:
+    """Of inputs that depend on each other, as those of a model do, of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(9)) / columns**0.5
+    mix = mix + torch.eye(columns) * torch.linspace(0.1, 2, columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mix
+    return x.T @ x / tokens
+
+
+def least_left(hessian: Tensor) -> Tensor:
+    """By definition: of an error in one column, what is left when the smaller columns take up theirs.
+
+    That is the inverse of the corner of the inverse, for the damped Hessian.
+    """
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().diag()
+    order, left = hessian.diagonal().argsort(descending=True, stable=True).tolist(), {}
+    for i, column in enumerate(order):
+        free = order[i:]
+        left[column] = 1 / torch.linalg.inv(damped[free][:, free])[0, 0]
+    return torch.tensor([left[column] for column in range(len(hessian))])
+
+
+def test_weights_of_errors_are_what_later_columns_cannot_take_up():
+    hessian = hessian_of(48, 400)
+    assert torch.allclose(error_weights(hessian).double(), least_left(hessian).double(), rtol=1e-4)
+    diagonal = torch.diag(torch.rand(8) + 0.1)
+    assert torch.allclose(error_weights(diagonal), 1.01 * diagonal.diagonal())
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_hessian_without_factors_leaves_its_diagonal(bad):
+    hessian = torch.eye(4) * bad
+    assert torch.equal(error_weights(hessian), hessian.diagonal().nan_to_num())
+
+
+@pytest.mark.parametrize("out", [1, 96, 512])
+def test_damage_is_that_of_the_definition_for_all_rows(out):
+    weight, rows, columns = torch.randn(out, 128).bfloat16(), torch.rand(out), torch.rand(128)
+    found = find_damage(weight, rows, columns, SCHEMES, torch.bfloat16)
+    assert list(found) == [scheme.label for scheme in SCHEMES]
+    for scheme in SCHEMES:
+        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16)
+        codes = affine.quantize(weight.float(), scale, zero_point, scheme)
+        value, total = affine.dequantize(codes, scale, zero_point, scheme).double(), 0.0
+        for r in range(out):
+            total += float(rows[r] * (columns.double() * (weight[r].double() - value[r]) ** 2).sum())
+        assert found[scheme.label] == pytest.approx(total, rel=1e-4)
+
+
+def test_damage_of_many_rows_is_estimated_from_some():
+    """Within 5 standard errors of a mean over the rows that are rounded.
+
+    Of rows alike but for their size, the share of the squares that is lost varies from row to row; the
+    estimate is a ratio of sums over 512 of 4000 rows, and has the error of one (Cochran 1977, 6.13).
+    """
+    weight = torch.randn(4000, 64) * torch.rand(4000, 1)
+    rows, columns = torch.rand(4000).square(), torch.rand(64)
+    found = find_damage(weight, rows, columns, SCHEMES[:3], torch.float32)
+    for scheme in SCHEMES[:3]:
+        scale, zero_point = search_qparams(weight, scheme, columns, torch.float32)
+        codes = affine.quantize(weight, scale, zero_point, scheme)
+        error = weight - affine.dequantize(codes, scale, zero_point, scheme)
+        lost = rows * (error.square() @ columns)
+        whole = rows * (weight.square() @ columns)
+        ratio = lost.sum() / whole.sum()
+        standard = (lost - ratio * whole).std() / 512**0.5 / whole.mean()
+        assert abs(found[scheme.label] - lost.sum()) <= 5 * standard * whole.sum()
+        assert found[scheme.label] != pytest.approx(float(lost.sum()), rel=1e-6)  # not all were rounded
+        assert 5 * standard <= 0.2 * ratio  # so that the bound says something
+
+
+def test_damage_of_an_embedding_is_that_of_the_rows_that_were_looked_up():
+    weight, columns = torch.randn(40, 64).bfloat16(), torch.rand(64)
+    known, costs = torch.tensor([1, 4, 39]), torch.rand(3, 64)
+    found = LookupCosts(known, costs).damage(weight, columns, SCHEMES, torch.bfloat16)
+    for scheme in SCHEMES:
+        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16)
+        codes = affine.quantize(weight.float(), scale, zero_point, scheme)
+        value = affine.dequantize(codes, scale, zero_point, scheme).double()
+        total = sum(
+            float((costs[i].double() * (weight[k].double() - value[k]) ** 2).sum())
+            for i, k in enumerate(known.tolist())
+        )
+        assert found[scheme.label] == pytest.approx(total, rel=1e-4)

@@ -496,7 +496,7 @@ class Measurement:
         return names or ([] if path is None else [f"{path}.weight"])
 
     def _head(self, stream: Stream) -> Tensor:
-        weight = stream.shell.get_submodule(find_head(stream.network)).weight  # type: ignore[arg-type]
+        weight = stream.shell.get_submodule(find_head(stream.network)).weight
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -526,7 +526,7 @@ class Measurement:
                 "infinity; accepted are models that compute"
             )
         if number == 0 and wanted is not None:
-            self._add_embedding(stream, states, wanted, drawn, damage)
+            self._add_embedding(stream, wanted, drawn, damage)
         return {"damage": damage}
 
     def _complete(self, number: int, found: Sensitivity) -> None:
@@ -567,7 +567,6 @@ class Measurement:
     def _add_embedding(
         self,
         stream: Stream,
-        states: Tensor,
         gradients: Tensor,
         drawn: int,
         damage: dict[str, dict[str, float]],
@@ -576,9 +575,7 @@ class Measurement:
         tied = find_tied_head(stream.network)
         for name in (m.source for m in self.plan.matrices.values() if m.kind == "embedding"):
             weight = self.plan.checkpoint.read(name)
-            lookup = find_lookup_costs(
-                weight, stream.ids.flatten(), states.flatten(0, 1), gradients.flatten(0, 1), drawn
-            )
+            lookup = find_lookup_costs(stream, weight, gradients, drawn)
             hessian = torch.diag(lookup.costs.sum(0))
             head = f"{tied}.weight"
             found = self._found_damage().get(head, {})

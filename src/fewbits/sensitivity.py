@@ -274,21 +274,24 @@ class LookupCosts:
         return found
 
 
-def find_lookup_costs(
-    weight: Tensor, ids: Tensor, states: Tensor, gradients: Tensor, positions: int
-) -> LookupCosts:
+def find_lookup_costs(stream: Stream, weight: Tensor, gradients: Tensor, positions: int) -> LookupCosts:
     """What squared errors of an embedding cost, as gradients tell.
 
     Args:
-        weight: (vocabulary, hidden).
-        ids: (tokens,).
-        states: (tokens, hidden), what the first block is given: rows times a factor, perhaps.
-        gradients: (tokens, hidden) there.
+        stream: of the samples.
+        weight: (vocabulary, width).
+        gradients: (samples, length, hidden), at the first block's input.
         positions: that tokens were drawn at.
     """
-    known, place = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    rows = weight[ids].float()
-    norm = float(rows.square().sum())
-    factor = float((states.float() * rows).sum()) / norm if norm > 0 else 1.0
-    costs = torch.zeros(len(known), weight.shape[1]).index_add_(0, place, gradients.float().square())
+    known, place = stream.ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    costs = torch.zeros(len(known), weight.shape[1])
+    squares = products = 0.0
+    for some in stream.batches(range(len(stream.ids))):
+        ids = stream.ids[some]
+        given, gradient = stream.pull_back_to_embedding(ids, gradients[some].float())
+        rows = weight[ids].float()
+        squares += float(rows.square().sum())
+        products += float((given * rows).sum())
+        costs.index_add_(0, place[some].flatten(), gradient.flatten(0, 1).square())
+    factor = products / squares if squares > 0 else 1.0  # that some classes multiply their rows by
     return LookupCosts(known, costs.mul_(factor**2 / (2 * positions)))

@@ -199,7 +199,6 @@ class Stream:
         model = build(self.network, tensors, absent, torch.float32, self.checkpoint.folder)
         return model.eval()
 
-    @torch.no_grad()
     def _reach(self, ids: Tensor) -> Tensor:
         """The first block's hidden states; its call is recorded too."""
         self.stubs[0].as_tuple = None
@@ -211,6 +210,7 @@ class Stream:
             return hidden
         raise InputError(f"{self.checkpoint.folder}: the model does not call the blocks of {self.path}")
 
+    @torch.no_grad()
     def _first_calls(self) -> None:
         """Learn how blocks return, and that what they are given does not depend on the tokens."""
         one = self.ids[:1]
@@ -219,8 +219,7 @@ class Stream:
         assert call is not None
         block = self.load(0)
         self.loaded = {0: block}
-        with torch.no_grad():
-            output = block(hidden, *call.args, **call.kwargs)
+        output = block(hidden, *call.args, **call.kwargs)
         self.as_tuple = isinstance(output, tuple)
         others = (one + 1) % text_config(self.network).vocab_size
         first, second = self._record(one), self._record(others)
@@ -243,6 +242,7 @@ class Stream:
             )
         return [call for call in calls if call is not None]
 
+    @torch.no_grad()
     def _embed(self) -> Tensor:
         states: Tensor | None = None
         for rows in self.batches(range(len(self.ids))):
@@ -309,6 +309,29 @@ class Stream:
             output = self._run(number, block, given)
             (result,) = torch.autograd.grad(output, given, gradient)
         return result
+
+    def pull_back_to_embedding(self, ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """What the embedding gives for some tokens, and the gradient there: (samples, length, width).
+
+        Args:
+            ids: (samples, length).
+            gradient: (samples, length, hidden) at the first block's input, which models scale, project
+                or normalize, and add positions to.
+        """
+        found: list[Tensor] = []
+
+        def cut(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            found.append(output.detach().float().requires_grad_())
+            return found[-1]
+
+        handle = self.shell.get_input_embeddings().register_forward_hook(cut)
+        try:
+            with torch.enable_grad():
+                hidden = self._reach(ids)
+                (result,) = torch.autograd.grad(hidden, found[0], gradient)
+        finally:
+            handle.remove()
+        return found[0].detach(), result
 
     @contextmanager
     def in_fast_dtype(self, number: int, block: nn.Module) -> Iterator[None]:
