@@ -217,6 +217,10 @@ def test_what_was_measured_once_is_quantized_from_again(model, text, tmp_path):
     assert again.exit_code == 0
     assert again.stdout.startswith(f"{stats}: already there, and verified; ")
     assert "2 blocks, 8 inputs" in again.stdout
+    costs = {name: nats["w4-g32"] for name, nats in value["damage"].items()}
+    worst = max(costs, key=costs.get)
+    assert f"in w4-g32 {len(costs)} of them together {sum(costs.values()):.3g} nats" in again.stdout
+    assert f"most for {worst}, {costs[worst]:.3g}" in again.stdout
     assert refused(run(*measuring, "--seed", "3"), "holds another measurement", "--restart")
     quantizing = ("quantize", model, out, "--group-size", "32", "--stats", stats)
     made = run(*quantizing, "--method", "awq+gptq", "--json")

@@ -166,16 +166,17 @@ def _widest(
 ) -> Plan:
     """A plan that quantizes all that may be chosen, in some scheme."""
     holds = format in _HOLD_EMBEDDINGS and any(m.kind == "embedding" for m in seen.matrices.values())
-    wide = replace(recipe, head=True, embeddings=recipe.embeddings or holds)
+    wide = replace(recipe, embeddings=recipe.embeddings or holds)
     tried = [recipe.scheme, *map(QuantScheme.parse, _TRIED)]
     schemes = [s for s in dict.fromkeys(tried) if recipe.scheme.symmetric or not s.symmetric]
-    refused: InputError | None = None
-    for scheme in schemes:
-        try:
-            return make_plan(seen, replace(wide, scheme=scheme), format, clients, tensor_parallel)
-        except InputError as error:
-            refused = refused or error
-    assert refused is not None
+    refused = InputError("there is nothing to try")
+    for head in dict.fromkeys((True, recipe.head)):  # some formats hold none
+        for scheme in schemes:
+            try:
+                made = replace(wide, scheme=scheme, head=head)
+                return make_plan(seen, made, format, clients, tensor_parallel)
+            except InputError as error:
+                refused = error
     raise refused
 
 

@@ -168,7 +168,7 @@ def parse_method(text: str) -> tuple[tuple[Transform, ...], Method]:
     if not known or not set(names) <= TRANSFORMS.keys() or len(set(names)) < len(names):
         raise InputError(
             f"method {text!r} is unknown; accepted are {', '.join(METHODS)}, {', '.join(TRANSFORMS)}, "
-            "a transform before a method, like awq+gptq, and on the command line int8"
+            "a transform before a method, like awq+gptq, best, and on the command line int8"
         )
     method = WeightedRTN() if last in TRANSFORMS else METHODS[last]()
     return tuple(TRANSFORMS[name]() for name in names), method
