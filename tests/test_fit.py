@@ -21,7 +21,7 @@ from fewbits import InputError, QuantScheme, measure, pipeline, quantize
 from fewbits.fit import Size, fit
 from fewbits.ledger import read_ledger
 from fewbits.plan import make_plan
-from fewbits.recipe import Recipe, parse_method
+from fewbits.recipe import Recipe
 from fewbits.report.allocation import read_schemes
 from fewbits.sizes import weight_file_bytes
 from fewbits.statistics import read_statistics
@@ -189,28 +189,32 @@ def test_best_without_a_size_is_no_larger_than_one_scheme_for_all_and_costs_less
     assert len(set(written(best).values())) > 1
 
 
-def fitted(tiny, model_type: str, size: Size, **changes: Any):
-    transforms, method = parse_method("awq+gptq")
-    damage = read_statistics(tiny.stats(model_type, **changes)).damage
-    return fit(
-        tiny.source(model_type, **changes), Recipe(method, transforms=transforms), size, damage,
-        format=None, clients=(), tensor_parallel=1, max_shard_bytes=2**30,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("changes", [{}, {"intermediate_size": 100}], ids=str)
 def test_two_bits_are_chosen_only_where_three_do_not_fit(tiny, changes):
-    """Also where some matrix has no groups, and others are not measured in whole rows."""
-    source = tiny.source("llama", **changes)
-    of_float = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    sizes = [int(of_float * share / 100) for share in range(24, 60, 4)]
-    bits = []
-    for size in sizes:
-        schemes = fitted(tiny, "llama", Size(memory=size), **changes).recipe.allocation.values()
-        bits.append({scheme.bits for scheme in schemes if scheme is not None})
-    assert 2 in bits[0]
-    assert 2 not in bits[-1]
-    assert sorted(bits, key=lambda found: 2 not in found) == bits
+    """However little they seem to cost; also where one has no groups, and no other is measured so."""
+    source, whole = tiny.source("llama", **changes), "channel" if changes else "g32"
+    down, o = ("*.down_proj", f"w3-{whole}"), ("*.o_proj", "w3-g128")
+    least = Recipe(
+        scheme=QuantScheme(3, "group", 64),  # with the widest groups that fit
+        overrides=tuple((pattern, QuantScheme.parse(label)) for pattern, label in (down, o)),
+        head=True,
+    )
+    size = weight_file_bytes(make_plan(source, least, "compressed-tensors"))
+    damage = {
+        name: {label: 0.0 if label.startswith("w2") else nats for label, nats in found.items()}
+        for name, found in read_statistics(tiny.stats("llama", **changes)).damage.items()
+    }
+
+    def bits(memory: int) -> set[int]:
+        found = fit(
+            source, Recipe(), Size(memory=memory), damage, format=None, clients=(),
+            tensor_parallel=1, max_shard_bytes=2**30,
+        )  # fmt: skip
+        return {s.bits for s in found.recipe.allocation.values() if s is not None}
+
+    assert bits(size) == {3}
+    assert 2 not in bits(size * 5 // 4)
+    assert 2 in bits(size - 1)
 
 
 def test_asymmetric_stays_asymmetric(tiny, tmp_path):
