@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -641,6 +642,62 @@ def test_a_block_that_is_not_finite_is_named(tiny, tmp_path, bad):
 
 
 # -- what a backward pass finds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [1, 9, 20])
+def test_a_backward_step_that_fails_half_way_is_done_again(tiny, tmp_path, monkeypatch, call):
+    """Of the head, of the last block and of the first, after some of what they write was written."""
+    module, calls = sys.modules[Measurement.__module__], []
+
+    def fail(*args, real=module.find_damage):
+        calls.append(args)
+        if len(calls) == call:
+            raise RuntimeError("half way")
+        return real(*args)
+
+    monkeypatch.setattr(module, "find_damage", fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        measure(tiny.source("mixtral"), tmp_path / "stats", calibration=IDS)
+    calls.extend([()] * call)
+    steps = {1: 2, 9: 3, 20: 4}[call]
+    again = measure(tiny.source("mixtral"), tmp_path / "stats", calibration=IDS)
+    assert again.run["resumed_steps"] == steps
+    assert contents(tmp_path / "stats") == contents(tiny.stats("mixtral"))
+
+
+def taken_bytes(folder: Path) -> int:
+    """Of disk: files, and those that were deleted and are still mapped."""
+    held = {p.stat().st_ino: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            span, inode = (line.split()[i] for i in (0, 4))
+            start, stop = (int(end, 16) for end in span.split("-"))
+            held.setdefault(int(inode), stop - start)
+    return sum(held.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux: what is mapped")
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3"])
+def test_the_disk_that_is_asked_for_is_enough(tiny, tmp_path, monkeypatch, model_type):
+    asked, taken = [], []
+
+    def look(self, *args, real, **more):
+        found = real(self, *args, **more)
+        taken.append(taken_bytes(self.folder))
+        return found
+
+    for name in ("new_states", "commit_step", "write_json"):
+        monkeypatch.setattr(Journal, name, partialmethod(look, real=getattr(Journal, name)))
+
+    def begin(self, *args, real=Journal.begin):
+        asked.append(args[-1])
+        return real(self, *args)
+
+    monkeypatch.setattr(Journal, "begin", begin)
+    measure(tiny.source(model_type), tmp_path / "stats", calibration=IDS)
+    # Rooms for the first states, and of each step but the last there and back; steps; two files.
+    assert len(taken) == 1 + (1 + 2) + (2 + 3) + 2
+    assert max(taken) <= asked[0] <= 2 * max(taken)
 
 
 @torch.no_grad()
