@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 def test_all_lists_exactly_the_public_names():
     modules = {p.stem for p in (ROOT / "src/fewbits").glob("*")}
     public = {n for n in vars(fewbits) if not n.startswith("_")} - modules
-    assert public | {"compare", "convert", "evaluate", "load", "measure", "verify"} == set(fewbits.__all__)
+    assert public | {"compare", "convert", "evaluate", "load", "measure", "verify"} == set(
+        fewbits.__all__
+    )
     assert len(fewbits.__all__) == len(set(fewbits.__all__))
     assert callable(fewbits.load)
 
@@ -55,15 +57,22 @@ def test_every_command_in_the_readme_exists():
         assert {w for w in words if w.startswith("--")} <= options, line
 
 
-def test_the_python_example_in_the_readme_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("heading", "said"),
+    [
+        ("In Python", "'quantized': 42"),
+        pytest.param("Say the size", "4.50 bits per weight, predicted KL 0.", marks=pytest.mark.slow),
+    ],
+)
+def test_the_python_examples_in_the_readme_run(tmp_path, heading, said):
     (tmp_path / "reference").symlink_to(ROOT / "reference")
     (tmp_path / "README.md").write_text(README[:3000])
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = re.search(rf"^## {heading}$.*?```python\n(.*?)```", README, re.M | re.S)[1]
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "'quantized': 42" in result.stdout
+    assert said in result.stdout
 
 
 def test_every_make_target_in_the_readme_exists():
