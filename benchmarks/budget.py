@@ -63,9 +63,9 @@ def rival_cases(model: str, level: float, seed: int, tools: list[str]) -> list[C
     return found
 
 
-def ours(model: str, seed: int, size: float, args: argparse.Namespace) -> Case:
+def ours(model: str, seed: int, size: float, method: str, args: argparse.Namespace) -> Case:
     """We, at a size."""
-    return Case(model, 0, True, seed, "fewbits", args.method, size, args.format, args.embeddings)
+    return Case(model, 0, True, seed, "fewbits", method, size, args.format, args.embeddings)
 
 
 def uniform(model: str, seed: int, level: float, args: argparse.Namespace) -> Case:
@@ -89,10 +89,14 @@ def front(results: dict[Case, Result]) -> list[Case]:
 
 
 class Runs:
-    """Measures what it is asked, tells of each, and remembers what was refused."""
+    """Measures what it is asked, tells of each, and remembers what was refused.
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    Args:
+        start_rivals: run other tools for results that the work folder does not hold.
+    """
+
+    def __init__(self, bench: Bench, start_rivals: bool) -> None:
+        self.bench, self.start_rivals = bench, start_rivals
         self.results: dict[Case, Result] = {}
         self.refused: dict[Case, str] = {}
 
@@ -100,13 +104,22 @@ class Runs:
         """None if the tool refused."""
         if case not in self.results and case not in self.refused:
             try:
-                result = self.bench.measure(case)
+                result = self.find(case)
                 self.results[case] = result
                 said = f"KL {result.mean:.5f} at {size_of(result):.4f} bits per weight"
             except ToolError as error:
                 self.refused[case] = said = str(error)
             print(f"{case.label}: {said}", file=sys.stderr)
         return self.results.get(case)
+
+    def find(self, case: Case) -> Result:
+        """Kept, or measured now."""
+        if case.tool == "fewbits" or self.start_rivals:
+            return self.bench.measure(case)
+        result = self.bench.known(case)
+        if result is None:
+            raise ToolError("left out: not in the work folder, and no other tool is started")
+        return result
 
 
 # -- equal size ----------------------------------------------------------------------------------
@@ -167,7 +180,7 @@ def compared(runs: Runs, args: argparse.Namespace) -> tuple[list[Pair], list[Pai
                 if not args.only_rivals and (result := runs(alike)) is not None:
                     places.append((own, alike, result, True))
                 for pairs, case, result, asked in places:
-                    mine = runs(ours(model, seed, size_of(result), args)) if asked else None
+                    mine = runs(ours(model, seed, size_of(result), args.method, args)) if asked else None
                     pairs.append(Pair(model, level, seed, case, result, asked, mine))
     return others, own
 
@@ -219,7 +232,7 @@ class Point:
 def points(runs: Runs, args: argparse.Namespace) -> list[Point]:
     sizes = np.geomspace(LEAST, MOST, args.budgets).round(3).tolist() if args.budgets else []
     return [
-        Point(model, size, runs(ours(model, args.seeds[0], size, args)))
+        Point(model, size, runs(ours(model, args.seeds[0], size, args.budgets_method, args)))
         for model in args.models
         for size in sizes
     ]
@@ -290,7 +303,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--levels", nargs="*", type=float, choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--rivals", nargs="+", choices=rivals, default=rivals)
     parser.add_argument("--only-rivals", action="store_true", help="measure nothing of ours")
-    parser.add_argument("--method", default="best", help="ours")
+    parser.add_argument("--known-rivals", action="store_true", help="start no other tool")
+    parser.add_argument("--method", default="best", help="ours, against others")
+    parser.add_argument("--budgets-method", default="gptq", help="ours, over many budgets")
     parser.add_argument("--format", default="fewbits", help="ours, at a size")
     parser.add_argument(
         "--embeddings", action=argparse.BooleanOptionalAction, default=True, help="ours, at a size"
@@ -308,11 +323,12 @@ def command(args: argparse.Namespace) -> str:
     """What was run, without the folders of this machine."""
     options = [f"--{name} {shlex.join(map(str, getattr(args, name)))}"
                for name in ("models", "levels", "rivals", "seeds")]  # fmt: skip
-    alone = ["--only-rivals"] if args.only_rivals else []
+    alone = ["--only-rivals"] * args.only_rivals + ["--known-rivals"] * args.known_rivals
     return " ".join(
         ["python benchmarks/budget.py", *options, *alone,
          f"--method {args.method} --format {args.format}",
-         f"--{'' if args.embeddings else 'no-'}embeddings --budgets {args.budgets}"]
+         f"--{'' if args.embeddings else 'no-'}embeddings",
+         f"--budgets {args.budgets} --budgets-method {args.budgets_method}"]
     )  # fmt: skip
 
 
@@ -320,7 +336,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    runs = Runs(Bench(args.work, args.environments, args.threads))
+    runs = Runs(Bench(args.work, args.environments, args.threads), not args.known_rivals)
     others, own = compared(runs, args)
     found = [] if args.only_rivals else points(runs, args)
     verdicts = [] if args.only_rivals else checks(others, own, found, runs)

@@ -132,21 +132,29 @@ class Bench:
 
     def key(self, case: Case) -> dict[str, str]:
         """All that a result depends on."""
-        calibration, heldout = self.ids(case)
-        weights = (prepare(MODELS[case.model], self.work) / "model.safetensors").read_bytes()
         size = {} if case.bits_per_weight is None else {"bits per weight": repr(case.bits_per_weight)}
-        return size | {
-            "case": case.label,
+        heldout = {"heldout": hash_ids(self.ids(case)[1])}
+        return size | {"case": case.label} | self.measured_key(case) | heldout
+
+    def measured_key(self, case: Case) -> dict[str, str]:
+        """All that statistics depend on."""
+        weights = (prepare(MODELS[case.model], self.work) / "model.safetensors").read_bytes()
+        return {
             "weights": hashlib.sha256(weights).hexdigest()[:16],
             "tool": version(TOOLS[case.tool], self.environments),
-            "calibration": hash_ids(calibration),
-            "heldout": hash_ids(heldout),
+            "calibration": hash_ids(self.ids(case)[0]),
         }
+
+    def statistics(self, case: Case) -> Path | None:
+        """Where the model is measured once for all sizes; None where no size is asked for."""
+        if case.bits_per_weight is None:
+            return None
+        name = f"{case.model}-seed{case.seed}-{digest(self.measured_key(case))}"
+        return self.work / "statistics" / name
 
     def path(self, case: Case, key: dict[str, str]) -> Path:
         """Where the result is kept."""
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-        return self.work / "results" / f"{case.label}-{digest}.json"
+        return self.work / "results" / f"{case.label}-{digest(key)}.json"
 
     def quantize_and_judge(self, case: Case) -> Result:
         """In a process of its own; what was quantized is removed."""
@@ -157,7 +165,7 @@ class Bench:
         group = MODELS[case.model].group
         task = Task(
             model, out, case.method, case.bits, group, case.symmetric, ids_file, case.bits_per_weight,
-            case.format, case.embeddings,
+            case.format, case.embeddings, self.statistics(case),
         )  # fmt: skip
         try:
             facts = run(TOOLS[case.tool], task, self.environments, self.threads)
@@ -165,6 +173,11 @@ class Bench:
         finally:
             shutil.rmtree(out, ignore_errors=True)
         return Result(kl, facts)
+
+
+def digest(key: dict[str, str]) -> str:
+    """Short, for the name of what is kept."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
 def load_float32(folder: Path) -> nn.Module:

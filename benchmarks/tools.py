@@ -54,6 +54,7 @@ class Task:
         bits_per_weight: of the whole file, at most, instead of bits and group.
         format: of the files, for tools that write several; None: their own choice.
         embeddings: quantize them too.
+        statistics: folder in which fewbits measures the model, and finds that again.
     """
 
     model: Path
@@ -66,6 +67,7 @@ class Task:
     bits_per_weight: float | None = None
     format: str | None = None
     embeddings: bool = False
+    statistics: Path | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -74,7 +76,8 @@ class Task:
         grid = [] if self.symmetric else ["--asymmetric"]
         size = [] if self.bits_per_weight is None else ["--bits-per-weight", repr(self.bits_per_weight)]
         form = [] if self.format is None else ["--format", self.format]
-        more = [*form, *(["--embeddings"] if self.embeddings else [])]
+        kept = [] if self.statistics is None else ["--statistics", str(self.statistics.resolve())]
+        more = [*form, *(["--embeddings"] if self.embeddings else []), *kept]
         paths = [str(path.resolve()) for path in (self.model, self.out)]
         options = ["--method", self.method, "--bits", str(self.bits), "--ids", str(self.ids.resolve())]
         return [*paths, *options, *group, *grid, *size, *more]

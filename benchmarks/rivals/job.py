@@ -42,6 +42,7 @@ class Job:
         bits_per_weight: of the whole file, at most, instead of bits and group.
         format: of the files, for tools that write several; None: their own choice.
         embeddings: quantize them too.
+        statistics: folder in which fewbits measures the model, and finds that again.
     """
 
     model: Path
@@ -54,6 +55,7 @@ class Job:
     bits_per_weight: float | None
     format: str | None
     embeddings: bool
+    statistics: Path | None
 
     @property
     def packed(self) -> Path:
@@ -79,13 +81,14 @@ def read_job(methods: tuple[str, ...]) -> Job:
     parser.add_argument("--bits-per-weight", type=float, help="of the whole file, at most")
     parser.add_argument("--format")
     parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--statistics", type=Path, help="folder that fewbits makes, or finds again")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     ids = load_file(args.ids)["ids"]
     return Job(
         args.model, args.out, args.method, args.bits, args.group, not args.asymmetric, ids,
-        args.bits_per_weight, args.format, args.embeddings,
+        args.bits_per_weight, args.format, args.embeddings, args.statistics,
     )  # fmt: skip
 
 

@@ -24,11 +24,15 @@ def quantize(job: Job, clock: Clock) -> Quantized:
     else:
         asked = {"bits_per_weight": job.bits_per_weight}
     calibrated = job.method != "rtn" or job.bits_per_weight is not None
-    calibration = job.ids if calibrated else None
+    given = {"calibration": job.ids if calibrated else None}
+    if job.statistics is not None:  # the same weights come of both
+        with clock.phase("measure"):
+            measured = fewbits.measure(job.model, job.statistics, calibration=job.ids)
+        given = {"statistics": measured.folder}
     with clock.phase("quantize"):
         return fewbits.quantize(
-            job.model, job.packed, method=job.method, calibration=calibration, format=job.format,
-            embeddings=job.embeddings, **asked,
+            job.model, job.packed, method=job.method, format=job.format, embeddings=job.embeddings,
+            **given, **asked,
         )  # fmt: skip
 
 
