@@ -13,6 +13,7 @@ from fewbits.errors import InputError
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.stream import TOKENS, fast_dtype
+from fewbits.structure import skeleton, text_config
 
 # Python, torch, transformers, and what they load on the way. A process that has more counts with that.
 # Fixed, so that equal commands divide their work alike. Measured 2026-11-25: 440 to 560 MB.
@@ -20,6 +21,8 @@ LIBRARIES_BYTES = 600 * 10**6
 # Of one matrix that is rounded to nearest, packed and read back: float32, quotients, codes, words.
 _ROUNDED = 12
 _COPIES = 4  # of the columns of a matrix that GPTQ holds, at most
+# Of each value before and behind the matrices of a block: itself, and its gradient or what lies between.
+_PULLED = 2
 _SPARE = 20  # one part in so many comes on top: pieces that malloc keeps; not tuned
 
 
@@ -37,7 +40,12 @@ class Budget:
 
 
 def plan_memory(
-    plan: Plan, recipe: Recipe, shape: tuple[int, int] | None, used: int, most: int | None
+    plan: Plan,
+    recipe: Recipe,
+    shape: tuple[int, int] | None,
+    used: int,
+    most: int | None,
+    kept: int = 0,
 ) -> Budget:
     """Divide the work.
 
@@ -46,6 +54,7 @@ def plan_memory(
         shape: samples and length of calibration; None without it.
         used: bytes that the process takes already.
         most: bytes that it may take; None: as fast as it can.
+        kept: tokens whose gradients are taken back through all blocks.
 
     Raises:
         InputError: that cannot be done; says the least that would do.
@@ -58,7 +67,9 @@ def plan_memory(
     needs_hessian = "hessian" in recipe.method.needs
     every, largest = _hessians(plan) if needs_hessian else (0, 0)
     whole, least = (
-        base + _calibrated(plan, recipe, shape, tokens, needs_hessian) for tokens in (TOKENS, shape[1])
+        base
+        + max(_calibrated(plan, recipe, shape, tokens, needs_hessian), _back(plan, kept, tokens, shape))
+        for tokens in (TOKENS, shape[1])
     )
     if most is None:
         return Budget(Limits(), _with_spare(whole + every))
@@ -191,6 +202,35 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
         together = block if experts else 2 * matrix
         stages.append(4 * block + running + 4 * together + matrix_bytes(matrix, 0))
     return max(max(stages) + kept, _uncalibrated(plan))
+
+
+def _back(plan: Plan, kept: int, tokens: int, shape: tuple[int, int]) -> int:
+    """Taking gradients through the block that takes most; the Hessians that are kept come on top."""
+    if not kept:
+        return 0
+    elements: dict[int, int] = defaultdict(int)
+    for name, number in plan.blocks.items():
+        elements[number] += plan.info(name).count
+    ends: dict[int, float] = defaultdict(float)  # features that a token has before and behind matrices
+    share = _chosen_share(plan)
+    for matrix in plan.matrices.values():
+        if matrix.block is not None:
+            count = matrix.shape[0] if matrix.stacked else 1
+            ends[matrix.block] += sum(matrix.rows_columns) * (
+                count * share if matrix.kind == "expert" else 1
+            )
+    values = max(ends.values(), default=0) * min(kept, max(tokens, shape[1]))
+    states = (2 + 4) * kept * plan.hidden_size  # and gradients, at the first block
+    return 4 * max(elements.values(), default=0) + states + math.ceil(4 * _PULLED * values)
+
+
+def _chosen_share(plan: Plan) -> float:
+    """Of the experts of a block, those that a token is sent to; all where that is not told."""
+    experts = [m for m in plan.matrices.values() if m.kind == "expert"]
+    count = max((m.shape[0] if m.stacked else (m.expert or 0) + 1 for m in experts), default=1)
+    config = text_config(skeleton(plan.checkpoint.config)) if experts else None
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, chosen / count) if isinstance(chosen, int) else 1.0
 
 
 def _rounding(plan: Plan) -> int:

@@ -263,7 +263,9 @@ class Measurement:
         self.fitted = data.ids[: samples - self.held_out]
         kept = max(1, kept_tokens // length) if kept_tokens else 0
         self.kept = min(kept, len(self.fitted))  # samples
-        self.limits = plan_memory(plan, _RECIPE, (samples, length), memory_bytes(), max_memory).limits
+        back = self.kept * length
+        budget = plan_memory(plan, _RECIPE, (samples, length), memory_bytes(), max_memory, back)
+        self.limits = budget.limits
         self.by_block: dict[int, list[Matrix]] = {}
         for matrix in plan.matrices.values():
             if matrix.block is not None and matrix.source in plan.placements:
@@ -465,6 +467,7 @@ class Measurement:
         journal, shape = self.journal, (*stream.ids.shape, self.plan.hidden_size)
         into = None if number == 0 else journal.new_states(4 * math.prod(shape))
         gradients = None if into is None else into.view(torch.float32).view(shape)
+        stream.states = torch.empty(0)  # let go before others are read
         stream.states = self.states(number)
         if first:
             assert gradients is not None
