@@ -39,6 +39,7 @@ FORMATS = [
     ("qwen3", "gguf"),
     ("qwen3", "fewbits"),
     ("gpt2", None),
+    ("opt", None),
     ("mixtral", "compressed-tensors"),
     ("mixtral", "fewbits"),
     ("gpt_oss", None),
@@ -165,6 +166,18 @@ def test_overrides_stay(tiny, tmp_path):
     costs = sum(told[name][label] for name, label in written(result).items())
     assert result.ledger.request["budget"]["predicted"] == pytest.approx(costs)
     assert result.weight_bytes == result.ledger.request["budget"]["weight_bytes"]
+
+
+def test_what_is_not_measured_stays_in_float_or_as_an_override_says(tiny, tmp_path):
+    names = [f"model.decoder.project_{where}" for where in ("in", "out")]
+    result = tiny.quantize(tmp_path / "out", "opt", bits_per_weight=7)
+    assert not {f"{name}.weight" for name in names} & written(result).keys()
+    said = {note.where for note in result.ledger.notes if "not measured" in note.what}
+    assert said == {f"{name}.weight" for name in names}
+    overrides = tuple((name, G32) for name in names)
+    more = tiny.quantize(tmp_path / "more", "opt", bits_per_weight=7, overrides=overrides)
+    assert {written(more)[f"{name}.weight"] for name in names} == {"w4-g32"}
+    assert not any("not measured" in note.what for note in more.ledger.notes)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "best"])

@@ -93,8 +93,9 @@ def fit(
     most = _most_bytes(seen, recipe, size, format, clients, tensor_parallel, max_shard_bytes)
     plan = _widest(seen, recipe, format, clients, tensor_parallel)
     fixed = recipe.caught(plan.matrices.values())
-
     units = find_units(plan, clients=clients, tensor_parallel=tensor_parallel, fixed=fixed)
+    strange = set(find_unmeasured(plan))
+    units = [_in_float(unit) if strange.intersection(unit.names) else unit for unit in units]
 
     def choose(units: list[Unit]) -> Allocation:
         known = _nothing(units) if damage is None else damage
@@ -110,6 +111,15 @@ def fit(
         "weight_bytes": found.weight_bytes,
     }
     return Fitted(_recipe(recipe, plan, found), plan.format.name, budget)
+
+
+def find_unmeasured(plan: Plan) -> list[str]:
+    """Matrices of which nobody knows what rounding them costs: outside of blocks, like projections."""
+    return [
+        name
+        for name, matrix in plan.matrices.items()
+        if matrix.block is None and not matrix.head and matrix.kind != "embedding"
+    ]
 
 
 def find_format(
@@ -169,15 +179,26 @@ def _widest(
     wide = replace(recipe, embeddings=recipe.embeddings or holds)
     tried = [recipe.scheme, *map(QuantScheme.parse, _TRIED)]
     schemes = [s for s in dict.fromkeys(tried) if recipe.scheme.symmetric or not s.symmetric]
-    refused = InputError("there is nothing to try")
+    refused: list[InputError] = []
     for head in dict.fromkeys((True, recipe.head)):  # some formats hold none
         for scheme in schemes:
             try:
                 made = replace(wide, scheme=scheme, head=head)
                 return make_plan(seen, made, format, clients, tensor_parallel)
             except InputError as error:
-                refused = error
-    raise refused
+                refused.append(error)
+    raise min(refused, key=lambda error: len(str(error)))  # with the fewest reasons
+
+
+def _in_float(unit: Unit) -> Unit:
+    """Stays so, if it may."""
+    kept = [i for i, scheme in enumerate(unit.candidates) if scheme is None]
+    return _with_candidates(unit, kept) if kept else unit
+
+
+def _with_candidates(unit: Unit, kept: list[int]) -> Unit:
+    alike = None if unit.alike is None else tuple(unit.alike[i] for i in kept)
+    return replace(unit, candidates=tuple(unit.candidates[i] for i in kept), alike=alike)
 
 
 def _without_two_bits(unit: Unit) -> Unit:
@@ -185,8 +206,7 @@ def _without_two_bits(unit: Unit) -> Unit:
     kept = [i for i, s in enumerate(unit.candidates) if s is None or s.bits in _MORE_BITS]
     if all(unit.candidates[i] is None for i in kept):
         return unit
-    alike = None if unit.alike is None else tuple(unit.alike[i] for i in kept)
-    return replace(unit, candidates=tuple(unit.candidates[i] for i in kept), alike=alike)
+    return _with_candidates(unit, kept)
 
 
 def _nothing(units: list[Unit]) -> dict[str, dict[str, float]]:

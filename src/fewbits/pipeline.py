@@ -28,7 +28,7 @@ from fewbits.checkpoint import (
     resolve,
 )
 from fewbits.errors import InputError, VerificationError
-from fewbits.fit import Fitted, Size, find_format, fit, fitted_before
+from fewbits.fit import Fitted, Size, find_format, find_unmeasured, fit, fitted_before
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, differences, discard, throw_away
@@ -49,12 +49,17 @@ from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe,
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.statistics import STATISTICS, Statistics, read_statistics
 from fewbits.steps import Steps, describe_calibration, read_samples
+from fewbits.tensor import Note
 from fewbits.text import Text
 from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
 
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same run"
 _CHOOSES = "accepted with it are rtn, weighted-rtn, gptq, awq, awq+gptq and best"
+_UNMEASURED = (
+    "outside of the blocks: what rounding it costs is not measured, and it stays in float; an override "
+    "gives it a scheme"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +240,8 @@ class _Request:
         """Quantize by a recipe, or find that this was done."""
         out, model = self.out, self.model
         plan = make_plan(self.source, recipe, self.format, self.clients, self.tensor_parallel)
+        if budget is not None:
+            plan.notes += [Note("skip", name, _UNMEASURED) for name in _left_in_float(plan)]
         samples, length, seed = self.samples, self.length, self.seed
         if stats is not None and (budget is None or recipe.needs_calibration):
             calibration = _kept_samples(stats, plan, recipe, model, samples, length, seed)
@@ -419,6 +426,10 @@ def _check_statistics(
                 f"{key} is {value}, and {statistics.folder} was measured with {held[key]}; accepted is "
                 "to leave it away"
             )
+
+
+def _left_in_float(plan: Plan) -> list[str]:
+    return [name for name in find_unmeasured(plan) if name not in plan.placements]
 
 
 def _throw_away_measured(own: Path, given: str | Path | None) -> None:
