@@ -623,19 +623,26 @@ def test_the_stated_size_is_not_below_the_real_one(tiny, tmp_path):
         assert 1e9 * stated <= 2.5 * values
 
 
-@pytest.mark.parametrize("bad", ["weight", "output"])
+@pytest.mark.parametrize("bad", ["weight", "output", "last output", "logits"])
 def test_a_block_that_is_not_finite_is_named(tiny, tmp_path, bad):
     folder = Path(shutil.copytree(tiny.source("llama"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     if bad == "weight":
         tensors["model.layers.0.self_attn.k_proj.weight"].view(-1)[5] = float("nan")
+    elif bad == "logits":
+        tensors["model.norm.weight"] *= 1e38
+        tensors["lm_head.weight"] *= 1e38
     else:
+        number = 0 if bad == "output" else 1
         for name in ("gate_proj", "up_proj"):
-            tensors[f"model.layers.0.mlp.{name}.weight"] *= 1e30
+            tensors[f"model.layers.{number}.mlp.{name}.weight"] *= 1e30
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = (
-        r"k_proj\.weight contains NaN" if bad == "weight" else "block 0 of .* gives NaN or infinity"
-    )
+    message = {
+        "weight": r"k_proj\.weight contains NaN",
+        "output": "block 0 of .* gives NaN or infinity",
+        "last output": "block 1 of .* gives NaN or infinity",
+        "logits": "gives logits of NaN or infinity",
+    }[bad]
     with pytest.raises(InputError, match=message):
         measure(folder, tmp_path / "stats", calibration=IDS)
     assert list(tmp_path.iterdir()) == [folder]

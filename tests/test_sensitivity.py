@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from fewbits import GPTQ, QuantScheme, affine, load, measure, read_calibration, stream
 from fewbits.blockwise import find_block_wiring
 from fewbits.checkpoint import open_checkpoint
+from fewbits.measure import Measurement
 from fewbits.methods.grid import search_qparams
 from fewbits.sensitivity import (
     LookupCosts,
@@ -24,7 +26,7 @@ from fewbits.sensitivity import (
     find_lookup_costs,
     pull_back,
 )
-from fewbits.statistics import find_inputs
+from fewbits.statistics import Input, find_inputs
 from fewbits.stream import Stream
 from fewbits.structure import find_blocks, find_head, is_experts
 from fewbits.text import Text
@@ -403,6 +405,24 @@ def test_damage_of_an_embedding_is_that_of_the_rows_that_were_looked_up():
             for i, k in enumerate(known.tolist())
         )
         assert found[scheme.label] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 8, 24, 48])
+def test_few_tokens_of_an_expert_are_filled_up_by_those_of_the_forward_pass(tokens):
+    """As many as columns are missing; what little was seen would leave hardly any error."""
+    columns, whole = 48, hessian_of(48, 4000)
+    seen = 3 * hessian_of(48, tokens, seed=1) if tokens else torch.zeros(48, 48)
+    one = Input(("expert",), columns, 4000)
+    run: Any = SimpleNamespace(inputs=lambda _: (one,), hessian=lambda *_: whole)
+    found = Sensitivity(one.linears, seen.clone(), tokens=tokens)
+    Measurement._complete(run, 0, found)
+    size = float(seen.trace() / whole.trace()) if tokens else 1.0
+    expected = tokens / 48 * seen + (1 - tokens / 48) * size * whole
+    assert torch.allclose(found.hessian, expected, rtol=1e-4, atol=1e-6)
+    if tokens == 48:
+        assert torch.equal(found.hessian, seen)
+    elif tokens:
+        assert error_weights(seen).sum() < error_weights(found.hessian).sum()
 
 
 # -- measured ----------------------------------------------------------------------------------------
