@@ -37,6 +37,10 @@ UNREAD = [
     Rule("gptqmodel", "awq", "*", "mixtral", GARBAGE),
     Rule("transformers, gptqmodel", "*", "*", "mixtral", GARBAGE),
     Rule("transformers", "gguf", "*", "mixtral", GARBAGE),  # as a llama, without experts
+    # Its modules are made for one number of bits; what `dynamic` says of others is not read.
+    Rule(
+        "transformers, gptqmodel", "gptq*", "mixed", "*", "You set `ignore_mismatched_sizes` to `False`"
+    ),
     # It looks for nn.Linear where gpt2 has Conv1D.
     Rule("transformers, gptqmodel", "gptq*", "int4*", "gpt2", "has no attribute 'weight'"),
     Rule("transformers, gptqmodel", "gptq*", "*", "gpt2", "has no attribute 'normal_'"),

@@ -51,13 +51,18 @@ FLOAT32 = (
 )
 PROMPT = "def read_file(path):"
 
+# Schemes chosen for a size: some matrices in 8 bits, some in 4, as measurement has it.
+_TEXT = ["--calibration", str(ROOT / "README.md"), "--samples", "8", "--seq-len", "64"]
+_MIXED = ["--method", "gptq", "--bits-per-weight", "7.5", *_TEXT]
 SCHEMES = {
+    "mixed": _MIXED,
     "int8": ["--method", "int8"],
     "int4": ["--bits", "4", "--group-size", "128"],
     "int4 asymmetric": ["--bits", "4", "--group-size", "128", "--asymmetric"],
     "int3": ["--bits", "3", "--group-size", "128"],
 }
 GGUF_SCHEMES = {  # blocks of 32 are what that container has
+    "mixed": _MIXED,
     "int8": ["--bits", "8", "--group-size", "32"],
     "int4": ["--bits", "4", "--group-size", "32"],
     "int4 asymmetric": ["--bits", "4", "--group-size", "32", "--asymmetric"],
@@ -65,6 +70,7 @@ GGUF_SCHEMES = {  # blocks of 32 are what that container has
 }
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "gguf")
 INT3 = ("compressed-tensors", "gptq")  # of which clients read 3 bits
+MIXED = ("compressed-tensors", "gptq", "gptq-v2", "gguf")  # that hold several numbers of bits
 GOLDEN = "golden"  # checkpoints of other tools, each judged by the tool that wrote it
 
 
@@ -195,7 +201,8 @@ def schemes_of(layout: str) -> dict[str, list[str]]:
     """By name, what the command line is told."""
     if layout == "gguf":
         return GGUF_SCHEMES
-    return {name: words for name, words in SCHEMES.items() if name != "int3" or layout in INT3}
+    held = {"int3": INT3, "mixed": MIXED}
+    return {name: words for name, words in SCHEMES.items() if layout in held.get(name, FORMATS)}
 
 
 def is_asked(client: str, case: Case) -> bool:
