@@ -15,8 +15,8 @@ from fewbits.scheme import QuantScheme
 from fewbits.sizes import weight_file_bytes
 
 # Below what 3 bits need, 2 are tried too. What they cost is beyond what gradients at the float model can
-# tell: measured alone, matrices in 2 bits lost up to 4.8 times the prediction, in 3 and 4 bits 1 to 1.7
-# times (babyllama105, 2026-11-26).
+# tell: measured alone, matrices in 2 bits lost up to 4.8 times the prediction, in 3 and 4 bits up to 2.3
+# (babyllama105, 2026-11-26: LOG.md).
 _MORE_BITS = (3, 4, 8)
 # In which a plan is made that says what may be quantized: the first that format and model hold.
 _TRIED = ("w8-g32", "w8-channel", "w4-g128", "w4-g32", "w4-g128-asym", "w4-g32-asym")
