@@ -31,16 +31,16 @@ WITHOUT_OPTION = "You set `ignore_mismatched_sizes` to `False`"  # of asymmetric
 UNREAD = [
     # 3-bit codes lie across words since 0.18.
     Rule("*0.17", "compressed-tensors", "int3", "*", "You set `ignore_mismatched_sizes` to `False`"),
+    # Its modules are made for one number of bits; what `dynamic` says of others is not read.
+    Rule(
+        "transformers, gptqmodel", "gptq*", "mixed", "*", "You set `ignore_mismatched_sizes` to `False`"
+    ),
     # Experts have the source's names, as vLLM reads them; here modules of other names are looked for,
     # and what is not found is random.
     Rule("gptqmodel", "gptq*", "*", "mixtral", "Missing required quantized weights in checkpoint"),
     Rule("gptqmodel", "awq", "*", "mixtral", GARBAGE),
     Rule("transformers, gptqmodel", "*", "*", "mixtral", GARBAGE),
     Rule("transformers", "gguf", "*", "mixtral", GARBAGE),  # as a llama, without experts
-    # Its modules are made for one number of bits; what `dynamic` says of others is not read.
-    Rule(
-        "transformers, gptqmodel", "gptq*", "mixed", "*", "You set `ignore_mismatched_sizes` to `False`"
-    ),
     # It looks for nn.Linear where gpt2 has Conv1D.
     Rule("transformers, gptqmodel", "gptq*", "int4*", "gpt2", "has no attribute 'weight'"),
     Rule("transformers, gptqmodel", "gptq*", "*", "gpt2", "has no attribute 'normal_'"),
