@@ -106,7 +106,8 @@ class QuantizedEmbedding(nn.Embedding):
 
     >>> table = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
     >>> embedding = QuantizedEmbedding(quantize_tensor(table, QuantScheme(8)))
-    >>> torch.equal(embedding(torch.tensor([[1, 0]])), embedding.weight[[[1, 0]]])
+    >>> ids = torch.tensor([[1, 0]])
+    >>> torch.equal(embedding(ids), embedding.weight[ids])
     True
     """
 
