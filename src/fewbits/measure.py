@@ -28,8 +28,8 @@ from fewbits.budget import input_widths, plan_memory
 from fewbits.calibration import DEFAULT_SAMPLES, Calibration
 from fewbits.checkpoint import MAX_SHARD_BYTES, RUN, Written, hash_tensor, read_json, resolve
 from fewbits.errors import InputError
-from fewbits.journal import Journal, differences, discard, throw_away
-from fewbits.ledger import comparable, describe_files, describe_machine, describe_source, plain
+from fewbits.journal import Journal, discard, throw_away
+from fewbits.ledger import describe_files, describe_machine, describe_source, plain
 from fewbits.linear import float_weight
 from fewbits.memory import Memory, hand_back_memory, memory_bytes, watch_memory
 from fewbits.methods import GPTQ
@@ -62,7 +62,14 @@ from fewbits.statistics import (
     tensor_name,
     unpack_hessian,
 )
-from fewbits.steps import calibration_notes, describe_calibration, modified, read_samples
+from fewbits.steps import (
+    calibration_notes,
+    check_same,
+    check_unchanged,
+    describe_calibration,
+    modified,
+    read_samples,
+)
 from fewbits.stream import TOKENS, Stream
 from fewbits.structure import Matrix, find_head, find_tied_head
 from fewbits.tensor import Note, is_finite
@@ -207,18 +214,7 @@ def _ask(plan: Plan, data: Calibration, model: str | Path) -> dict[str, Any]:
 def _reuse(stats: Path, asked: dict[str, Any]) -> Measured:
     """Verify the finished result of the same measurement; refuse anything else."""
     held = read_statistics(stats)
-    before = {
-        "fewbits": held.version,
-        "request": held.request,
-        "source": held.source,
-        "made_with": held.made_with,
-    }
-    found = differences(comparable(before), comparable(asked))
-    if found:
-        raise InputError(
-            f"{stats} holds another measurement: {', '.join(found)}; {_ACCEPTED}, or --restart to "
-            "throw it away"
-        )
+    check_same(held, asked, f"{stats} holds another measurement", _ACCEPTED)
     held.verify()
     discard(stats)  # of a process that was stopped between the last two steps
     return _result(stats, reused=True)
@@ -327,7 +323,7 @@ class Measurement:
         journal, done = self.journal, len(self.blocks)
         self.kept = journal.choices["kept"]
         if journal.resumed:
-            self._check_source()
+            check_unchanged(self.plan, journal, self.plan.checkpoint, self._sources())
         count = 1 + max(self.plan.blocks.values())
         if done < count:
             self._run_forward(done, count)
@@ -353,17 +349,6 @@ class Measurement:
     def _say(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(what, done, total)
-
-    def _check_source(self) -> None:
-        """Where its files were touched since, what was read of them must still be the same."""
-        if modified(self.plan) == self.journal.choices["modified"]:
-            return
-        for name, sha256 in self._sources().items():
-            if hash_tensor(self.plan.checkpoint.read(name)) != sha256:
-                raise InputError(
-                    f"{self.plan.checkpoint.folder} was changed since the run began: {name} has other "
-                    "values; accepted are the same weights, or --restart"
-                )
 
     def _forward(self, stream: Stream, number: int, last: bool, known: dict[str, Wiring]) -> None:
         """Look at what the linears of one block read, and take the samples through it."""

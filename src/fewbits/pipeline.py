@@ -31,10 +31,9 @@ from fewbits.errors import InputError, VerificationError
 from fewbits.fit import Fitted, Size, find_format, find_unmeasured, fit, fitted_before
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
-from fewbits.journal import Journal, differences, discard, throw_away
+from fewbits.journal import Journal, discard, throw_away
 from fewbits.ledger import (
     Ledger,
-    comparable,
     describe_files,
     describe_machine,
     describe_source,
@@ -48,7 +47,7 @@ from fewbits.plan import Plan, make_plan
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.statistics import STATISTICS, Statistics, read_statistics
-from fewbits.steps import Steps, describe_calibration, read_samples
+from fewbits.steps import Steps, check_same, describe_calibration, read_samples
 from fewbits.tensor import Note
 from fewbits.text import Text
 from fewbits.transforms import Transform
@@ -492,17 +491,7 @@ def _result(
 def reuse(out: Path, asked: dict[str, Any], plan: Plan, progress: Progress | None) -> Quantized:
     """Verify the finished result of the same run; refuse anything else."""
     ledger = read_ledger(out)
-    held = {
-        "fewbits": ledger.version,
-        "request": ledger.request,
-        "source": ledger.source,
-        "made_with": ledger.made_with,
-    }
-    found = differences(comparable(held), comparable(asked))
-    if found:
-        raise InputError(
-            f"{out} holds another run: {', '.join(found)}; {_ACCEPTED}, or --restart to throw it away"
-        )
+    check_same(ledger, asked, f"{out} holds another run", _ACCEPTED)
     verification = verify(out, plan.checkpoint.folder, progress)
     discard(out)  # of a process that was stopped between the last two steps
     return _result(out, plan, ledger, verification, reused=True)

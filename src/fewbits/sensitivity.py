@@ -226,12 +226,17 @@ def find_damage(
     chosen = weight[some].float()
     found = {}
     for scheme in schemes:
-        scale, zero_point = search_qparams(chosen, scheme, columns, scale_dtype)
-        error = chosen - dequantize(
-            quantize(chosen, scale, zero_point, scheme), scale, zero_point, scheme
-        )
-        found[scheme.label] = share * float((error.square() @ columns) @ rows[some])
+        squares = _squared_errors(chosen, scheme, columns, scale_dtype)
+        found[scheme.label] = share * float((squares @ columns) @ rows[some])
     return found
+
+
+def _squared_errors(
+    weight: Tensor, scheme: QuantScheme, columns: Tensor, scale_dtype: torch.dtype
+) -> Tensor:
+    """Of rounding to nearest on the grid that is best for columns weighed so, (out, in)."""
+    grid = search_qparams(weight, scheme, columns, scale_dtype)
+    return (weight - dequantize(quantize(weight, *grid, scheme), *grid, scheme)).square_()
 
 
 def _share(weight: Tensor, rows: Tensor, columns: Tensor, some: Tensor) -> float:
@@ -268,9 +273,8 @@ class LookupCosts:
         rows = weight[self.known].float()
         found = {}
         for scheme in schemes:
-            grid = search_qparams(rows, scheme, columns, dtype)
-            error = rows - dequantize(quantize(rows, *grid, scheme), *grid, scheme)
-            found[scheme.label] = float((error.square() * self.costs).sum())
+            squares = _squared_errors(rows, scheme, columns, dtype)
+            found[scheme.label] = float((squares * self.costs).sum())
         return found
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from fewbits.blockwise import Block, Position, quantize_blocks, states_bytes
 from fewbits.budget import plan_memory
 from fewbits.calibration import SELF, Calibration, check_calibration
-from fewbits.checkpoint import Written, hash_tensor
+from fewbits.checkpoint import Checkpoint, Written, hash_tensor
 from fewbits.errors import InputError
 from fewbits.evaluate import load_tokenizer, read_calibration_of
-from fewbits.journal import Journal
-from fewbits.ledger import Codes, Entry, Ledger, plain, read_entry
+from fewbits.journal import Journal, differences
+from fewbits.ledger import Codes, Entry, Ledger, comparable, plain, read_entry
 from fewbits.load import check_forward, load
 from fewbits.memory import available_bytes, memory_bytes
 from fewbits.methods import RTN, round_held
@@ -139,15 +139,9 @@ class Steps:
         self.ledger.blocks += [] if value["block"] is None else [value["block"]]
 
     def _check_source(self) -> None:
-        """Where its files were touched since, what was read of them must still be the same."""
-        if modified(self.plan) == self.journal.choices["modified"]:
-            return
-        for name, entry in self.ledger.tensors.items():
-            if hash_tensor(self.stored.read(entry.origin or name)) != entry.sha256:
-                raise InputError(
-                    f"{self.stored.folder} was changed since the run began: {name} has other "
-                    "values; accepted are the same weights, or --restart"
-                )
+        """What was read of it must still be the same."""
+        read = {entry.origin or name: entry.sha256 for name, entry in self.ledger.tensors.items()}
+        check_unchanged(self.plan, self.journal, self.stored, read)
 
     def _commit(self, notes: list[Note], block: Block | None = None, states: bool = False) -> None:
         """A step that is finished goes to the journal, and from there to the ledger."""
@@ -321,6 +315,50 @@ class Steps:
             return [Note("skip", "forward", what.format(needed / 1e9))]
         check_forward(self.journal.result)
         return []
+
+
+def check_unchanged(plan: Plan, journal: Journal, stored: Checkpoint, hashes: dict[str, str]) -> None:
+    """Where files of the source were touched since the run began, tensors must still be the same.
+
+    Args:
+        plan, journal: of the run.
+        stored: the source.
+        hashes: sha256 of the tensors that were read of it, by name.
+
+    Raises:
+        InputError: one is not.
+    """
+    if modified(plan) == journal.choices["modified"]:
+        return
+    for name, sha256 in hashes.items():
+        if hash_tensor(stored.read(name)) != sha256:
+            raise InputError(
+                f"{stored.folder} was changed since the run began: {name} has other values; accepted "
+                "are the same weights, or --restart"
+            )
+
+
+def check_same(held: Ledger | Statistics, asked: dict[str, Any], what: str, accepted: str) -> None:
+    """Whether a finished result is that of the same request.
+
+    Args:
+        held: what it says of itself.
+        asked: all that decides what comes out, as JSON.
+        what: the folder, and what it would hold else.
+        accepted: instead.
+
+    Raises:
+        InputError: it is not; the differences are named.
+    """
+    before = {
+        "fewbits": held.version,
+        "request": held.request,
+        "source": held.source,
+        "made_with": held.made_with,
+    }
+    found = differences(comparable(before), comparable(asked))
+    if found:
+        raise InputError(f"{what}: {', '.join(found)}; {accepted}, or --restart to throw it away")
 
 
 def modified(plan: Plan) -> dict[str, int]:
