@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from fewbits.errors import InputError
 from fewbits.formats import Format, Placement
 from fewbits.formats.packed import on_disk
-from fewbits.kernels import Int4Pack, Int4PackCuda, Int8Pack, Kernel, Native, NativeInt8, Reference
+from fewbits.kernels import (
+    Int4Pack,
+    Int8Pack,
+    Kernel,
+    Native,
+    NativeInt8,
+    Reference,
+    Triton,
+)
 from fewbits.kernels.native import library
 from fewbits.methods import Method
 from fewbits.scheme import BITS, QuantScheme
@@ -420,15 +428,20 @@ def _mixtures() -> list[dict[str, Placement]]:
 # -- kernels -----------------------------------------------------------------------------------
 
 KERNEL_SHAPES = ((7, 172), (33, 96), (1, 32), (130, 1024))  # ragged in rows, in columns, in both
+KERNEL_SCHEMES = (*schemes("tensor", "channel", 4, 32, 96, 256, 512), TWO_LEVEL)
 BATCHES = ((1,), (2,), (5,), (33,), (2, 3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_kernel(kernel_class: type[Kernel], device: str = "cpu") -> None:
+def check_kernel(
+    kernel_class: type[Kernel],
+    device: str = "cpu",
+    tried: Sequence[QuantScheme] = KERNEL_SCHEMES,
+    shapes: Sequence[tuple[int, int]] = KERNEL_SHAPES,
+) -> None:
     """`x @ W.T` within the rounding of operands, sums and result; exact on small integers."""
     held = 0
-    tried = [*schemes("tensor", "channel", 4, 32, 96, 256, 512), TWO_LEVEL]
-    for scheme, shape in product(tried, KERNEL_SHAPES):
+    for scheme, shape in product(tried, shapes):
         if not fits(scheme, shape[1]):
             continue
         for dtype, scale_dtype in ((t, s) for t in DTYPES for s in {t, torch.float32}):
@@ -525,15 +538,14 @@ def product_and_bound(
         operands = half_step(zero, torch.float32) * (weight.offset is not None)
         rounded = _half_step_of_inputs(kernel_class, x)
         of_inputs, size = rounded @ w.abs().t(), size + rounded
+    elif issubclass(kernel_class, Triton):  # codes are multiplied as integers, and scaled in float32
+        operands = half_step(zero, torch.float32) * (weight.offset is not None)
     elif kernel_class is Int8Pack:  # q * scale
         operands = half_step(scale, dtype) * (codes - middle).abs()
     else:  # (c - 8) * scale + zero, with both rounded
         operands = half_step(scale, dtype) * (codes - middle).abs()
         operands += half_step(zero, dtype) * (zero != 0)
-        if kernel_class is Int4PackCuda:  # tensor cores multiply weights of the dtype
-            operands += half_step(w.abs() + operands, dtype)
-        else:
-            assert kernel_class is Int4Pack, "give the new kernel's roundings here"
+        assert kernel_class is Int4Pack, "give the new kernel's roundings here"
     bound = size @ operands.t() + (columns + 2) * eps * (size @ terms.t()) + of_inputs
     return exact, bound + half_step(exact.abs() + bound, dtype)
 

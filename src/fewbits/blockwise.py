@@ -36,7 +36,7 @@ from fewbits.statistics import (
     is_expert,
     share_absmax,
 )
-from fewbits.stream import TOKENS, Allocate, Stream
+from fewbits.stream import CPU, TOKENS, Allocate, Stream
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor, is_finite
 from fewbits.wiring import Wiring, find_wiring, signature
@@ -159,6 +159,7 @@ def quantize_blocks(
     allocate: Allocate | None = None,
     start: Position = Position(),
     statistics: Statistics | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Block]:
     """Quantize the blocks of a model one after the other.
 
@@ -173,6 +174,7 @@ def quantize_blocks(
         start: where to go on.
         statistics: of the float model, to be taken instead of those of the samples; then `ids` are its
             own, which transforms search with and blocks are judged on.
+        device: where blocks are run and rounded; what is yielded is on the CPU.
 
     Raises:
         InputError: blocks that cannot be run on their own, tokens that the model cannot take, or a block
@@ -182,7 +184,7 @@ def quantize_blocks(
         raise InputError(
             f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
         )
-    run = _Run(plan, recipe, ids, limits, allocate, start, statistics)
+    run = _Run(plan, recipe, ids, limits, allocate, start, statistics, device)
     what, count = "blocks", run.stream.count
     for number in range(start.blocks, count):
         if progress is not None:
@@ -232,6 +234,7 @@ class _Run:
         allocate: Allocate | None,
         start: Position,
         statistics: Statistics | None,
+        device: torch.device,
     ) -> None:
         self.plan, self.recipe, self.limits, self.statistics = plan, recipe, limits, statistics
         held_out = held_out_samples(*ids.shape) if statistics is None else statistics.held_out
@@ -239,7 +242,7 @@ class _Run:
         every = _every(held_out, ids.shape[1])
         states = None if start.states is None else self._split(start.states, *ids.shape)
         first = None if states is None else states[0]
-        self.stream = Stream(plan.checkpoint, ids, every, limits.tokens, allocate, first)
+        self.stream = Stream(plan.checkpoint, ids, every, limits.tokens, allocate, first, device)
         kept = self.stream.states[self.held_out].float() if states is None else states[1]
         self.float_states = kept
         self.wirings = dict(start.wirings)
@@ -394,7 +397,7 @@ class _Run:
             for piece in parts:
                 part = codes[piece.name]
                 weight[piece.start : piece.stop].copy_(part.dequantize(torch.float32))
-                result.weights.setdefault(piece.source, []).append(part)
+                result.weights.setdefault(piece.source, []).append(part.to(CPU))
 
     # -- where things are --------------------------------------------------------------------------
 
@@ -527,6 +530,7 @@ class _Run:
         assert self.statistics is not None
         width = float_weight(block.get_submodule(linears[0])).shape[1]
         stat = self.statistics.stats(number, linears, width, self.recipe.method.needs)
+        stat = stat.to(self.stream.device)
         for s in folds.get(linears[0], []):
             stat.divide(s)
         return stat
@@ -616,10 +620,10 @@ class _Run:
                 continue
             parts, whole = self._parts(name, block, prefix)
             source = checkpoint.read(name)
-            if parts and not _equal(whole(parts), source):
+            if parts and not _equal(whole(parts), source.to(self.stream.device)):
                 for part in parts:  # what is run from here on is what will be written
                     part.copy_(part.to(source.dtype))
-                result.changed[name] = whole(parts).to(source.dtype).clone()
+                result.changed[name] = whole(parts).to(CPU, source.dtype).clone()
 
     def _parts(
         self, name: str, block: nn.Module, prefix: str

@@ -139,6 +139,10 @@ Int8Inputs = Annotated[
         "--int8-inputs", help="Round the inputs of quantized matrices to 8 bits on a CPU: faster."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(help="Where blocks are run and matrices rounded, one block at a time: cpu or cuda."),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
 ]
@@ -403,6 +407,7 @@ def quantize(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     max_memory: MaxMemory = None,
+    device: Device = "cpu",
     format: Format = None,
     client: Client = None,
     tensor_parallel: TensorParallel = 1,
@@ -446,6 +451,7 @@ def quantize(
             length=seq_len,
             seed=seed,
             max_memory=_bytes(max_memory),
+            device=device,
             format=format,
             clients=tuple(client or ()),
             tensor_parallel=tensor_parallel,
@@ -495,6 +501,7 @@ def measure(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     max_memory: MaxMemory = None,
+    device: Device = "cpu",
     restart: Restart = False,
     json_: Json = False,
 ) -> None:
@@ -511,6 +518,7 @@ def measure(
             length=seq_len,
             seed=seed,
             max_memory=_bytes(max_memory),
+            device=device,
             restart=restart,
             progress=progress,
         )

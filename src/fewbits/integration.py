@@ -34,12 +34,12 @@ from fewbits.formats.packed import on_disk
 from fewbits.kernels import (
     KERNELS,
     Int4Pack,
-    Int4PackCuda,
     Int8Inputs,
     Int8Pack,
     Kernel,
     Native,
     Reference,
+    Triton,
 )
 from fewbits.linear import ExpertLinears, QuantizedEmbedding, QuantizedLinear
 from fewbits.load import (
@@ -619,10 +619,10 @@ def _from_kernel(linear: QuantizedLinear | QuantizedEmbedding) -> QuantizedTenso
         scale = _narrowed(kernel.scale.cpu()[:, None].clone(), linear.dtype)
         outliers = _outliers(kernel) if isinstance(kernel, Int8Inputs) else None
         return QuantizedTensor(codes, scale, _middle(scale, scheme), scheme, outliers)
-    if isinstance(kernel, Native):
-        codes, scale, zero_point = kernel.numbers()
+    if isinstance(kernel, Native | Triton):
+        codes, scale, zero_point = (part.cpu() for part in kernel.numbers())
         return QuantizedTensor(codes, scale, zero_point, scheme)
-    if isinstance(kernel, Int4Pack | Int4PackCuda) and isinstance(linear, QuantizedLinear):
+    if isinstance(kernel, Int4Pack) and isinstance(linear, QuantizedLinear):
         return _from_int4(linear, kernel.scale_and_zero, scheme)
     raise InputError(f"kernel {linear.kernel_name} does not give its codes back: it cannot be saved")
 

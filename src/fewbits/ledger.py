@@ -197,9 +197,10 @@ def describe_source(model: str | Path, checkpoint: Checkpoint) -> dict[str, Any]
     }
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the last bits of sums depend on."""
-    return {
+    gpu = {} if device.type == "cpu" else {"device": torch.cuda.get_device_name(device)}
+    return gpu | {
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),

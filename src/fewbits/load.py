@@ -72,6 +72,20 @@ def load(
         return _load(checkpoint, dtype, device, int8_inputs)
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """Where models are run, and matrices rounded.
+
+    Raises:
+        InputError: it is neither a CPU nor a GPU that PyTorch sees.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}} | ({"cuda": "cuda:0"} if gpus else {})
+    if str(name) not in known:
+        accepted = ", ".join(known) if gpus else "cpu: PyTorch sees no GPU"
+        raise InputError(f"device {name}; accepted is {accepted}")
+    return torch.device(known[str(name)])
+
+
 def open_model(path: Path) -> Checkpoint:
     """Headers of a folder, of a GGUF file, or of the one that lies in a folder without other weights.
 

@@ -31,6 +31,7 @@ from fewbits.errors import InputError
 from fewbits.journal import Journal, discard, throw_away
 from fewbits.ledger import describe_files, describe_machine, describe_source, plain
 from fewbits.linear import float_weight
+from fewbits.load import find_device
 from fewbits.memory import Memory, hand_back_memory, memory_bytes, watch_memory
 from fewbits.methods import GPTQ
 from fewbits.pieces import Piece, find_pieces
@@ -70,7 +71,7 @@ from fewbits.steps import (
     modified,
     read_samples,
 )
-from fewbits.stream import TOKENS, Stream
+from fewbits.stream import CPU, TOKENS, Stream
 from fewbits.structure import Matrix, find_head, find_tied_head
 from fewbits.tensor import Note, is_finite
 from fewbits.text import Text
@@ -135,6 +136,7 @@ def measure(
     length: int | None = None,
     seed: int = 0,
     max_memory: int | None = None,
+    device: str | torch.device = "cpu",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     restart: bool = False,
     progress: Progress | None = None,
@@ -150,6 +152,7 @@ def measure(
         stats: folder to be made. If it holds the same measurement it is verified and left as it is.
         calibration: what the model is run on; see `read_calibration`, also for samples, length and seed.
         max_memory: bytes of anonymous memory that the process may take; refused where that cannot be.
+        device: "cpu" or "cuda": where blocks are run.
         max_shard_bytes: of a weight file.
         restart: throw away what `stats` and the unfinished work beside it hold.
         progress: called with (what, done, total).
@@ -170,7 +173,7 @@ def measure(
     (6, 42)
     """
     began = time.monotonic()
-    stats, source = Path(stats), resolve(model)
+    stats, source, place = Path(stats), resolve(model), find_device(device)
     _check_folder(stats, source)
     plan = make_plan(source, _RECIPE, "fewbits")
     with watch_memory() as memory:
@@ -179,11 +182,11 @@ def measure(
             calibration = read(calibration)
             throw_away(stats)
         if stats.exists():
-            return _reuse(stats, _ask(plan, read(calibration), model))
+            return _reuse(stats, _ask(plan, read(calibration), model, place))
         with Journal(stats) as journal:
             data = read(calibration, journal)
-            asked = _ask(plan, data, model)
-            run = Measurement(plan, data, asked, journal, max_memory, progress, KEPT_TOKENS)
+            asked = _ask(plan, data, model, place)
+            run = Measurement(plan, data, asked, journal, max_memory, progress, KEPT_TOKENS, place)
             run.take()
             return run.finish(began, memory, max_shard_bytes)
 
@@ -197,7 +200,7 @@ def _check_folder(stats: Path, source: Path) -> None:
         raise InputError(f"{stats} exists and holds no statistics; {_ACCEPTED}")
 
 
-def _ask(plan: Plan, data: Calibration, model: str | Path) -> dict[str, Any]:
+def _ask(plan: Plan, data: Calibration, model: str | Path, device: torch.device) -> dict[str, Any]:
     """All that decides what comes out, as JSON, as of a run of `quantize`."""
     if len(data.ids) < 2:
         raise InputError(
@@ -207,7 +210,7 @@ def _ask(plan: Plan, data: Calibration, model: str | Path) -> dict[str, Any]:
         "fewbits": version("fewbits"),
         "request": plain({"calibration": describe_calibration(plan, data)}),
         "source": plain(describe_source(model, plan.checkpoint)),
-        "made_with": describe_machine(),
+        "made_with": describe_machine(device),
     }
 
 
@@ -240,6 +243,7 @@ class Measurement:
         progress: called with (what, done, total).
         kept_tokens: at most so many of the first samples, at least one sample, whose states before each
             block and behind the last one are kept until the folder is finished; 0: none.
+        device: where blocks are run.
     """
 
     def __init__(
@@ -251,7 +255,9 @@ class Measurement:
         max_memory: int | None = None,
         progress: Progress | None = None,
         kept_tokens: int = 0,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.plan, self.asked, self.journal, self.progress = plan, plain(asked), journal, progress
         self.data, self.max_memory = data, max_memory
         samples, length = data.ids.shape
@@ -337,7 +343,8 @@ class Measurement:
         shape = (*self.fitted.shape, self.plan.hidden_size)
         states = None if room is None else room.view(torch.bfloat16).view(shape)
         tokens = journal.choices["tokens"]
-        stream = Stream(self.plan.checkpoint, self.fitted, 1, tokens, journal.new_states, states)
+        new_states, checkpoint = journal.new_states, self.plan.checkpoint
+        stream = Stream(checkpoint, self.fitted, 1, tokens, new_states, states, self.device)
         wirings = {kind: w for value in self.blocks for kind, w in value["wirings"].items()}
         known = {kind: Wiring.from_json(stated) for kind, stated in wirings.items()}
         what = f"blocks, statistics of up to {self.expected_bytes / 1e9:.3g} GB"
@@ -438,7 +445,8 @@ class Measurement:
         ids = self.fitted[: self.kept]
         every = max(1, ids.numel() // _DRAWN, ids.shape[1] // _DRAWN_OF_ONE)
         tokens = journal.choices["tokens"]
-        stream = Stream(self.plan.checkpoint, ids, every, tokens, states=self.states(count - done))
+        states = self.states(count - done)
+        stream = Stream(self.plan.checkpoint, ids, every, tokens, states=states, device=self.device)
         stream.loaded.clear()  # the first block, which comes last here
         what = "blocks back, what rounding costs"
         for number in range(count - done, -1, -1):
@@ -523,7 +531,7 @@ class Measurement:
         if seen >= columns:
             return
         (one,) = (i for i in self.inputs(number) if i.linears == found.linears)
-        other = self.hessian(number, one)
+        other = self.hessian(number, one).to(self.device)
         own, whole = (float(h.diagonal().sum()) for h in (found.hessian, other))
         size = own / whole if own > 0 and whole > 0 else 1.0
         found.hessian.mul_(seen / columns).add_(other, alpha=size * (columns - seen) / columns)
@@ -540,7 +548,7 @@ class Measurement:
         for path in found.linears:
             weight = float_weight(block.get_submodule(path))
             # An expert that no token was sent to adds nothing to a mean over tokens.
-            rows = found.rows.get(path, torch.zeros(len(weight)))
+            rows = found.rows.get(path, torch.zeros(len(weight), device=weight.device))
             for piece in pieces[path]:
                 own = slice(piece.start, piece.stop)
                 nats = self._damage(weight[own], rows[own], columns)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbits.calibration import (
@@ -40,6 +41,7 @@ from fewbits.ledger import (
     plain,
     read_ledger,
 )
+from fewbits.load import find_device
 from fewbits.measure import measure
 from fewbits.memory import Memory, watch_memory
 from fewbits.methods import Q4K, RTN, LLMInt8, Method
@@ -119,6 +121,7 @@ def quantize(
     length: int | None = None,
     seed: int = 0,
     max_memory: int | None = None,
+    device: str | torch.device = "cpu",
     format: str | None = None,
     clients: tuple[str, ...] = (),
     tensor_parallel: int = 1,
@@ -158,6 +161,7 @@ def quantize(
         memory: the same in bytes.
         max_memory: bytes of anonymous memory that the process may take; the work is divided so that
             it stays below. Refused where that cannot be done.
+        device: "cpu" or "cuda": where blocks are run and matrices rounded, one block at a time.
         format: one of `fewbits.formats.FORMATS`; by default "compressed-tensors", and "fewbits" for a
             model that it cannot hold; "gguf" for method "q4_k".
         clients: that must be able to load the result: "vllm", "vllm==0.24", "transformers", ...; what
@@ -199,7 +203,7 @@ def quantize(
     check_out(out, source)
     run = _Request(
         model, source, out, recipe, format, clients, tensor_parallel, samples, length, seed,
-        max_memory, max_shard_bytes, restart, progress,
+        max_memory, find_device(device), max_shard_bytes, restart, progress,
     )  # fmt: skip
     with watch_memory() as memory_taken:
         if best or size.asked:
@@ -223,6 +227,7 @@ class _Request:
     length: int | None
     seed: int
     max_memory: int | None
+    device: torch.device
     max_shard_bytes: int
     restart: bool
     progress: Progress | None
@@ -250,12 +255,15 @@ class _Request:
             throw_away(out)
         if out.exists():
             data = read(calibration)
-            return reuse(out, _ask(plan, recipe, data, model, stats, budget), plan, self.progress)
+            asked = self._ask(plan, recipe, data, stats, budget)
+            return reuse(out, asked, plan, self.progress)
         with Journal(out) as journal:
             data = read(calibration, journal)
-            asked = _ask(plan, recipe, data, model, stats, budget)
+            asked = self._ask(plan, recipe, data, stats, budget)
             used = stats if data is not None else None
-            steps = Steps(plan, recipe, data, asked, journal, self.max_memory, self.progress, used)
+            steps = Steps(
+                plan, recipe, data, asked, journal, self.max_memory, self.progress, used, self.device
+            )
             return finish(steps, began, memory, self.max_shard_bytes)
 
     def take_fitted(
@@ -282,7 +290,8 @@ class _Request:
             assert calibration is not None
             measure(
                 self.model, own, calibration=calibration, samples=self.samples, length=self.length,
-                seed=self.seed, max_memory=self.max_memory, restart=self.restart, progress=self.progress,
+                seed=self.seed, max_memory=self.max_memory, device=self.device, restart=self.restart,
+                progress=self.progress,
             )  # fmt: skip
         stats = read_statistics(own if statistics is None else statistics)
         _check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
@@ -311,7 +320,7 @@ class _Request:
         if fitted is None or fitted.format != format:
             raise InputError(f"{self.out} holds another run; {_ACCEPTED}, or --restart to throw it away")
         plan = make_plan(self.source, fitted.recipe, format, self.clients, self.tensor_parallel)
-        asked = _ask(plan, fitted.recipe, None, self.model, None, fitted.budget)
+        asked = self._ask(plan, fitted.recipe, None, None, fitted.budget)
         request, held = asked["request"], ledger.request
         if statistics is not None:
             stats = read_statistics(statistics)
@@ -322,6 +331,28 @@ class _Request:
             request["statistics"] = held.get("statistics")
         asked["made_with"] = ledger.made_with
         return reuse(self.out, asked, plan, self.progress)
+
+    def _ask(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        data: Calibration | None,
+        statistics: Statistics | None,
+        budget: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """All that decides what comes out, as JSON: what is asked for, of what, what does the work."""
+        request = recipe.describe() | {"format": plan.format.name}
+        request |= {} if budget is None else {"budget": budget}
+        if statistics is not None:
+            request |= {"calibration": statistics.calibration, "statistics": statistics.sha256}
+        elif data is not None:
+            request["calibration"] = describe_calibration(plan, data)
+        return {
+            "fewbits": version("fewbits"),
+            "request": plain(request),
+            "source": plain(describe_source(self.model, plan.checkpoint)),
+            "made_with": {} if data is None else describe_machine(self.device),
+        }
 
 
 def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> Quantized:
@@ -350,6 +381,8 @@ def finish(steps: Steps, began: float, memory: Memory, max_shard_bytes: int) -> 
     verification = _verify(journal, steps.progress)
     elapsed = round(time.monotonic() - began, 3)
     facts = {"elapsed_s": elapsed, "memory_bytes": asdict(memory), "max_memory": steps.max_memory}
+    if steps.device.type != "cpu":
+        facts["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(steps.device)
     journal.write_json(RUN, facts | {"resumed_steps": journal.resumed})
     journal.commit()
     return _result(journal.out, plan, ledger, verification)
@@ -436,29 +469,6 @@ def _throw_away_measured(own: Path, given: str | Path | None) -> None:
     ours = not own.exists() or (own / STATISTICS).is_file()
     if ours and (given is None or Path(given).resolve() != own.resolve()):
         throw_away(own)
-
-
-def _ask(
-    plan: Plan,
-    recipe: Recipe,
-    data: Calibration | None,
-    model: str | Path,
-    statistics: Statistics | None,
-    budget: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """All that decides what comes out, as JSON: what was asked for, of what, and what does the work."""
-    request = recipe.describe() | {"format": plan.format.name}
-    request |= {} if budget is None else {"budget": budget}
-    if statistics is not None:
-        request |= {"calibration": statistics.calibration, "statistics": statistics.sha256}
-    elif data is not None:
-        request["calibration"] = describe_calibration(plan, data)
-    return {
-        "fewbits": version("fewbits"),
-        "request": plain(request),
-        "source": plain(describe_source(model, plan.checkpoint)),
-        "made_with": {} if data is None else describe_machine(),
-    }
 
 
 def _default_scheme(method: Method, calibrated: bool) -> QuantScheme:

@@ -84,7 +84,8 @@ def draw_back(
     weight = getattr(head, "weight", None)
     found = None
     if path is not None and isinstance(weight, Tensor) and hasattr(head, "every"):
-        found = Sensitivity((path,), torch.zeros(weight.shape[1], weight.shape[1]))
+        width = weight.shape[1]
+        found = Sensitivity((path,), torch.zeros(width, width, device=stream.device))
     watched = {} if found is None else {found.linears: found}
     positions = 0
     with _watch(stream.shell, watched, stream.every) as settle:
@@ -124,7 +125,7 @@ def pull_back(
     found: dict[Linears, Sensitivity] = {}
     for linears in inputs:
         width = float_weight(block.get_submodule(linears[0])).shape[1]
-        found[linears] = Sensitivity(linears, torch.zeros(width, width))
+        found[linears] = Sensitivity(linears, torch.zeros(width, width, device=stream.device))
     with _watch(block, found) as settle:
         for rows in stream.batches(range(len(stream.ids))):
             result = stream.pull_back(number, block, states(rows), gradients[rows].float())
@@ -221,7 +222,7 @@ def find_damage(
     Returns:
         nats by label.
     """
-    some = torch.linspace(0, len(weight) - 1, min(len(weight), _ROWS)).round().long()
+    some = torch.linspace(0, len(weight) - 1, min(len(weight), _ROWS)).round().long().to(weight.device)
     share = _share(weight, rows, columns, some)
     chosen = weight[some].float()
     found = {}
@@ -295,7 +296,7 @@ def find_lookup_costs(stream: Stream, weight: Tensor, gradients: Tensor, positio
         given, gradient = stream.pull_back_to_embedding(ids, gradients[some].float())
         rows = weight[ids].float()
         squares += float(rows.square().sum())
-        products += float((given * rows).sum())
-        costs.index_add_(0, place[some].flatten(), gradient.flatten(0, 1).square())
+        products += float((given.cpu() * rows).sum())
+        costs.index_add_(0, place[some].flatten(), gradient.flatten(0, 1).square().cpu())
     factor = products / squares if squares > 0 else 1.0  # that some classes multiply their rows by
     return LookupCosts(known, costs.mul_(factor**2 / (2 * positions)))

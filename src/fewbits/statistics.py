@@ -23,7 +23,7 @@ multiple of 256, these are n (n + 256) / 2 values: 36 MB for 4096 columns, of 67
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ from fewbits.journal import differences
 from fewbits.ledger import plain
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.pieces import Piece
-from fewbits.stream import Stream
+from fewbits.stream import CPU, Stream
 from fewbits.tensor import Note
 from fewbits.untrusted import check_file, check_types, counts, parse_json, read_bytes, shown
 from fewbits.wiring import Wiring
@@ -71,11 +71,11 @@ class InputStats:
     tokens: int = 0
 
     @classmethod
-    def of(cls, width: int, needs: frozenset[str]) -> Self:
+    def of(cls, width: int, needs: frozenset[str], device: torch.device = CPU) -> Self:
         """Of no tokens yet."""
         return cls(
-            torch.zeros(width, width) if "hessian" in needs else None,
-            torch.zeros(width) if "absmax" in needs else None,
+            torch.zeros(width, width, device=device) if "hessian" in needs else None,
+            torch.zeros(width, device=device) if "absmax" in needs else None,
         )
 
     @property
@@ -100,6 +100,11 @@ class InputStats:
             return
         self.hessian.div_(max(1, self.tokens))
         _mirror(self.hessian, PANEL)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        hessian, absmax = (None if t is None else t.to(device) for t in (self.hessian, self.absmax))
+        return replace(self, hessian=hessian, absmax=absmax)
 
     def divide(self, s: Tensor) -> None:
         """As they are of inputs that were divided by s (in,)."""
@@ -203,7 +208,9 @@ def collect(
         samples: of the stream.
         into: what the block makes of them is written here; None: it is run only as far as needed.
     """
-    stats = {linears: InputStats.of(_width(block, linears[0]), needs) for linears in inputs}
+    stats = {
+        linears: InputStats.of(_width(block, linears[0]), needs, stream.device) for linears in inputs
+    }
     hooks = _hooks(block, {linears[0]: stat for linears, stat in stats.items()}, into is None)
     with hooks, stream.in_fast_dtype(number, block):
         for rows in stream.batches(samples):

@@ -22,7 +22,7 @@ from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.statistics import Statistics
-from fewbits.stream import TOKENS, fast_dtype
+from fewbits.stream import CPU, TOKENS, fast_dtype
 from fewbits.structure import skeleton, text_config
 from fewbits.tensor import Note, QuantizedTensor, is_finite
 from fewbits.text import Text
@@ -44,6 +44,7 @@ class Steps:
         max_memory: bytes.
         progress: called with (what, done, total).
         statistics: that were measured before; then `data` is what they keep of their samples.
+        device: where blocks are run and matrices rounded.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Steps:
         max_memory: int | None,
         progress: Progress | None,
         statistics: Statistics | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.plan, self.recipe, self.data, self.journal = plan, recipe, data, journal
         self.max_memory, self.progress, self.statistics = max_memory, progress, statistics
         self.stored = plan.checkpoint  # what the entries of the ledger speak of
@@ -178,7 +181,7 @@ class Steps:
         if self.statistics is None or self.recipe.method.needs != {"hessian"}:
             return {}
         hessian = self.statistics.outside(name, self.plan.matrices[name].rows_columns[1])
-        return {} if hessian is None else {"hessian": hessian}
+        return {} if hessian is None else {"hessian": hessian.to(self.device)}
 
     def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
         """Round one source tensor outside of the blocks, or without calibration; None: no matrix."""
@@ -197,10 +200,11 @@ class Steps:
             parts = []
             for rows in torch.split(piece, step):
                 try:
-                    part, more = round_held(method, rows, scheme, stats, scales.dtype, scales.least)
+                    own = rows.to(self.device)
+                    part, more = round_held(method, own, scheme, stats, scales.dtype, scales.least)
                 except InputError as error:
                     raise InputError(f"{plan.place(name)}: {error}") from None
-                parts.append(part)
+                parts.append(part.to(CPU))
                 notes += [replace(note, where=name) for note in more]
             weights.append(QuantizedTensor.concatenate(parts))
         return weights
@@ -239,6 +243,7 @@ class Steps:
             self.journal.new_states,
             start,
             self.statistics,
+            self.device,
         )
         for block in blocks:
             number = block.report.block

@@ -21,6 +21,7 @@ from fewbits.load import build
 from fewbits.structure import find_blocks, find_head, is_linear, locate, skeleton, text_config
 
 TOKENS = 2048  # run through a block at a time, at least one sample; not tuned
+CPU = torch.device("cpu")
 Allocate = Callable[[int], Tensor]  # so many bytes, as a tensor of uint8
 _HEAD_ROWS = 2**24  # weights of the output head in float32 at a time: 64 MB; not tuned
 
@@ -119,6 +120,7 @@ class Stream:
         tokens: that are run through a block at a time, at least one sample.
         allocate: gives room for states, in memory or in a file.
         states: to go on with, instead of the embeddings of the tokens.
+        device: where blocks are run; states stay where `allocate` puts them.
 
     `states` is (samples, length, hidden) bfloat16: what the next block gets. `count` blocks there are.
 
@@ -134,13 +136,14 @@ class Stream:
         tokens: int = TOKENS,
         allocate: Allocate | None = None,
         states: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.checkpoint, self.ids, self.every = checkpoint, ids, every
+        self.checkpoint, self.ids, self.every, self.device = checkpoint, ids, every, device
         self.network = skeleton(checkpoint.config)
         self.path = find_blocks(self.network)
         self.count = len(self.network.get_submodule(self.path))  # type: ignore[arg-type]
         self.located = locate(self.network, list(checkpoint.tensors))
-        self.fast_dtype = fast_dtype(checkpoint.dtype)
+        self.fast_dtype = fast_dtype(checkpoint.dtype, device)
         self.running: torch.dtype | None = None  # the same, while a block is in it
         self.shell, self.stubs = self._shell(every)
         self.loaded: dict[int, nn.Module] = {}  # ahead of time
@@ -163,6 +166,9 @@ class Stream:
         for i, stub in enumerate(stubs):
             blocks[i] = stub
         self._map_large(shell, embedding, head, every)
+        for tensor in (*shell.parameters(), *shell.buffers()):
+            if not tensor.is_meta:  # as what stands for blocks may be
+                tensor.data = tensor.data.to(self.device)
         return shell, stubs
 
     def _embedding(self) -> str | None:
@@ -203,7 +209,7 @@ class Stream:
         """The first block's hidden states; its call is recorded too."""
         self.stubs[0].as_tuple = None
         try:
-            self.shell(ids, use_cache=False)
+            self.shell(ids.to(self.device), use_cache=False)
         except _Reached:
             hidden = self.stubs[0].hidden
             assert hidden is not None
@@ -234,7 +240,7 @@ class Stream:
     def _record(self, ids: Tensor) -> list[_Call]:
         for stub in self.stubs:
             stub.as_tuple, stub.given, stub.call = self.as_tuple, None, None
-        self.shell(ids, use_cache=False)
+        self.shell(ids.to(self.device), use_cache=False)
         calls = [stub.call for stub in self.stubs]
         if any(call is None for call in calls):
             raise InputError(
@@ -270,7 +276,7 @@ class Stream:
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(False)
         split_experts(block)
-        return block
+        return block.to(self.device)
 
     def _in_float32(self) -> set[str]:
         """The parameters that the checkpoint has in float32."""
@@ -297,17 +303,17 @@ class Stream:
         call, dtype = self.calls[samples, length][number], self.running or torch.float32
         args, kwargs = _cast(call.args, dtype), _cast(call.kwargs, dtype)
         # Modules may keep some weights in float32: autocast lets their products meet those in `dtype`.
-        with torch.autocast("cpu", self.running, enabled=self.running is not None):
-            output = block(states.to(dtype), *args, **kwargs)
+        with torch.autocast(self.device.type, self.running, enabled=self.running is not None):
+            output = block(states.to(self.device, dtype), *args, **kwargs)
         hidden: Tensor = output[0] if self.as_tuple else output
         return hidden.float()
 
     def pull_back(self, number: int, block: nn.Module, states: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at a block's input, given that at its output; both (samples, length, hidden)."""
         with torch.enable_grad():
-            given = states.float().requires_grad_()
+            given = states.to(self.device).float().requires_grad_()
             output = self._run(number, block, given)
-            (result,) = torch.autograd.grad(output, given, gradient)
+            (result,) = torch.autograd.grad(output, given, gradient.to(self.device))
         return result
 
     def pull_back_to_embedding(self, ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,7 +334,7 @@ class Stream:
         try:
             with torch.enable_grad():
                 hidden = self._reach(ids)
-                (result,) = torch.autograd.grad(hidden, found[0], gradient)
+                (result,) = torch.autograd.grad(hidden, found[0], gradient.to(self.device))
         finally:
             handle.remove()
         return found[0].detach(), result
@@ -346,7 +352,8 @@ class Stream:
         named = {f"{self.path}.{number}.{name}": p for name, p in block.named_parameters()}
         held = {p: p.data for n, p in named.items() if p.dtype == torch.float32 and n not in exact}
         # In one piece: the C library hands large pieces back when they are freed, and keeps small ones.
-        copies = torch.empty(sum(p.numel() for p in held), dtype=self.fast_dtype)
+        count = sum(p.numel() for p in held)
+        copies = torch.empty(count, dtype=self.fast_dtype, device=self.device)
         parts = torch.split(copies, [p.numel() for p in held])
         try:
             for (parameter, data), part in zip(held.items(), parts, strict=True):
@@ -377,8 +384,8 @@ class Stream:
     def _logits(self, states: Tensor) -> Tensor:
         for stub in self.stubs:
             stub.as_tuple, stub.given = self.as_tuple, None
-        self.stubs[-1].given = states
-        logits: Tensor = self.shell(self.ids[: len(states)], use_cache=False).logits
+        self.stubs[-1].given = states.to(self.device)
+        logits: Tensor = self.shell(self.ids[: len(states)].to(self.device), use_cache=False).logits
         return logits.float()
 
     def draw_back(self, states: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -393,21 +400,24 @@ class Stream:
             outer product with itself is, on average over draws, the Fisher information.
         """
         with torch.enable_grad():
-            given = states.float().requires_grad_()
+            given = states.to(self.device).float().requires_grad_()
             log_p = F.log_softmax(self._logits(given).flatten(0, -2), -1)
             if bool(log_p.detach().isnan().any()):
                 raise InputError(
                     f"{self.checkpoint.folder} gives logits of NaN or infinity; accepted are models "
                     "that compute"
                 )
-            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            (result,) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), given)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+            (result,) = torch.autograd.grad(-log_p.gather(1, drawn.to(self.device)).sum(), given)
         return result, len(drawn)
 
 
-def fast_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """bfloat16, for models in it where the processor multiplies it faster than float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def fast_dtype(dtype: torch.dtype, device: torch.device = CPU) -> torch.dtype | None:
+    """bfloat16, for models in it where the device multiplies it faster than float32."""
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native and dtype == torch.bfloat16 else None
 
 

@@ -130,6 +130,25 @@ class QuantizedTensor:
             weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)
         )
 
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        codes, scale, zero_point = (t.to(device) for t in (self.codes, self.scale, self.zero_point))
+        order = None if self.order is None else self.order.to(device)
+        kept, levels = self.outliers, self.levels
+        if kept is not None:
+            kept = Outliers(kept.columns.to(device), kept.weight.to(device))
+        if levels is not None:
+            levels = Levels(levels.steps.to(device), levels.counts.to(device))
+        return replace(
+            self,
+            codes=codes,
+            scale=scale,
+            zero_point=zero_point,
+            outliers=kept,
+            order=order,
+            levels=levels,
+        )
+
     def per_row(self) -> Self:
         """The same weights with granularity "channel" if it was "tensor": the scale repeated."""
         if self.scheme.granularity != "tensor":

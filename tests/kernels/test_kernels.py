@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from checks import DTYPES, check_kernel, fast_kernel, random_weight, schemes, without_native
-from fewbits.kernels import KERNELS, Int4Pack, Int4PackCuda, Int8Pack, Reference, choose_kernel
+from fewbits.kernels import KERNELS, Int4Pack, Int8Pack, Reference, choose_kernel
 from fewbits.kernels.aten import kernel_group
 from fewbits.scheme import QuantScheme
 
@@ -14,7 +14,6 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on C
     ("name", "device"),
     [
         ("int4pack", "cpu"), ("int8pack", "cpu"), ("reference", "cpu"),
-        pytest.param("int4pack-cuda", "cuda", marks=needs_cuda),
         pytest.param("reference", "cuda", marks=needs_cuda),
     ],
 )  # fmt: skip
@@ -70,7 +69,7 @@ def test_the_reference_refuses_nothing():
         ("w4-g32", torch.bfloat16, "cpu", True, "int4pack"),
         ("w4-g32-asym-k", torch.bfloat16, "cpu", True, "int4pack"),
         ("w4-g32-asym-k", torch.float32, "cpu", True, "reference"),
-        ("w4-g32-asym-k", torch.bfloat16, "cuda", False, "int4pack-cuda"),
+        ("w4-g32-asym-k", torch.bfloat16, "cuda", False, "triton"),
         ("w3-g32-asym", torch.bfloat16, "cpu", True, "int4pack"),
         ("w2-channel", torch.bfloat16, "cpu", True, "int4pack"),
         ("w4-g32", torch.float16, "cpu", True, "reference"),
@@ -82,9 +81,11 @@ def test_the_reference_refuses_nothing():
         ("w4-g8", torch.bfloat16, "cpu", False, "reference"),
         ("w4-g32", torch.float64, "cpu", False, "reference"),
         ("w8-channel", torch.float64, "cpu", False, "reference"),
-        ("w4-g32", torch.bfloat16, "cuda", False, "int4pack-cuda"),
-        ("w4-g32", torch.float32, "cuda", False, "reference"),
-        ("w8-channel", torch.bfloat16, "cuda", False, "reference"),
+        ("w4-g32", torch.bfloat16, "cuda", False, "triton"),
+        ("w4-g32", torch.float32, "cuda", False, "triton"),
+        ("w8-channel", torch.bfloat16, "cuda", False, "triton"),
+        ("w4-g8", torch.bfloat16, "cuda", False, "reference"),
+        ("w4-g32", torch.float64, "cuda", False, "reference"),
     ],
 )
 def test_the_first_kernel_that_takes_the_weight_is_chosen(
@@ -98,15 +99,6 @@ def test_the_first_kernel_that_takes_the_weight_is_chosen(
         assert list(refusals) == names[: names.index(kernel)]
         assert all(refusals.values())
         without_native(monkeypatch)
-
-
-def test_the_cuda_kernel_refuses_columns_that_do_not_fill_its_tiles():
-    refuse = Int4PackCuda.refuses
-    device = torch.device("cuda")
-    groups = random_weight(QuantScheme(4, "group", 32), (16, 96))
-    whole = random_weight(QuantScheme(4), (16, 96))  # whole rows are padded
-    assert "multiples of 128" in refuse(groups, torch.bfloat16, device)
-    assert refuse(whole, torch.bfloat16, device) is None
 
 
 def test_a_kernel_group_is_the_largest_that_divides_or_the_one_that_pads_least():

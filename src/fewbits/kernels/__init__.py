@@ -7,7 +7,7 @@ choice, and what was passed over, can be shown (`fewbits bench`).
 import torch
 
 from fewbits.kernels.aten import Int4Pack, Int8Pack
-from fewbits.kernels.cuda import Int4PackCuda
+from fewbits.kernels.gpu import Triton
 from fewbits.kernels.int8 import Int8Inputs
 from fewbits.kernels.native import Native, NativeInt8
 from fewbits.kernels.reference import Kernel, Reference
@@ -16,7 +16,7 @@ from fewbits.tensor import QuantizedTensor
 # In order of preference; the first that does not refuse is taken. Reference refuses nothing.
 KERNELS: dict[str, type[Kernel]] = {
     "int8": Int8Inputs,
-    "int4pack-cuda": Int4PackCuda,
+    "triton": Triton,
     "native-int8": NativeInt8,
     "native": Native,
     "int4pack": Int4Pack,
@@ -48,12 +48,12 @@ def choose_kernel(
 __all__ = [
     "KERNELS",
     "Int4Pack",
-    "Int4PackCuda",
     "Int8Inputs",
     "Int8Pack",
     "Kernel",
     "Native",
     "NativeInt8",
     "Reference",
+    "Triton",
     "choose_kernel",
 ]
