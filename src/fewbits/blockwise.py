@@ -32,6 +32,7 @@ from fewbits.statistics import (
     Statistics,
     collect,
     divide_inputs,
+    divide_samples,
     find_inputs,
     is_expert,
     share_absmax,
@@ -311,7 +312,9 @@ class _Run:
         held_out = samples - len(self.fitted)
         room = stream.allocate(states_bytes(samples, length, hidden, held_out))
         states, floats = self._split(room, *stream.ids.shape)
-        stream.advance(number, block, self.fitted, states)
+        with stream.in_fast_dtype(number, block):
+            for part in divide_samples(self.fitted):  # as it was run when it was collected
+                stream.advance(number, block, part, states)
         for rows in stream.batches(self.fitted):
             if not is_finite(states[rows]):
                 raise InputError(

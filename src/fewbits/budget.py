@@ -6,12 +6,14 @@ source tensors and hidden states are. Only what is as large as a matrix is count
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fewbits.blockwise import KL_COPIES, Limits, held_out_samples, judged_positions
 from fewbits.errors import InputError
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
+from fewbits.statistics import panel_values
 from fewbits.stream import TOKENS, fast_dtype
 from fewbits.structure import skeleton, text_config
 
@@ -65,7 +67,7 @@ def plan_memory(
         _check(most, least)
         return Budget(Limits(), least)
     needs_hessian = "hessian" in recipe.method.needs
-    every, largest = _hessians(plan) if needs_hessian else (0, 0)
+    every, largest, _ = _hessians(plan) if needs_hessian else (0, 0, 0)
     whole, least = (
         base
         + max(_calibrated(plan, recipe, shape, tokens, needs_hessian), _back(plan, kept, tokens, shape))
@@ -112,6 +114,11 @@ def collecting_bytes(block: int, fast: int, running: int) -> int:
     return (4 + fast) * block + running
 
 
+def parts_bytes(widths: Iterable[int]) -> int:
+    """What sums of one part and of those before it take more than the Hessians that come of them."""
+    return sum(4 * (2 * panel_values(n) - n * n) for n in widths)
+
+
 def matrix_bytes(matrix: int, tensor: int) -> int:
     """A matrix that is rounded to nearest, and codes and words of all in its tensor, as of experts."""
     return _ROUNDED * matrix + 2 * tensor
@@ -145,12 +152,12 @@ def _elements(plan: Plan, name: str) -> tuple[int, int]:
     return rows * columns, rows * columns * (matrix.shape[0] if matrix.stacked else 1)
 
 
-def _hessians(plan: Plan) -> tuple[int, int]:
-    """Bytes of all Hessians of the block that has most, and of the largest one."""
+def _hessians(plan: Plan) -> tuple[int, int, int]:
+    """Bytes of all Hessians of the block that has most; of the largest; on top while they are summed."""
     widths = input_widths(plan).values()
     totals = (sum(4 * n * n for n in found) for found in widths)
     widest = max((n for found in widths for n in found), default=0)
-    return max(totals, default=0), 4 * widest**2
+    return max(totals, default=0), 4 * widest**2, max(map(parts_bytes, widths), default=0)
 
 
 def input_widths(plan: Plan) -> dict[int, list[int]]:
@@ -194,7 +201,7 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
     kept = 4 * 4 * held * plan.hidden_size  # states that are compared: float, wanted, got, and a sum
     stages = [
         (4 + (2 if experts else 0)) * block,  # load: experts are joined first
-        collecting_bytes(block, fast_bytes(plan), running),  # and go on
+        collecting_bytes(block, fast_bytes(plan), running) + (_hessians(plan)[2] if hessians else 0),
         rounding_bytes(block, _rounding(plan) if hessians else matrix_bytes(matrix, 0)),
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]

@@ -25,6 +25,7 @@ from fewbits.budget import (
     factor_bytes,
     fast_bytes,
     matrix_bytes,
+    parts_bytes,
     rounding_bytes,
     running_bytes,
 )
@@ -160,6 +161,7 @@ class Work:
     largest_matrix: int
     largest_stack: int
     hessian_bytes: int
+    parts_bytes: int
     fast_bytes: int
     widest: int
     scalable: int
@@ -339,10 +341,11 @@ def count_work(
             expert_linears[rows, columns] += count
             together[matrix.block, matrix.module, experts, columns] += rows * (count // experts)
     inputs: Counter[tuple[int, int]] = Counter()
-    squares: Counter[int | None] = Counter()
+    squares, over = Counter[int | None](), Counter[int | None]()
     for (block, _, number, columns), rows in together.items():
         inputs[rows, columns] += number
         squares[block] += number * 4 * columns * columns
+        over[block] += number * parts_bytes([columns])
     values: Counter[int] = Counter()
     for name, block in plan.blocks.items():
         values[block] += plan.info(name).count
@@ -369,6 +372,7 @@ def count_work(
         largest_matrix=_largest(plan, stacks=False),
         largest_stack=_largest(plan, stacks=True),
         hessian_bytes=max(squares.values(), default=0),
+        parts_bytes=max(over.values(), default=0),
         fast_bytes=fast_bytes(plan),
         widest=max((matrix.rows_columns[1] for matrix, _, _ in inside), default=0),
         scalable=len(places),
@@ -624,6 +628,7 @@ def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
     running = running_bytes(max(TOKENS, work.length), work.widest)
     hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
     collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + hessians
+    collecting += work.parts_bytes if hessians else 0
     tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
     gptq = choice.method.endswith("gptq")
     beside = factor_bytes(work.widest, tallest, _COPIES) if gptq else 0

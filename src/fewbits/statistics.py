@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +51,8 @@ from fewbits.wiring import Wiring
 
 STATISTICS, STEM = "statistics.json", "statistics"
 PANEL = 256  # columns of a Hessian that are added to by one product; not tuned
+# Of the samples of calibration. More could be run by more processes at a time; then bits are others.
+PARTS = 8
 _MAX_JSON = 2**27  # bytes; 15,000 experts take about 3 * 10**7, 2000 for each
 
 
@@ -61,21 +64,27 @@ class InputStats:
     """What is known of a linear's inputs over its tokens, as far as the method asks for it.
 
     Args:
-        hessian: the mean of x.T @ x, (in, in).
+        hessian: the mean of x.T @ x, (in, in); None until `finish`.
         absmax: the largest |x|, (in,).
         tokens: that were seen.
+        panels: the sum of x.T @ x while it is collected: the lower panels, columns from `PANEL` to
+            `PANEL` of the rows from there on.
     """
 
     hessian: Tensor | None = None
     absmax: Tensor | None = None
     tokens: int = 0
+    panels: list[Tensor] | None = None
 
     @classmethod
     def of(cls, width: int, needs: frozenset[str], device: torch.device = CPU) -> Self:
         """Of no tokens yet."""
+        starts = range(0, width, PANEL)
+        shapes = [(width - start, min(PANEL, width - start)) for start in starts]
+        panels = [torch.zeros(shape, device=device) for shape in shapes if "hessian" in needs]
         return cls(
-            torch.zeros(width, width, device=device) if "hessian" in needs else None,
-            torch.zeros(width, device=device) if "absmax" in needs else None,
+            absmax=torch.zeros(width, device=device) if "absmax" in needs else None,
+            panels=panels or None,
         )
 
     @property
@@ -89,17 +98,30 @@ class InputStats:
         self.tokens += len(x)
         if self.absmax is not None and len(x):
             torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
-        if self.hessian is not None:
-            for start in range(0, x.shape[1], PANEL):  # below the diagonal only: it is symmetric
-                panel = slice(start, start + PANEL)
-                self.hessian[start:, panel].addmm_(x[:, start:].t(), x[:, panel])
+        start = 0
+        for panel in self.panels or []:  # below the diagonal only: it is symmetric
+            panel.addmm_(x[:, start:].t(), x[:, start : start + panel.shape[1]])
+            start += panel.shape[1]
+
+    def add_part(self, other: Self) -> None:
+        """What was seen of other samples, behind those before."""
+        self.tokens += other.tokens
+        if self.absmax is not None and other.absmax is not None:
+            torch.maximum(self.absmax, other.absmax, out=self.absmax)
+        for panel, more in zip(self.panels or [], other.panels or [], strict=True):
+            panel.add_(more)
 
     def finish(self) -> None:
-        """A mean, and what is above the panels on the diagonal."""
-        if self.hessian is None:
+        """Make a mean of the sum, and fill in what is above the panels on the diagonal."""
+        if self.panels is None:
             return
-        self.hessian.div_(max(1, self.tokens))
-        _mirror(self.hessian, PANEL)
+        width = len(self.panels[0])
+        hessian, start = self.panels[0].new_empty(width, width), 0
+        for panel in self.panels:
+            hessian[start:, start : start + panel.shape[1]] = panel.div_(max(1, self.tokens))
+            start += panel.shape[1]
+        _mirror(hessian, len(self.panels[0][0]))
+        self.hessian, self.panels = hessian, None
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -188,6 +210,17 @@ def divide_inputs(
     return passes
 
 
+def divide_samples(samples: range) -> list[range]:
+    """The parts of calibration samples that are summed alone, as equal as can be.
+
+    >>> divide_samples(range(10, 14)), len(divide_samples(range(124)))
+    ([range(10, 11), range(11, 12), range(12, 13), range(13, 14)], 8)
+    """
+    count = min(PARTS, len(samples))
+    ends = [samples.start + i * len(samples) // count for i in range(count + 1)]
+    return [range(start, stop) for start, stop in pairwise(ends)]
+
+
 def collect(
     stream: Stream,
     number: int,
@@ -199,6 +232,9 @@ def collect(
 ) -> dict[tuple[str, ...], InputStats]:
     """Run samples through a block and look at what its linears read.
 
+    Each part of the samples is summed alone, and the sums are added in the order of the parts: so the
+    bits are the same wherever the parts are run.
+
     Args:
         stream: at this block.
         number: of the block.
@@ -208,16 +244,25 @@ def collect(
         samples: of the stream.
         into: what the block makes of them is written here; None: it is run only as far as needed.
     """
-    stats = {
-        linears: InputStats.of(_width(block, linears[0]), needs, stream.device) for linears in inputs
-    }
-    hooks = _hooks(block, {linears[0]: stat for linears, stat in stats.items()}, into is None)
-    with hooks, stream.in_fast_dtype(number, block):
-        for rows in stream.batches(samples):
-            with suppress(_AllSeen):
-                output = stream.run(number, block, stream.states[rows])
-                if into is not None:
-                    into[rows] = output
+    stats: dict[tuple[str, ...], InputStats] = {}
+    with stream.in_fast_dtype(number, block):
+        for part in divide_samples(samples):
+            found = {
+                linears: InputStats.of(_width(block, linears[0]), needs, stream.device)
+                for linears in inputs
+            }
+            with _hooks(block, {linears[0]: stat for linears, stat in found.items()}, into is None):
+                for rows in stream.batches(part):
+                    with suppress(_AllSeen):
+                        output = stream.run(number, block, stream.states[rows])
+                        if into is not None:
+                            into[rows] = output
+            for linears, stat in found.items():
+                if linears in stats:
+                    stats[linears].add_part(stat)
+                else:
+                    stats[linears] = stat
+            del found
     for stat in stats.values():
         stat.finish()
     return stats

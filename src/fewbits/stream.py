@@ -345,7 +345,7 @@ class Stream:
 
         Parameters that the checkpoint has in float32 stay so.
         """
-        if self.fast_dtype is None:
+        if self.fast_dtype is None or self.running is not None:
             yield
             return
         exact = self._in_float32()
