@@ -56,7 +56,7 @@ def one_thread():
 def float32_products():
     """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda _dtype: None)
+        patch.setattr(stream, "fast_dtype", lambda *_: None)
         yield
 
 
@@ -410,7 +410,7 @@ def test_an_expert_without_a_token_is_rounded_to_nearest(sparse):
 
 def test_products_in_bfloat16_cost_next_to_nothing(tiny, tmp_path, monkeypatch):
     """Of a single tiny model the KL moves by a tenth, up or down, with any rounding; not of all."""
-    monkeypatch.setattr(stream, "fast_dtype", lambda _dtype: torch.bfloat16)
+    monkeypatch.setattr(stream, "fast_dtype", lambda *_: torch.bfloat16)
     changes = []
     for model_type in ("llama", "gpt2", "cohere", "qwen3_moe"):
         source, slow, fast = tiny.source(model_type), tiny.out(model_type, "gptq"), tmp_path / model_type

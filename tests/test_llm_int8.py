@@ -58,7 +58,7 @@ def largest_inputs(folder, ids, matching=""):
 
 
 def test_static_columns_are_those_whose_inputs_were_above_the_threshold(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_room, "fast_dtype", lambda _dtype: None)  # its rounding moves inputs
+    monkeypatch.setattr(stream_room, "fast_dtype", lambda *_: None)  # its rounding moves inputs
     out = tmp_path / "out"
     result = quantize(source, out, method="llm-int8", scheme=STATIC, calibration=IDS)
     fitted = IDS[:-1]  # the last sample is held out

@@ -73,7 +73,7 @@ def one_thread():
 def float32_products():
     """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda _dtype: None)
+        patch.setattr(stream, "fast_dtype", lambda *_: None)
         yield
 
 
@@ -469,7 +469,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from test_measure import IDS, measure, stream
 torch.set_num_threads(1)
-stream.fast_dtype = lambda _dtype: None
+stream.fast_dtype = lambda *_: None
 def kill(what, done, total):
     if done == 1:
         os.kill(os.getpid(), signal.SIGKILL)

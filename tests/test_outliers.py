@@ -32,7 +32,7 @@ def float32_products():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda _dtype: None)
+        patch.setattr(stream, "fast_dtype", lambda *_: None)
         patch.setattr(outliers, "_JUDGED_EXPERT", 10_000)
         yield
     torch.set_num_threads(threads)
