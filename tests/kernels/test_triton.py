@@ -53,7 +53,7 @@ def test_words_hold_the_codes_where_the_layout_says(bits):
         chunk, inside = divmod(column, 32 * FIELDS[bits])
         field, word = divmod(inside, 32)
         value = int(words[row, chunk * 32 + word]) >> field * bits & 2**bits - 1
-        assert value ^ 2 ** (bits - 1) == codes[row, column]
+        assert value == codes[row, column]
 
 
 @pytest.mark.parametrize("label", ["w2-g32-asym", "w3-g96-asym", "w4-g32", "w8-channel-asym"])
@@ -72,7 +72,15 @@ def test_the_columns_may_be_cut_into_any_number_of_parts(parts, bias):
     x = torch.randint(-8, 9, (3, 640)).float()  # sums are exact
     b = torch.randint(-8, 9, (20,)).float() if bias else None
     tile = Tile(rows=16, inputs=16, parts=parts)
-    own = (kernel.words, kernel.scale, kernel.zero, kernel.offset, kernel.bits, kernel.group)
+    own = (
+        kernel.words,
+        kernel.scale,
+        kernel.zero,
+        kernel.offset,
+        kernel.bits,
+        kernel.group,
+        kernel.point,
+    )
     y = multiply(x.to(DEVICE), None if b is None else b.to(DEVICE), *own, tile=tile)
     assert torch.equal(y.cpu().double(), x.double() @ weights(weight).t() + (0 if b is None else b))
 

@@ -1,8 +1,8 @@
 """The programs that run on a GPU, in Triton; `kernel.py` says how a weight lies in memory.
 
 All of them take `words`, `scale`, `zero` and `offset` of a weight of `out` rows and `columns`, and read
-ROWS of its rows. TOGETHER fields have one scale. Inputs past the last column count as zero, so the scale
-that is read for them is any.
+ROWS of its rows. TOGETHER fields have one scale; POINT is the zero point where `zero` has none. Inputs
+past the last column count as zero, so the scale that is read for them is any.
 """
 
 import triton
@@ -10,19 +10,32 @@ import triton.language as tl
 
 
 @triton.jit
-def field_of(words, field: tl.constexpr, BITS: tl.constexpr):
-    """The codes of one field, around zero: shifted up to the sign, and down again."""
-    return (words << (32 - BITS * (field + 1))) >> (32 - BITS)
+def field_of(words, field: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, point, two_23):
+    """The codes of one field less `point`, in float32, exactly.
+
+    Bits that are put under the exponent of 2^23 are a number beyond it: logic and a multiply-add instead
+    of shifts and a conversion, for which a processor has fewer units. `two_23` are the bits of 2^23.
+    """
+    half: tl.constexpr = FIELDS // 2
+    place: tl.constexpr = field % half * BITS
+    own = words >> (half * BITS) if field >= half else words
+    bits = (own & ((2**BITS - 1) << place)) | two_23
+    number = bits.to(tl.float32, bitcast=True)
+    return number * (1.0 / 2**place) - (2.0 ** (23 - place) + point)
 
 
 @triton.jit
 def one_row(
-    x, words, scale, zero, offset, bias, y, out, columns,
+    x, words, scale, zero, offset, bias, y, out, columns, two_23,
     GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
-    ZERO: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
+    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """`x @ W.T + bias` for x of one row: CHUNKS chunks of columns at a time, on plain arithmetic."""
+    """`x @ W.T + bias` for x of one row: CHUNKS chunks of columns at a time, on plain arithmetic.
+
+    As an argument, `two_23` is in a register, so that one instruction ANDs and ORs. (As operands of tensor
+    cores, codes would then go through shared memory.)
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, 32)
     chunks = tl.cdiv(columns, 32 * FIELDS)
@@ -40,16 +53,15 @@ def one_row(
             place = tl.minimum(column // GROUP, last)[None, :] * out + row[:, None]
             s = tl.load(scale + place, inside[:, None], other=0).to(tl.float32)
             if ZERO:
-                z = tl.load(zero + place, inside[:, None], other=0).to(tl.int32)
+                z = tl.load(zero + place, inside[:, None], other=0).to(tl.float32)[:, :, None]
+            else:
+                z = POINT
             product = tl.zeros((ROWS, CHUNKS, 32), tl.float32)
             inputs = tl.zeros((CHUNKS, 32), tl.float32)
             for i in tl.static_range(TOGETHER):
                 here = column[:, None] + i * 32 + lane[None, :]
                 value = tl.load(x + here, here < columns, other=0).to(tl.float32)
-                c = field_of(fields, part + i, BITS)
-                if ZERO:
-                    c -= z[:, :, None]
-                product += c.to(tl.float32) * value[None, :, :]
+                product += field_of(fields, part + i, BITS, FIELDS, z, two_23) * value[None, :, :]
                 if OFFSET:
                     inputs += value
             total += product * s[:, :, None]
@@ -66,7 +78,7 @@ def one_row(
 def some_rows(
     x, words, scale, zero, offset, bias, y, out, columns, rows, length,
     GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
-    ZERO: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
+    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """The product with INPUTS rows of x, of a part of the columns, `length` chunks, on tensor cores.
@@ -90,17 +102,14 @@ def some_rows(
             column = chunk * 32 * FIELDS + field * 32
             group = tl.minimum(column // GROUP, last) * out + row
             s = tl.load(scale + group, inside, other=0).to(tl.float32)
-            if ZERO:
-                z = tl.load(zero + group, inside, other=0).to(tl.int32)
+            z = tl.load(zero + group, inside, other=0).to(tl.float32)[:, None] if ZERO else POINT
             product = tl.zeros((ROWS, INPUTS), tl.float32)
             inputs = tl.zeros((INPUTS,), tl.float32)
             for i in tl.static_range(TOGETHER):
                 here = column + i * 32 + lane
                 mask_x = there[None, :] & (here < columns)[:, None]
                 value = tl.load(x + place[None, :] + here[:, None], mask_x, other=0)  # (32, INPUTS)
-                c = field_of(code, field + i, BITS)
-                if ZERO:
-                    c -= z[:, None]
+                c = field_of(code, field + i, BITS, FIELDS, z, 0x4B000000)
                 product = tl.dot(c.to(value.dtype), value, product, input_precision="ieee")
                 if OFFSET:
                     inputs += tl.sum(value.to(tl.float32), 0)
@@ -117,7 +126,7 @@ def some_rows(
 def unpack(
     words, scale, zero, offset, weight, out, columns,
     GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
-    ZERO: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The weight itself, one chunk of columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -131,11 +140,9 @@ def unpack(
         column = chunk * 32 * FIELDS + field * 32
         group = tl.minimum(column // GROUP, last) * out + row
         s = tl.load(scale + group, inside, other=0).to(tl.float32)
+        z = tl.load(zero + group, inside, other=0).to(tl.float32)[:, None] if ZERO else POINT
         for i in tl.static_range(TOGETHER):
-            c = field_of(code, field + i, BITS)
-            if ZERO:
-                c -= tl.load(zero + group, inside, other=0).to(tl.int32)[:, None]
-            value = c.to(tl.float32) * s[:, None]
+            value = field_of(code, field + i, BITS, FIELDS, z, 0x4B000000) * s[:, None]
             if OFFSET:
                 value -= tl.load(offset + group, inside, other=0)[:, None]
             here = column + i * 32 + lane

@@ -1,6 +1,6 @@
 """Triton kernels for GPUs: 2, 3, 4 and 8 bits, products in the dtype of the inputs, sums in float32.
 
-A weight is read once, as 32-bit words of codes around the middle of their grid. A row is cut into chunks
+A weight is read once, as 32-bit words of codes. A row is cut into chunks
 of 32 words; with n fields to a word (4 of 8 bits, 8 of 4, 10 of 3, 16 of 2), field i of word j of a
 chunk is its column 32 * i + j. So the 32 columns of one field are neighbours among the inputs, and
 belong to one group. 3-bit codes take 3.2 bits so.
@@ -25,6 +25,7 @@ from fewbits.tensor import QuantizedTensor
 WORDS = 32  # of a chunk
 FIELDS = {2: 16, 3: 10, 4: 8, 8: 4}  # codes in a word, by their bits
 MANY_ROWS = 256  # from here on the matrix is unpacked first; measured on an H200
+_TWO_23 = 0x4B000000  # its bits in float32
 _ROWS = 128  # of a program that unpacks
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,7 +54,7 @@ class Triton(Kernel):
 
     words: Tensor  # (out, chunks * 32) int32
     scale: Tensor  # (groups, out)
-    zero: Tensor | None  # alike: int8 distances of zero points from the middle
+    zero: Tensor | None  # alike: uint8 zero points, unless all are `point`
     offset: Tensor | None  # alike: float32, of two levels of scales
     adds_bias = True
 
@@ -75,19 +76,18 @@ class Triton(Kernel):
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
         weight = weight.per_row()
-        columns = weight.shape[1]
-        self.bits, middle = weight.scheme.bits, weight.scheme.middle
-        self.group = weight.scheme.group_size or columns + -columns % WORDS
+        scheme, offset = weight.scheme, weight.offset
+        self.bits = scheme.bits
+        self.group = scheme.group_size or weight.shape[1] + -weight.shape[1] % WORDS
+        self.point = scheme.middle if scheme.symmetric else 0
+        parts = {
+            "scale": weight.scale,
+            "zero": None if scheme.symmetric or offset is not None else weight.zero_point,
+            "offset": offset,
+        }
         self.register_buffer("words", pack_words(weight.codes.to(device), self.bits))
-        self.register_buffer("scale", weight.scale.t().contiguous().to(device))
-        distance = weight.zero_point.to(torch.int16) - middle
-        zero = offset = None
-        if weight.offset is not None:
-            offset = (weight.scale.float() * distance + weight.offset.float()).t().contiguous()
-        elif not weight.scheme.symmetric:
-            zero = distance.to(torch.int8).t().contiguous()
-        self.register_buffer("zero", None if zero is None else zero.to(device))
-        self.register_buffer("offset", None if offset is None else offset.to(device))
+        for name, part in parts.items():
+            self.register_buffer(name, None if part is None else part.t().contiguous().to(device))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, in the dtype of x."""
@@ -96,7 +96,7 @@ class Triton(Kernel):
             return F.linear(x, self.weight(x.dtype), bias)
         fused = bias if bias is not None and bias.dtype == x.dtype else None
         call = torch.ops.fewbits.triton_linear if torch.compiler.is_compiling() else multiply
-        arguments = (self.words, self.scale, self.zero, self.offset, self.bits, self.group)
+        arguments = (self.words, self.scale, self.zero, self.offset, self.bits, self.group, self.point)
         y: Tensor = call(rows.contiguous(), fused, *arguments)
         y = y.view(*x.shape[:-1], self.shape[0])
         return y if bias is None or fused is not None else y + bias
@@ -110,20 +110,19 @@ class Triton(Kernel):
         grid = (math.ceil(out / _ROWS), self.words.shape[1] // WORDS)
         _programs().unpack[grid](
             self.words, self.scale, self.zero, self.offset, weight, out, columns,
-            **_constants(self.bits, self.group, self.zero, self.offset), ROWS=_ROWS,
+            **_constants(self.bits, self.group, self.point, self.zero, self.offset), ROWS=_ROWS,
         )  # fmt: skip
         return weight
 
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of it, (n, in), each value rounded once."""
         columns = self.shape[1]
-        weight = unpack_words(self.words[which], self.bits)[:, :columns].float()
         group = torch.arange(columns, device=which.device) // self.group
-        if self.zero is not None:
-            weight -= self.zero[:, which].t()[:, group]
-        weight *= self.scale[:, which].t()[:, group]
+        codes = unpack_words(self.words[which], self.bits)[:, :columns].float()
+        points = self.point if self.zero is None else self.zero[:, which].t()[:, group]
+        weight: Tensor = (codes - points) * self.scale[:, which].t()[:, group].float()
         if self.offset is not None:
-            weight -= self.offset[:, which].t()[:, group]
+            weight = weight - self.offset[:, which].t()[:, group]
         return weight.to(dtype)
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,31 +130,29 @@ class Triton(Kernel):
 
         Offsets of two levels are not told from zero points.
         """
-        middle = 2 ** (self.bits - 1)
-        codes = unpack_words(self.words, self.bits)[:, : self.shape[1]] + middle
+        codes = unpack_words(self.words, self.bits)[:, : self.shape[1]].to(torch.uint8)
         scale = self.scale.t().contiguous()
-        zero = torch.zeros_like(scale) if self.zero is None else self.zero.t()
-        return codes.to(torch.uint8), scale, (zero.to(torch.int16) + middle).to(torch.uint8).contiguous()
+        if self.zero is None:
+            return codes, scale, torch.full_like(scale, self.point, dtype=torch.uint8)
+        return codes, scale, self.zero.t().contiguous()
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes (out, in) in 32-bit words (out, chunks * 32): see the layout above."""
     fields = FIELDS[bits]
-    middle = 2 ** (bits - 1)
-    codes = F.pad(codes, (0, -codes.shape[1] % (WORDS * fields)), value=middle)
+    codes = F.pad(codes, (0, -codes.shape[1] % (WORDS * fields)))
     chunks = codes.view(len(codes), -1, fields, WORDS)
     words = torch.zeros(len(codes), chunks.shape[1], WORDS, dtype=torch.int64, device=codes.device)
-    for i in range(fields):  # flipping the top bit takes the middle off, in two's complement
-        words |= (chunks[:, :, i].long() ^ middle) << i * bits
+    for i in range(fields):
+        words |= chunks[:, :, i].long() << i * bits
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).flatten(1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Codes less the middle of their grid, int32, (out, chunks * fields * 32)."""
-    fields = FIELDS[bits]
+    """Codes, int32, (out, chunks * fields * 32)."""
     chunks = words.view(len(words), -1, 1, WORDS)
-    up = torch.arange(32 - bits, 32 - bits * (fields + 1), -bits, device=words.device)
-    return ((chunks << up.to(torch.int32)[:, None]) >> (32 - bits)).flatten(1)
+    places = torch.arange(0, bits * FIELDS[bits], bits, dtype=torch.int32, device=words.device)
+    return (chunks >> places[:, None] & (2**bits - 1)).flatten(1)
 
 
 def choose_tile(rows: int, out: int, chunks: int) -> Tile:
@@ -177,6 +174,7 @@ def multiply(
     offset: Tensor | None,
     bits: int,
     group: int,
+    point: int,
     tile: Tile | None = None,
 ) -> Tensor:
     """`x @ W.T + bias`.
@@ -184,7 +182,7 @@ def multiply(
     Args:
         x: (rows, in), contiguous.
         bias: (out,), in the dtype of x.
-        words, scale, zero, offset, bits, group: as a `Triton` has them.
+        words, scale, zero, offset, bits, group, point: as a `Triton` has them.
         tile: what a program works on; chosen by default.
 
     Returns:
@@ -196,7 +194,7 @@ def multiply(
         return x.new_empty(0, out)
     if _truncates(x.dtype):
         own = None if bias is None else bias.float()
-        return multiply(x.float(), own, words, scale.float(), zero, offset, bits, group, tile).to(
+        return multiply(x.float(), own, words, scale.float(), zero, offset, bits, group, point, tile).to(
             x.dtype
         )
     tile = tile or choose_tile(rows, out, chunks)
@@ -205,11 +203,11 @@ def multiply(
     shape, dtype = ((rows, out), x.dtype) if parts == 1 else ((parts, rows, out), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)
     own = bias if parts == 1 else None
-    constants = _constants(bits, group, zero, offset) | {"BIAS": own is not None}
+    constants = _constants(bits, group, point, zero, offset) | {"BIAS": own is not None}
     weight = (words, scale, zero, offset, own, y, out, columns)
     if rows == 1:
         _programs().one_row[(math.ceil(out / tile.rows),)](
-            x, *weight, **constants, ROWS=tile.rows, CHUNKS=tile.chunks, num_warps=tile.warps
+            x, *weight, _TWO_23, **constants, ROWS=tile.rows, CHUNKS=tile.chunks, num_warps=tile.warps
         )
         return y
     grid = (math.ceil(out / tile.rows), math.ceil(rows / tile.inputs), parts)
@@ -223,13 +221,15 @@ def multiply(
     return (total if bias is None else total + bias).to(x.dtype)
 
 
-def _constants(bits: int, group: int, zero: Tensor | None, offset: Tensor | None) -> dict[str, Any]:
+def _constants(
+    bits: int, group: int, point: int, zero: Tensor | None, offset: Tensor | None
+) -> dict[str, Any]:
     fields = FIELDS[bits]
     # Fields that share their scale wherever in a row their chunk lies.
     together = math.gcd(group // WORDS, fields)
     return {
         "GROUP": group, "BITS": bits, "FIELDS": fields, "TOGETHER": together,
-        "ZERO": zero is not None, "OFFSET": offset is not None,
+        "ZERO": zero is not None, "POINT": point, "OFFSET": offset is not None,
     }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def _truncates(dtype: torch.dtype) -> bool:
 _OPS = torch.library.Library("fewbits", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPS.define(  # type: ignore[no-untyped-call]
     "triton_linear(Tensor x, Tensor? bias, Tensor words, Tensor scale, Tensor? zero, Tensor? offset, "
-    "int bits, int group) -> Tensor"
+    "int bits, int group, int point) -> Tensor"
 )
 
 
