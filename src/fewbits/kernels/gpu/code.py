@@ -33,8 +33,8 @@ def one_row(
 ):  # fmt: skip
     """`x @ W.T + bias` for x of one row: CHUNKS chunks of columns at a time, on plain arithmetic.
 
-    As an argument, `two_23` is in a register, so that one instruction ANDs and ORs. (As operands of tensor
-    cores, codes would then go through shared memory.)
+    As an argument, `two_23` is in a register, so that one instruction ANDs and ORs. (Codes that tensor
+    cores are given would then go through shared memory.)
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, 32)

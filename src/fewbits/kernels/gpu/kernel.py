@@ -152,7 +152,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Codes, int32, (out, chunks * fields * 32)."""
     chunks = words.view(len(words), -1, 1, WORDS)
     places = torch.arange(0, bits * FIELDS[bits], bits, dtype=torch.int32, device=words.device)
-    return (chunks >> places[:, None] & (2**bits - 1)).flatten(1)
+    codes: Tensor = chunks >> places[:, None] & (2**bits - 1)
+    return codes.flatten(1)
 
 
 def choose_tile(rows: int, out: int, chunks: int) -> Tile:
