@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbits.kernels import Triton
-from fewbits.kernels.gpu import Tile, choose_tile, multiply
+from fewbits.kernels.gpu import Tile, multiply
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor, quantize_tensor
 
@@ -148,27 +148,21 @@ def measure(rows: tuple[int, ...]) -> list[dict[str, object]]:
 def tune() -> list[dict[str, object]]:
     """The best tiles, to be chosen by `choose_tile`."""
     found: list[dict[str, object]] = []
-    for shape, label in product(((4096, 4096), (14336, 4096)), ("w4-g128", "w8-channel", "w2-g128")):
+    for shape, label in product(((4096, 4096), (14336, 4096)), ("w4-g128", "w8-channel")):
         kernel = Triton(weight_of(shape, label), torch.bfloat16, GPU)
         copies = copies_of(kernel)
         chunks = kernel.words.shape[1] // 32
-        for n in (1, 2, 16, 64, 128) if label == "w4-g128" else (1, 16):
+        for n in (1, 16, 64, 256) if label == "w4-g128" else (1,):
             x = torch.randn(n, shape[1], dtype=torch.bfloat16, device=GPU)
-            if n == 1:
-                tiles = [
-                    Tile(rows, c, warps=w)
-                    for rows, c, w in product((4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8))
-                    if rows * c in (16, 32, 64) and c <= chunks
-                ]
-            else:
-                own = max(16, min(128, 2 ** math.ceil(math.log2(n))))
-                tiles = [
-                    Tile(rows, inputs=i, parts=p, warps=w)
-                    for rows, i, w, p in product(
-                        (64, 128), {own, max(16, own // 2)}, (4, 8), (1, 2, 4, 8)
-                    )
-                    if p <= chunks and (rows, w) != (64, 8)
-                ]
+            own = max(16, min(128, 2 ** math.ceil(math.log2(n))))
+            tiles = [
+                Tile(rows, i, p, w, s)
+                for rows, w in ((64, 4), (128, 8))
+                for i, p, s in product(
+                    {own, max(16, own // 2)}, (1, 2, 4, 8), (2, 3, 4) if n == 1 else (3,)
+                )
+                if p <= chunks
+            ]
             times = []
             for tile in tiles:
                 call = lambda i, t=tile, x=x, c=copies: multiply(x, None, *c[i], tile=t)  # noqa: E731
@@ -182,7 +176,6 @@ def tune() -> list[dict[str, object]]:
                 line = {"shape": str(shape), "scheme": label, "rows": n, "us": round(1e6 * taken, 2)}
                 found.append(line | {"tile": str(tile), "chosen": round(1e6 * chosen, 2)})
                 print(found[-1], flush=True)
-            print(choose_tile(n, shape[0], chunks))
     return found
 
 

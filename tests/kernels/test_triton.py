@@ -8,7 +8,7 @@ import torch
 from checks import TWO_LEVEL, check_kernel, random_weight, weights
 from fewbits.kernels import Triton
 from fewbits.kernels.gpu import multiply
-from fewbits.kernels.gpu.kernel import FIELDS, Tile, pack_words
+from fewbits.kernels.gpu.kernel import HALF, Tile, pack_words, unpack_words
 from fewbits.scheme import QuantScheme
 
 pytest.importorskip("triton")
@@ -43,17 +43,20 @@ def test_every_scheme_and_shape_passes_the_suite():
     check_kernel(Triton, DEVICE)
 
 
-@pytest.mark.parametrize("bits", FIELDS)
+@pytest.mark.parametrize("bits", HALF)
 def test_words_hold_the_codes_where_the_layout_says(bits):
-    columns = 32 * FIELDS[bits] + 7
+    fields = 2 * HALF[bits]
+    columns = 32 * fields + 7
     codes = torch.randint(0, 2**bits, (3, columns), dtype=torch.uint8)
     words = pack_words(codes, bits)
     assert words.shape == (3, 64)
-    for row, column in ((0, 0), (1, 31), (2, 32), (1, columns - 1), (0, 32 * FIELDS[bits] - 1)):
-        chunk, inside = divmod(column, 32 * FIELDS[bits])
+    for row, column in ((0, 0), (1, 31), (2, 32), (1, columns - 1), (0, 32 * fields - 1)):
+        chunk, inside = divmod(column, 32 * fields)
         field, word = divmod(inside, 32)
-        value = int(words[row, chunk * 32 + word]) >> field * bits & 2**bits - 1
-        assert value == codes[row, column]
+        upper, place = divmod(field, HALF[bits])
+        half = int(words[row, chunk * 32 + word]) >> 16 * upper
+        assert half >> place * bits & 2**bits - 1 == codes[row, column]
+    assert torch.equal(unpack_words(words, bits)[:, :columns], codes)
 
 
 @pytest.mark.parametrize("label", ["w2-g32-asym", "w3-g96-asym", "w4-g32", "w8-channel-asym"])

@@ -1,8 +1,9 @@
 """The programs that run on a GPU, in Triton; `kernel.py` says how a weight lies in memory.
 
 All of them take `words`, `scale`, `zero` and `offset` of a weight of `out` rows and `columns`, and read
-ROWS of its rows. TOGETHER fields have one scale; POINT is the zero point where `zero` has none. Inputs
-past the last column count as zero, so the scale that is read for them is any.
+ROWS of its rows. TOGETHER fields of one half have one scale; POINT is the zero point where `zero` has
+none (else 0). Inputs past the last column count as zero, so the scale that is read for them is any; rows
+past the last are the last again.
 """
 
 import triton
@@ -10,142 +11,142 @@ import triton.language as tl
 
 
 @triton.jit
-def field_of(words, field: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, point, two_23):
-    """The codes of one field less `point`, in float32, exactly.
+def fields_of(words, field: tl.constexpr, BITS: tl.constexpr, point):
+    """The codes of a field in the lower half of each word, and of its twin, less `point`: float32.
 
     Bits that are put under the exponent of 2^23 are a number beyond it: logic and a multiply-add instead
-    of shifts and a conversion, for which a processor has fewer units. `two_23` are the bits of 2^23.
+    of shifts and a conversion, for which a processor has fewer units. All exactly.
     """
-    half: tl.constexpr = FIELDS // 2
-    place: tl.constexpr = field % half * BITS
-    own = words >> (half * BITS) if field >= half else words
-    bits = (own & ((2**BITS - 1) << place)) | two_23
-    number = bits.to(tl.float32, bitcast=True)
-    return number * (1.0 / 2**place) - (2.0 ** (23 - place) + point)
+    place: tl.constexpr = field * BITS
+    mask: tl.constexpr = (2**BITS - 1) << place
+    low = ((words & mask) | 0x4B000000).to(tl.float32, bitcast=True)
+    high = (((words >> 16) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
+    less = 2.0 ** (23 - place) + point
+    return low * (1.0 / 2**place) - less, high * (1.0 / 2**place) - less
 
 
 @triton.jit
-def one_row(
-    x, words, scale, zero, offset, bias, y, out, columns, two_23,
-    GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
-    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """`x @ W.T + bias` for x of one row: CHUNKS chunks of columns at a time, on plain arithmetic.
-
-    As an argument, `two_23` is in a register, so that one instruction ANDs and ORs. (Codes that tensor
-    cores are given would then go through shared memory.)
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, 32)
-    chunks = tl.cdiv(columns, 32 * FIELDS)
-    inside = row < out
-    last = (columns - 1) // GROUP
-    start = row.to(tl.int64) * (chunks * 32)
-    total = tl.zeros((ROWS, CHUNKS, 32), tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        word = chunk[:, None] * 32 + lane[None, :]
-        mask = inside[:, None, None] & (chunk < chunks)[None, :, None]
-        fields = tl.load(words + start[:, None, None] + word[None, :, :], mask, other=0)
-        for part in tl.static_range(0, FIELDS, TOGETHER):
-            column = chunk * (32 * FIELDS) + part * 32  # the first of them
-            place = tl.minimum(column // GROUP, last)[None, :] * out + row[:, None]
-            s = tl.load(scale + place, inside[:, None], other=0).to(tl.float32)
-            if ZERO:
-                z = tl.load(zero + place, inside[:, None], other=0).to(tl.float32)[:, :, None]
-            else:
-                z = POINT
-            product = tl.zeros((ROWS, CHUNKS, 32), tl.float32)
-            inputs = tl.zeros((CHUNKS, 32), tl.float32)
-            for i in tl.static_range(TOGETHER):
-                here = column[:, None] + i * 32 + lane[None, :]
-                value = tl.load(x + here, here < columns, other=0).to(tl.float32)
-                product += field_of(fields, part + i, BITS, FIELDS, z, two_23) * value[None, :, :]
-                if OFFSET:
-                    inputs += value
-            total += product * s[:, :, None]
-            if OFFSET:
-                o = tl.load(offset + place, inside[:, None], other=0)
-                total -= o[:, :, None] * inputs[None, :, :]
-    result = tl.sum(tl.sum(total, 2), 1)
-    if BIAS:
-        result += tl.load(bias + row, inside, other=0).to(tl.float32)
-    tl.store(y + row, result.to(y.dtype.element_ty), inside)
+def operands_of(
+    words, field: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, ASM: tl.constexpr, like
+):
+    """The same in the dtype of `like`; with ASM two codes at a time."""
+    if ASM is None:
+        low, high = fields_of(words, field, BITS, POINT)
+        low, high = low.to(like.dtype), high.to(like.dtype)
+    elif like.dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            ASM, "=h,=h,r", [words >> (field * BITS)], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            ASM, "=h,=h,r", [words >> (field * BITS)], (tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    return low, high
 
 
 @triton.jit
-def some_rows(
+def multiply(
     x, words, scale, zero, offset, bias, y, out, columns, rows, length,
-    GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TOGETHER: tl.constexpr,
     ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, INPUTS: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """The product with INPUTS rows of x, of a part of the columns, `length` chunks, on tensor cores.
+    """`x @ W.T + bias` for INPUTS rows of x, on a part of the columns, `length` chunks, on tensor cores.
 
-    With several parts, y has them one behind the other, in float32, and BIAS is off.
+    The weight is the left operand: tensor cores take that one from registers. With several parts, y has
+    them one behind the other, in float32, and BIAS is off. EVEN: all chunks are full.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     given = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     part = tl.program_id(2)
     lane = tl.arange(0, 32)
-    chunks = tl.cdiv(columns, 32 * FIELDS)
-    inside, there = row < out, given < rows
-    last = (columns - 1) // GROUP
-    start = row.to(tl.int64) * (chunks * 32)
-    place = given.to(tl.int64) * columns
+    chunks = tl.cdiv(columns, 64 * HALF)
+    inside = (row < out)[:, None] & (given < rows)[None, :]
+    own, last = tl.minimum(row, out - 1), (columns - 1) // GROUP
+    start = own.to(tl.int64) * (chunks * 32)
+    place = tl.minimum(given, rows - 1).to(tl.int64) * columns
     total = tl.zeros((ROWS, INPUTS), tl.float32)
     for chunk in range(part * length, tl.minimum((part + 1) * length, chunks)):
-        word = start[:, None] + (chunk * 32 + lane)[None, :]
-        code = tl.load(words + word, inside[:, None], other=0)
-        for field in tl.static_range(0, FIELDS, TOGETHER):
-            column = chunk * 32 * FIELDS + field * 32
-            group = tl.minimum(column // GROUP, last) * out + row
-            s = tl.load(scale + group, inside, other=0).to(tl.float32)
-            z = tl.load(zero + group, inside, other=0).to(tl.float32)[:, None] if ZERO else POINT
-            product = tl.zeros((ROWS, INPUTS), tl.float32)
-            inputs = tl.zeros((INPUTS,), tl.float32)
+        code = tl.load(words + start[:, None] + (chunk * 32 + lane)[None, :])
+        for first in tl.static_range(0, HALF, TOGETHER):
+            column = chunk * 64 * HALF + first * 32  # and its twin's, HALF * 32 further on
+            g0 = tl.minimum(column // GROUP, last) * out + own
+            g1 = tl.minimum((column + HALF * 32) // GROUP, last) * out + own
+            if ZERO:
+                z0 = tl.load(zero + g0).to(tl.float32).to(x.dtype.element_ty)[:, None]
+                z1 = tl.load(zero + g1).to(tl.float32).to(x.dtype.element_ty)[:, None]
+            sum0 = tl.zeros((ROWS, INPUTS), tl.float32)
+            sum1 = tl.zeros((ROWS, INPUTS), tl.float32)
+            inputs0 = tl.zeros((INPUTS,), tl.float32)
+            inputs1 = tl.zeros((INPUTS,), tl.float32)
             for i in tl.static_range(TOGETHER):
-                here = column + i * 32 + lane
-                mask_x = there[None, :] & (here < columns)[:, None]
-                value = tl.load(x + place[None, :] + here[:, None], mask_x, other=0)  # (32, INPUTS)
-                c = field_of(code, field + i, BITS, FIELDS, z, 0x4B000000)
-                product = tl.dot(c.to(value.dtype), value, product, input_precision="ieee")
+                c0 = column + i * 32 + lane
+                c1 = c0 + HALF * 32
+                at0, at1 = x + place[None, :] + c0[:, None], x + place[None, :] + c1[:, None]
+                if EVEN:
+                    x0, x1 = tl.load(at0), tl.load(at1)
+                else:
+                    x0 = tl.load(at0, (c0 < columns)[:, None], other=0)
+                    x1 = tl.load(at1, (c1 < columns)[:, None], other=0)
+                w0, w1 = operands_of(code, first + i, BITS, POINT, ASM, x0)
+                if ZERO:
+                    w0, w1 = w0 - z0, w1 - z1
+                sum0 = tl.dot(w0, x0, sum0, input_precision="ieee")
+                sum1 = tl.dot(w1, x1, sum1, input_precision="ieee")
                 if OFFSET:
-                    inputs += tl.sum(value.to(tl.float32), 0)
-            total += product * s[:, None]
+                    inputs0 += tl.sum(x0.to(tl.float32), 0)
+                    inputs1 += tl.sum(x1.to(tl.float32), 0)
+            total += sum0 * tl.load(scale + g0).to(tl.float32)[:, None]
+            total += sum1 * tl.load(scale + g1).to(tl.float32)[:, None]
             if OFFSET:
-                total -= tl.load(offset + group, inside, other=0)[:, None] * inputs[None, :]
+                total -= tl.load(offset + g0)[:, None] * inputs0[None, :]
+                total -= tl.load(offset + g1)[:, None] * inputs1[None, :]
     if BIAS:
-        total += tl.load(bias + row, inside, other=0).to(tl.float32)[:, None]
+        total += tl.load(bias + own).to(tl.float32)[:, None]
     target = y + part.to(tl.int64) * rows * out + given.to(tl.int64)[None, :] * out + row[:, None]
-    tl.store(target, total.to(y.dtype.element_ty), inside[:, None] & there[None, :])
+    tl.store(target, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def add_parts(
+    parts, bias, y, values, out, PARTS: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr
+):
+    """The sum of what `multiply` made of all parts, in their order, `values` of each; and the bias."""
+    at = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
+    inside = at < values
+    total = tl.zeros((VALUES,), tl.float32)
+    for i in tl.static_range(PARTS):
+        total += tl.load(parts + i * values + at, inside, other=0)
+    if BIAS:
+        total += tl.load(bias + at % out, inside, other=0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def unpack(
     words, scale, zero, offset, weight, out, columns,
-    GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TOGETHER: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
     ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The weight itself, one chunk of columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(1)
     lane = tl.arange(0, 32)
-    inside = row < out
-    last = (columns - 1) // GROUP
-    start = row.to(tl.int64) * (tl.cdiv(columns, 32 * FIELDS) * 32)
-    code = tl.load(words + start[:, None] + (chunk * 32 + lane)[None, :], inside[:, None], other=0)
-    for field in tl.static_range(0, FIELDS, TOGETHER):
-        column = chunk * 32 * FIELDS + field * 32
-        group = tl.minimum(column // GROUP, last) * out + row
-        s = tl.load(scale + group, inside, other=0).to(tl.float32)
-        z = tl.load(zero + group, inside, other=0).to(tl.float32)[:, None] if ZERO else POINT
-        for i in tl.static_range(TOGETHER):
-            value = field_of(code, field + i, BITS, FIELDS, z, 0x4B000000) * s[:, None]
+    own, last = tl.minimum(row, out - 1), (columns - 1) // GROUP
+    start = own.to(tl.int64) * (tl.cdiv(columns, 64 * HALF) * 32)
+    code = tl.load(words + start[:, None] + (chunk * 32 + lane)[None, :])
+    for field in tl.static_range(HALF):
+        low, high = fields_of(code, field, BITS, POINT)
+        for twin in tl.static_range(2):
+            column = (chunk * 2 + twin) * 32 * HALF + field * 32
+            group = tl.minimum(column // GROUP, last) * out + own
+            value = high if twin else low
+            if ZERO:
+                value -= tl.load(zero + group).to(tl.float32)[:, None]
+            value *= tl.load(scale + group).to(tl.float32)[:, None]
             if OFFSET:
-                value -= tl.load(offset + group, inside, other=0)[:, None]
-            here = column + i * 32 + lane
+                value -= tl.load(offset + group)[:, None]
+            here = column + lane
             target = weight + row.to(tl.int64)[:, None] * columns + here[None, :]
-            ok = inside[:, None] & (here < columns)[None, :]
+            ok = (row < out)[:, None] & (here < columns)[None, :]
             tl.store(target, value.to(weight.dtype.element_ty), ok)

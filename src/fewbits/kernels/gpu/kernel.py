@@ -1,18 +1,20 @@
 """Triton kernels for GPUs: 2, 3, 4 and 8 bits, products in the dtype of the inputs, sums in float32.
 
-A weight is read once, as 32-bit words of codes. A row is cut into chunks
-of 32 words; with n fields to a word (4 of 8 bits, 8 of 4, 10 of 3, 16 of 2), field i of word j of a
-chunk is its column 32 * i + j. So the 32 columns of one field are neighbours among the inputs, and
-belong to one group. 3-bit codes take 3.2 bits so.
+A weight is read once, as 32-bit words of codes. A row is cut into chunks of 32 words; each half of a
+word has n fields, from its lowest bits on (2 of 8 bits, 4 of 4, 5 of 3, 8 of 2), and field i of the
+lower half of word j of a chunk is its column 32 * i + j, of the upper half its column 32 * (n + i) + j.
+So the 32 columns of one field are neighbours among the inputs, and belong to one group. 3-bit codes take
+3.2 bits.
 
-Three kernels: for one row of inputs, which only multiplies and adds; for some rows, on tensor cores;
-and one that unpacks. Where there are many rows it pays to unpack the matrix and multiply it by PyTorch.
+Codes are multiplied as integers, which every dtype holds, and scaled afterwards. Where there are many
+rows of inputs it pays to unpack the matrix, and multiply it by PyTorch.
 """
 
 import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,30 +25,31 @@ from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
 WORDS = 32  # of a chunk
-FIELDS = {2: 16, 3: 10, 4: 8, 8: 4}  # codes in a word, by their bits
-MANY_ROWS = 256  # from here on the matrix is unpacked first; measured on an H200
-_TWO_23 = 0x4B000000  # its bits in float32
+HALF = {2: 8, 3: 5, 4: 4, 8: 2}  # codes in half a word, by their bits
+MANY_ROWS = 256  # beyond them the matrix is unpacked first; measured on an H200
 _ROWS = 128  # of a program that unpacks
+_LEAST_ROOM = 48 * 2**10  # bytes of shared memory that every GPU has
+_VALUES = 1024  # of a program that adds parts
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program of a kernel works on.
+    """What one program works on.
 
     Args:
         rows: of the weight.
-        chunks: that are read at a time, by the kernel for one row.
-        inputs: rows of them, by the kernel for some.
+        inputs: rows of them.
         parts: that the columns are cut into, each summed by a program of its own.
         warps: of a program.
+        stages: chunks that are on their way to it at a time.
     """
 
-    rows: int
-    chunks: int = 1
-    inputs: int = 1
+    rows: int = 64
+    inputs: int = 16
     parts: int = 1
     warps: int = 4
+    stages: int = 3
 
 
 class Triton(Kernel):
@@ -139,31 +142,46 @@ class Triton(Kernel):
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes (out, in) in 32-bit words (out, chunks * 32): see the layout above."""
-    fields = FIELDS[bits]
-    codes = F.pad(codes, (0, -codes.shape[1] % (WORDS * fields)))
-    chunks = codes.view(len(codes), -1, fields, WORDS)
+    half = HALF[bits]
+    codes = F.pad(codes, (0, -codes.shape[1] % (2 * half * WORDS)))
+    chunks = codes.view(len(codes), -1, 2, half, WORDS)
     words = torch.zeros(len(codes), chunks.shape[1], WORDS, dtype=torch.int64, device=codes.device)
-    for i in range(fields):
-        words |= chunks[:, :, i].long() << i * bits
+    for upper, i in product(range(2), range(half)):
+        words |= chunks[:, :, upper, i].long() << 16 * upper + i * bits
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).flatten(1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Codes, int32, (out, chunks * fields * 32)."""
     chunks = words.view(len(words), -1, 1, WORDS)
-    places = torch.arange(0, bits * FIELDS[bits], bits, dtype=torch.int32, device=words.device)
-    codes: Tensor = chunks >> places[:, None] & (2**bits - 1)
+    places = [16 * upper + i * bits for upper in range(2) for i in range(HALF[bits])]
+    shifts = torch.tensor(places, dtype=torch.int32, device=words.device)
+    codes: Tensor = chunks >> shifts[:, None] & (2**bits - 1)
     return codes.flatten(1)
 
 
-def choose_tile(rows: int, out: int, chunks: int) -> Tile:
-    """For a product of so many rows of inputs with a weight of so many rows and chunks of columns."""
-    if rows == 1:
-        return Tile(rows=16, chunks=min(4, 2 ** int(math.log2(chunks))))
-    inputs = max(16, min(64, 2 ** math.ceil(math.log2(rows))))
-    programs = math.ceil(out / 64) * math.ceil(rows / inputs)
-    parts = max(1, min(chunks // 2, 512 // programs))
-    return Tile(rows=64, inputs=inputs, parts=parts)
+def choose_tile(rows: int, out: int, chunks: int, input_bytes: int, room: int) -> Tile:
+    """For a product of some rows of inputs with a weight.
+
+    As measured on an H200: enough programs to fill it, and not so many parts that adding them costs.
+
+    Args:
+        rows: of inputs.
+        out: rows of the weight.
+        chunks: of columns.
+        input_bytes: of one row of inputs along a chunk.
+        room: bytes of shared memory that a program may have, for what is on its way to it.
+    """
+    inputs = max(16, min(128, 2 ** math.ceil(math.log2(rows))))
+    while True:
+        own, warps = (64, 4) if inputs <= 32 else (128, 8)
+        stages = room // (own * WORDS * 4 + inputs * input_bytes)
+        if stages >= 2 or inputs == 16:
+            break
+        inputs //= 2
+    programs = math.ceil(out / own) * math.ceil(rows / inputs)
+    parts = max(1, min(chunks, 1024 // warps // programs))
+    return Tile(own, inputs, parts, warps, max(1, min(3, stages)))
 
 
 def multiply(
@@ -198,40 +216,66 @@ def multiply(
         return multiply(x.float(), own, words, scale.float(), zero, offset, bits, group, point, tile).to(
             x.dtype
         )
-    tile = tile or choose_tile(rows, out, chunks)
-    parts = math.ceil(chunks / math.ceil(chunks / tile.parts)) if rows > 1 else 1
-    # Parts are summed in one order, so that a product is the same each time.
-    shape, dtype = ((rows, out), x.dtype) if parts == 1 else ((parts, rows, out), torch.float32)
-    y = torch.empty(shape, dtype=dtype, device=x.device)
-    own = bias if parts == 1 else None
-    constants = _constants(bits, group, point, zero, offset) | {"BIAS": own is not None}
-    weight = (words, scale, zero, offset, own, y, out, columns)
-    if rows == 1:
-        _programs().one_row[(math.ceil(out / tile.rows),)](
-            x, *weight, _TWO_23, **constants, ROWS=tile.rows, CHUNKS=tile.chunks, num_warps=tile.warps
-        )
-        return y
+    input_bytes = 2 * HALF[bits] * WORDS * x.element_size()
+    tile = tile or choose_tile(rows, out, chunks, input_bytes, _room(x.device))
+    length = math.ceil(chunks / tile.parts)
+    parts = math.ceil(chunks / length)
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    # Parts are added in one order, so that a product is the same each time.
+    some = y if parts == 1 else torch.empty(parts, rows, out, dtype=torch.float32, device=x.device)
+    constants = _constants(bits, group, point, zero, offset)
+    fused = parts == 1 and bias is not None
     grid = (math.ceil(out / tile.rows), math.ceil(rows / tile.inputs), parts)
-    _programs().some_rows[grid](
-        x, *weight, rows, math.ceil(chunks / parts), **constants,
-        ROWS=tile.rows, INPUTS=tile.inputs, num_warps=tile.warps,
+    _programs().multiply[grid](
+        x, words, scale, zero, offset, bias, some, out, columns, rows, length, **constants,
+        # Fields that share their scale wherever in a row their chunk lies.
+        TOGETHER=math.gcd(group // WORDS, HALF[bits]),
+        BIAS=fused, EVEN=columns == chunks * 2 * HALF[bits] * WORDS, ASM=_assembly(bits, x.dtype, point),
+        ROWS=tile.rows, INPUTS=tile.inputs, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if parts == 1:
-        return y
-    total = y.sum(0)
-    return (total if bias is None else total + bias).to(x.dtype)
+    if parts > 1:
+        _programs().add_parts[(math.ceil(y.numel() / _VALUES),)](
+            some, bias, y, y.numel(), out, PARTS=parts, BIAS=bias is not None, VALUES=_VALUES
+        )
+    return y
 
 
 def _constants(
     bits: int, group: int, point: int, zero: Tensor | None, offset: Tensor | None
 ) -> dict[str, Any]:
-    fields = FIELDS[bits]
-    # Fields that share their scale wherever in a row their chunk lies.
-    together = math.gcd(group // WORDS, fields)
     return {
-        "GROUP": group, "BITS": bits, "FIELDS": fields, "TOGETHER": together,
+        "GROUP": group, "BITS": bits, "HALF": HALF[bits],
         "ZERO": zero is not None, "POINT": point, "OFFSET": offset is not None,
     }  # fmt: skip
+
+
+def _assembly(bits: int, dtype: torch.dtype, point: int) -> str | None:
+    """PTX that makes two 16-bit numbers of the lowest codes of both halves of a word; None: without.
+
+    The bits of a code are put under the exponent of a number from which on 16-bit floats count by ones:
+    128 in bfloat16, 1024 in float16. That number and the zero point are then taken off.
+    """
+    if bits == 8 or dtype == torch.float32 or _interpreted() or torch.version.hip is not None:
+        return None
+    beyond, exponent, one = (128, 0x4300, 0x3F80) if dtype == torch.bfloat16 else (1024, 0x6400, 0x3C00)
+    less = torch.tensor(-float(beyond + point), dtype=dtype)
+    twice = [
+        f"0x{2 * f'{n & 0xFFFF:04X}'}" for n in (2**bits - 1, exponent, one, int(less.view(torch.int16)))
+    ]
+    mask, magic, times, minus = twice
+    name = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    return (
+        f"{{ .reg .b32 t, o, m; mov.b32 o, {times}; mov.b32 m, {minus}; "
+        f"lop3.b32 t, $2, {mask}, {magic}, 0xEA; fma.rn.{name} t, t, o, m; mov.b32 {{$0, $1}}, t; }}"
+    )
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return _LEAST_ROOM
+    known = torch.cuda.get_device_properties(device)
+    return int(getattr(known, "shared_memory_per_block_optin", _LEAST_ROOM))
 
 
 def _programs() -> Any:
@@ -241,9 +285,13 @@ def _programs() -> Any:
     return code
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _truncates(dtype: torch.dtype) -> bool:
     """Whether Triton's interpreter runs, which knows bfloat16 by its bits only, and cuts them off."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16
+    return _interpreted() and dtype == torch.bfloat16
 
 
 # What `torch.compile` sees of a product: one operation.
