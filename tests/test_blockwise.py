@@ -913,7 +913,7 @@ def test_blocks_after_an_interruption_are_those_of_the_whole_run(tmp_path, model
         whole.append(block)
         wirings |= {kind: asdict(wiring) for kind, wiring in block.wirings.items()}
         read = {kind: Wiring.from_json(w) for kind, w in json.loads(json.dumps(wirings)).items()}
-        positions.append(Position(len(whole), rooms[-1].clone(), read))
+        positions.append(Position(len(whole), [rooms[-1].clone()], read))
     assert len(whole) == 3
     for start in positions[:-1]:
         rest = list(quantize_blocks(plan, recipe, IDS, start=start))

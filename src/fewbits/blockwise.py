@@ -7,7 +7,7 @@ rounded block. A block that came out much worse than one rounded to nearest is r
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -25,6 +25,7 @@ from fewbits.memory import hand_back_memory
 from fewbits.methods import RTN, Method, WeightedRTN, round_held
 from fewbits.pieces import Piece, find_pieces
 from fewbits.plan import Plan
+from fewbits.ranks import ALONE, Ranks, share_out
 from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.statistics import (
@@ -37,7 +38,7 @@ from fewbits.statistics import (
     is_expert,
     share_absmax,
 )
-from fewbits.stream import CPU, TOKENS, Allocate, Stream
+from fewbits.stream import CPU, TOKENS, Allocate, States, Stream
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor, is_finite
 from fewbits.wiring import Wiring, find_wiring, signature
@@ -114,6 +115,7 @@ class Block:
         weights: codes by source name; several of a stack.
         changed: source names of tensors that stay in float but were rewritten, and their values.
         wirings: that were found with this block, by kind of block.
+        left_states: whether this rank has some for the next block.
     """
 
     report: BlockReport
@@ -121,6 +123,7 @@ class Block:
     changed: dict[str, Tensor] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     wirings: dict[str, Wiring] = field(default_factory=dict)
+    left_states: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +132,13 @@ class Position:
 
     Args:
         blocks: that are done.
-        states: bytes of what the next one is given, as the run had put them into the room it asked for.
+        states: bytes of what the next one is given, as the run had put them into the room it asked for:
+            one room of each rank that had states.
         wirings: found so far, by kind of block.
     """
 
     blocks: int = 0
-    states: Tensor | None = None
+    states: Sequence[Tensor] = ()
     wirings: dict[str, Wiring] = field(default_factory=dict)
 
 
@@ -161,8 +165,12 @@ def quantize_blocks(
     start: Position = Position(),
     statistics: Statistics | None = None,
     device: torch.device = CPU,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Block]:
     """Quantize the blocks of a model one after the other.
+
+    Several ranks call this together, with the same arguments but for progress and allocate. Each runs
+    its parts of the samples and rounds its matrices; every one of them has the same blocks.
 
     Args:
         plan: of the run.
@@ -171,11 +179,13 @@ def quantize_blocks(
         progress: called with (what, blocks done, blocks).
         limits: how much is done at a time. The bits of the result depend on the tokens.
         allocate: gives room for the states behind each block but the last, which the next one is given;
-            what lies there when a block is yielded is what `start` takes.
+            what lies there when a block is yielded is what `start` takes. Not called where a rank has
+            none: there are more ranks than parts.
         start: where to go on.
         statistics: of the float model, to be taken instead of those of the samples; then `ids` are its
             own, which transforms search with and blocks are judged on.
         device: where blocks are run and rounded; what is yielded is on the CPU.
+        ranks: that do this together.
 
     Raises:
         InputError: blocks that cannot be run on their own, tokens that the model cannot take, or a block
@@ -185,7 +195,7 @@ def quantize_blocks(
         raise InputError(
             f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
         )
-    run = _Run(plan, recipe, ids, limits, allocate, start, statistics, device)
+    run = _Run(plan, recipe, ids, limits, allocate, start, statistics, device, ranks)
     what, count = "blocks", run.stream.count
     for number in range(start.blocks, count):
         if progress is not None:
@@ -236,59 +246,96 @@ class _Run:
         start: Position,
         statistics: Statistics | None,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.plan, self.recipe, self.limits, self.statistics = plan, recipe, limits, statistics
+        self.ranks, self.shape = ranks, ids.shape
         held_out = held_out_samples(*ids.shape) if statistics is None else statistics.held_out
         self.fitted, self.held_out = range(len(ids) - held_out), slice(len(ids) - held_out, len(ids))
-        every = _every(held_out, ids.shape[1])
-        states = None if start.states is None else self._split(start.states, *ids.shape)
-        first = None if states is None else states[0]
-        self.stream = Stream(plan.checkpoint, ids, every, limits.tokens, allocate, first, device)
-        kept = self.stream.states[self.held_out].float() if states is None else states[1]
-        self.float_states = kept
-        self.wirings = dict(start.wirings)
         self.search = slice(0, min(max(1, _JUDGED // ids.shape[1]), len(self.fitted)))
+        self.parts = divide_samples(self.fitted)
+        self.own = self.parts[ranks.rank :: ranks.count]
+        held, floats = range(self.held_out.start, self.held_out.stop), None
+        states = samples = None
+        if start.states:
+            found = [self._open(room, rank, len(start.states)) for rank, room in enumerate(start.states)]
+            states = States(len(ids), [room for rooms, _ in found for room in rooms])
+            floats = found[0][1]
+        else:
+            samples = [*self.own, *self._searched_elsewhere(), held]
+        self.stream = Stream(
+            plan.checkpoint, ids, _every(held_out, ids.shape[1]), limits.tokens, allocate, states,
+            device, samples,
+        )  # fmt: skip
+        self.float_states = self.stream.states[self.held_out].float() if floats is None else floats
+        self.wirings = dict(start.wirings)
         self.by_block: dict[int, list[Matrix]] = defaultdict(list)
         for name in plan.placements:
             matrix = plan.matrices[name]
             if matrix.block is not None:
                 self.by_block[matrix.block].append(matrix)
 
-    def _split(self, room: Tensor, samples: int, length: int) -> tuple[Tensor, Tensor]:
-        """The states of all samples, and those of the float model, as they lie in their room."""
-        hidden = self.plan.hidden_size
-        size = 4 * (samples - len(self.fitted)) * length * hidden  # first: it must be aligned
-        floats, states = room[:size].view(torch.float32), room[size:].view(torch.bfloat16)
-        return states.view(samples, length, hidden), floats.view(-1, length, hidden)
+    def _open(
+        self, room: Tensor, rank: int, count: int
+    ) -> tuple[list[tuple[range, Tensor]], Tensor | None]:
+        """What lies in the room of one of so many ranks: states of its parts.
+
+        In that of the first also of what is held out; at the front, which is aligned, those of the float
+        model.
+        """
+        (_, length), hidden = self.shape, self.plan.hidden_size
+        rows, floats = list(self.parts[rank::count]), None
+        if rank == 0:
+            rows.append(range(self.held_out.start, self.held_out.stop))
+            size = 4 * len(rows[-1]) * length * hidden
+            floats, room = room[:size].view(torch.float32).view(-1, length, hidden), room[size:]
+        states = room.view(torch.bfloat16).view(-1, length, hidden)
+        rooms, done = [], 0
+        for some in rows:
+            rooms.append((some, states[done : done + len(some)]))
+            done += len(some)
+        return rooms, floats
+
+    def _searched_elsewhere(self) -> list[range]:
+        """Samples that transforms search with, and whose parts other ranks run."""
+        if not self.recipe.transforms:
+            return []
+        end = self.search.stop
+        return [
+            range(p.start, min(p.stop, end)) for p in self.parts if p not in self.own and p.start < end
+        ]
 
     def block(self, number: int) -> Block:
         """Quantize one block and take the samples through it."""
         block = self.stream.load(number)
-        self.float_states = self.stream.run_all(number, block, self.float_states)
-        wanted = self.stream.run_all(number, block, self.stream.states[self.held_out])
+        held_out = self.stream.states[self.held_out]
+        self.float_states, wanted = self._run_all(number, block, self.float_states, held_out)
         pieces = self._pieces(number)
         self._check_finite(block, pieces)
         self._check_output(number, wanted)
-        for own, _, rounded, _ in self._nearest(block, pieces):
-            own.copy_(rounded.dequantize(torch.float32))
-        nearest, _ = self._judge(number, block, wanted)
-        del block  # never two of them at a time
-        block = self.stream.load(number)
+        nearest, judge = 0.0, self.ranks.count - 1  # the one with the fewest parts
+        if self.ranks.rank == judge:
+            for own, _, rounded, _ in self._nearest(block, pieces):
+                own.copy_(rounded.dequantize(torch.float32))
+            nearest = _error(self.stream.run_all(number, block, held_out), wanted)
+            del block  # never two of them at a time
+            block = self.stream.load(number)
         result = self._quantize(number, block, pieces)
         error, got = self._judge(number, block, wanted)
+        nearest = self.ranks.tell(nearest, judge)
         if not error <= _EXPLODED * nearest:  # not a number is no better
             del block, result
             block = self.stream.load(number)
             result = self._give_up(number, block, pieces, error, nearest)
             error, got = self._judge(number, block, wanted)
-        kl = self._kl(got)
+        kl = self._kl(got) if self.ranks.leads else 0.0
         if not math.isfinite(error + kl):
             raise InputError(
                 f"block {number} gives NaN or infinity when it is quantized, also to nearest; accepted "
                 f"is to leave it in float, by an override like '*.{number}.*=float'"
             )
         if number + 1 < self.stream.count:
-            self._advance(number, block, got)
+            result.left_states = self._advance(number, block, got)
         result.report = BlockReport(number, error, kl, result.report.matrices, nearest)
         return result
 
@@ -301,42 +348,73 @@ class _Run:
         if not float(wanted.var()) > 0:
             raise InputError(f"{where} the same value everywhere; accepted are models that compute")
 
+    def _run_all(self, number: int, block: nn.Module, *states: Tensor) -> list[Tensor]:
+        """What the block makes of several states, which ranks run in turn, in float32."""
+        batches = [some[rows] for some in states for rows in self.stream.batches(range(len(some)))]
+        outputs = self.ranks.share(len(batches), lambda i: self.stream.run(number, block, batches[i]))
+        whole = torch.cat([output.to(self.stream.device) for output in outputs])
+        return list(torch.split(whole, [len(some) for some in states]))
+
     def _judge(self, number: int, block: nn.Module, wanted: Tensor) -> tuple[float, Tensor]:
         """Squared error of its output over the output's variance, and the output; held-out samples."""
-        got = self.stream.run_all(number, block, self.stream.states[self.held_out])
-        return float((got - wanted).square().mean() / wanted.var()), got
+        (got,) = self._run_all(number, block, self.stream.states[self.held_out])
+        return self.ranks.tell(_error(got, wanted)), got
 
-    def _advance(self, number: int, block: nn.Module, got: Tensor) -> None:
-        stream = self.stream
-        samples, length, hidden = stream.states.shape
-        held_out = samples - len(self.fitted)
-        room = stream.allocate(states_bytes(samples, length, hidden, held_out))
-        states, floats = self._split(room, *stream.ids.shape)
+    def _advance(self, number: int, block: nn.Module, got: Tensor) -> bool:
+        """Take the states of this rank's samples through the block; whether it has any."""
+        stream, ranks = self.stream, self.ranks
+        (_, length), hidden = self.shape, self.plan.hidden_size
+        held = len(got) if ranks.leads else 0
+        size = states_bytes(sum(map(len, self.own)) + held, length, hidden, held)
+        rooms, floats = (
+            self._open(stream.allocate(size), ranks.rank, ranks.count) if size else ([], None)
+        )
+        kept = range(self.held_out.start, self.held_out.stop)
+        if not ranks.leads:
+            rooms.append((kept, got.bfloat16().cpu()))
+        states = States(len(stream.ids), rooms)
         with stream.in_fast_dtype(number, block):
-            for part in divide_samples(self.fitted):  # as it was run when it was collected
+            for part in self.own:  # as it was run when it was collected
                 stream.advance(number, block, part, states)
-        for rows in stream.batches(self.fitted):
+        for rows in (rows for part in self.own for rows in stream.batches(part)):
             if not is_finite(states[rows]):
                 raise InputError(
                     f"block {number} gives NaN or infinity on samples {rows.start} to {rows.stop - 1}; "
                     f"accepted is to leave it in float, by an override like '*.{number}.*=float'"
                 )
-        states[self.held_out] = got
-        floats.copy_(self.float_states)
+        if floats is not None:
+            states[self.held_out] = got
+            floats.copy_(self.float_states)
+        self._pass_searched(states)
         stream.states = states  # what a later process would go on from
+        return size > 0
+
+    def _pass_searched(self, states: States) -> None:
+        """Let all ranks have the states that transforms search with."""
+        if not self.recipe.transforms or self.ranks.count == 1:
+            return
+        for i, part in enumerate(self.parts):
+            rows = range(part.start, min(part.stop, self.search.stop))
+            if rows:
+                own = part in self.own
+                given = states[rows.start : rows.stop] if own else None
+                got = self.ranks.tell_tensor(given, i % self.ranks.count)
+                states.rooms += [] if own else [(rows, got)]
 
     def _quantize(self, number: int, block: nn.Module, pieces: dict[str, list[Piece]]) -> Block:
         result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
         wiring = self._wiring(number, block, result)
         self._note_unseen(number, wiring, result)
         folds = self._transform(number, block, wiring, pieces, result)
+        self._check_alike(number, folds)
         codes: dict[str, QuantizedTensor] = {}
         together: list[list[MatrixReport]] = []
         noted = len(result.notes)
         for some in self._passes(block, wiring, pieces):
             stats = self._collect(number, block, wiring, some, folds)
             hand_back_memory()  # of the run; what follows needs the most there is
-            together += self._round(block, some, stats, codes, result)
+            owners = self._owners(block, find_inputs(block, wiring, some), some)
+            together += self._round(block, some, stats, owners, codes, result)
             del stats  # the largest there is
         self._store(block, pieces, codes, result)
         self._note_changed(number, block, pieces, result)
@@ -398,7 +476,7 @@ class _Run:
         for linear, parts in pieces.items():
             weight = float_weight(block.get_submodule(linear))
             for piece in parts:
-                part = codes[piece.name]
+                part = codes[piece.name].to(self.stream.device)
                 weight[piece.start : piece.stop].copy_(part.dequantize(torch.float32))
                 result.weights.setdefault(piece.source, []).append(part.to(CPU))
 
@@ -434,8 +512,12 @@ class _Run:
         if self.statistics is not None:
             return self.statistics.wiring(number, kind)
         if kind not in self.wirings:
-            found = find_block_wiring(self.stream, number, block, bool(self.recipe.transforms))
-            self.wirings[kind] = result.wirings[kind] = found
+            found = None
+            if self.ranks.leads:
+                wiring = find_block_wiring(self.stream, number, block, bool(self.recipe.transforms))
+                found = asdict(wiring)
+            self.wirings[kind] = Wiring.from_json(self.ranks.tell(found))
+            result.wirings[kind] = self.wirings[kind]
         return self.wirings[kind]
 
     def _note_unseen(self, number: int, wiring: Wiring, result: Block) -> None:
@@ -471,6 +553,34 @@ class _Run:
             for reader, s in folds.items():
                 folded[reader].append(s)
         return folded
+
+    def _check_alike(self, number: int, folds: Folds) -> None:
+        """All ranks transform their copy of the block: it must be the same."""
+        if not self.recipe.transforms or self.ranks.count == 1:
+            return
+        digest = sha256()
+        for reader, scales in sorted(folds.items()):
+            digest.update(reader.encode())
+            for scale in scales:
+                digest.update(scale.cpu().numpy().tobytes())
+        for rank, found in enumerate(self.ranks.gather(digest.hexdigest())):
+            if found != digest.hexdigest():
+                raise InputError(
+                    f"block {number}: ranks {self.ranks.rank} and {rank} find other scales; accepted "
+                    "are ranks whose processors compute the same bits"
+                )
+
+    def _owners(
+        self, block: nn.Module, inputs: list[tuple[str, ...]], pieces: dict[str, list[Piece]]
+    ) -> dict[tuple[str, ...], int]:
+        """Which rank rounds what reads an input: by what that costs, about."""
+        costs = []
+        for linears in inputs:
+            columns = float_weight(block.get_submodule(linears[0])).shape[1]
+            rows = sum(piece.stop - piece.start for path in linears for piece in pieces[path])
+            whole = columns * columns * (columns + 3 * rows)  # a factor, and columns one by one
+            costs.append(float(whole if "hessian" in self.recipe.method.needs else rows * columns))
+        return dict(zip(inputs, share_out(costs, self.ranks.count), strict=True))
 
     def _writable(self, number: int, wiring: Wiring, result: Block) -> Wiring:
         """Without the pairs that touch what transformers rebuilds from other tensors on disk."""
@@ -518,21 +628,27 @@ class _Run:
         if not needs:
             return {}
         inputs = find_inputs(block, wiring, pieces)
+        owners = self._owners(block, inputs, pieces)
         if self.statistics is None:
-            found = collect(self.stream, number, block, inputs, needs, self.fitted)
+            found = collect(
+                self.stream, number, block, inputs, needs, self.fitted, None, self.ranks, owners
+            )
         else:
-            found = {linears: self._stored(number, block, linears, folds) for linears in inputs}
+            found = {
+                i: self._stored(number, block, i, folds, owners[i] == self.ranks.rank) for i in inputs
+            }
         stats = {path: stat for linears, stat in found.items() for path in linears}
         share_absmax(pieces, stats)
         return stats
 
     def _stored(
-        self, number: int, block: nn.Module, linears: tuple[str, ...], folds: Folds
+        self, number: int, block: nn.Module, linears: tuple[str, ...], folds: Folds, own: bool
     ) -> InputStats:
         """What was measured on the float model's block, as it is after what was folded into this one."""
         assert self.statistics is not None
         width = float_weight(block.get_submodule(linears[0])).shape[1]
-        stat = self.statistics.stats(number, linears, width, self.recipe.method.needs)
+        needs = self.recipe.method.needs - (frozenset() if own else {"hessian"})
+        stat = self.statistics.stats(number, linears, width, needs)
         stat = stat.to(self.stream.device)
         for s in folds.get(linears[0], []):
             stat.divide(s)
@@ -543,10 +659,11 @@ class _Run:
         block: nn.Module,
         pieces: dict[str, list[Piece]],
         stats: dict[str, InputStats],
+        owners: dict[tuple[str, ...], int],
         codes: dict[str, QuantizedTensor],
         result: Block,
     ) -> list[list[MatrixReport]]:
-        """Round what reads one tensor together: a Hessian is factored once."""
+        """Round what reads one tensor together: a Hessian is factored once. Each rank rounds its own."""
         together: dict[Any, list[Piece]] = defaultdict(list)
         for linear, parts in pieces.items():
             for piece in parts:
@@ -554,19 +671,34 @@ class _Run:
                 alone = piece.name if scheme.granularity == "tensor" else None
                 key = (id(stat) if stat is not None else linear, scheme, self._scales(piece), alone)
                 together[key].append(piece)
-        return [
-            self._round_alike(block, alike, stats.get(alike[0].linear), codes, result)
-            for alike in together.values()
-        ]
+        by_linear = {path: rank for linears, rank in owners.items() for path in linears}
+        said: dict[str, Any] = {}
+        tensors: list[Tensor] = []
+        for i, alike in enumerate(together.values()):
+            if by_linear.get(alike[0].linear, 0) == self.ranks.rank:
+                rounded, reports, notes = self._round_alike(block, alike, stats.get(alike[0].linear))
+                described = [one.parts() for one in rounded]
+                said[str(i)] = {
+                    "parts": [about for about, _ in described],
+                    "reports": [asdict(report) for report in reports],
+                    "notes": [asdict(note) for note in notes],
+                }
+                tensors += [tensor for _, own in described for tensor in own]
+        groups, found = list(together.values()), dict[int, list[MatrixReport]]()
+        for told, given in self.ranks.exchange(said, tensors):
+            for key, value in told.items():
+                for piece, about in zip(groups[int(key)], value["parts"], strict=True):
+                    codes[piece.name] = QuantizedTensor.of_parts(about, given)
+                found[int(key)] = [
+                    MatrixReport(**report | {"steps": tuple(report["steps"])})
+                    for report in value["reports"]
+                ]
+                result.notes += [Note(**note) for note in value["notes"]]
+        return [found[i] for i in range(len(groups))]
 
     def _round_alike(
-        self,
-        block: nn.Module,
-        alike: list[Piece],
-        stat: InputStats | None,
-        codes: dict[str, QuantizedTensor],
-        result: Block,
-    ) -> list[MatrixReport]:
+        self, block: nn.Module, alike: list[Piece], stat: InputStats | None
+    ) -> tuple[list[QuantizedTensor], list[MatrixReport], list[Note]]:
         scheme, scales = self._scheme(alike[0]), self._scales(alike[0])
         weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -580,21 +712,21 @@ class _Run:
             raise InputError(f"{alike[0].name}: {error}") from None
         notes = notes if why is None else [Note("fallback", "", why), *notes]
         steps = tuple(note.what for note in notes)
-        reports, start = [], 0
+        parts, reports, told, start = [], [], list[Note](), 0
         for piece, own in zip(alike, weights, strict=True):
             part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
             hessian = None if stat is None else stat.hessian
             lost, ratio = (None, None) if hessian is None else _errors(own, part, hessian, scales.dtype)
-            codes[piece.name] = part
-            result.notes += [replace(note, where=piece.name) for note in notes]
+            parts.append(part)
+            told += [replace(note, where=piece.name) for note in notes]
             tokens = 0 if stat is None else stat.tokens
             name, kept = type(method).__name__, part.outliers
             outliers = 0 if kept is None else len(kept.columns)
             reports.append(
                 MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps, lost)
             )
-        return reports
+        return parts, reports, told
 
     def _method(
         self, block: nn.Module, linear: str, stat: InputStats | None
@@ -686,6 +818,11 @@ def find_block_wiring(stream: Stream, number: int, block: nn.Module, with_pairs:
     """Of a block, found on a few tokens of the stream."""
     run = partial(stream.run, number, block, stream.states[:1, :_PROBE])
     return find_wiring(block, run, with_pairs)
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    """Squared error over the variance of what is wanted."""
+    return float((got - wanted).square().mean() / wanted.var())
 
 
 def _equal(value: Tensor, source: Tensor) -> bool:

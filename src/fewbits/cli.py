@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewbits.errors import FewbitsError, InputError, ResourceError
+from fewbits.ranks import LIMIT_S, join, ranks_of_environment
 from fewbits.scheme import InputScheme, QuantScheme
 
 # Imports make a million objects that stay: looking through them again and again took a tenth of
@@ -143,6 +144,13 @@ Device = Annotated[
     str,
     typer.Option(help="Where blocks are run and matrices rounded, one block at a time: cpu or cuda."),
 ]
+RankTimeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="Of several ranks, started by torchrun: one without a sign of life is lost.",
+    ),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw away what OUT and unfinished work for it hold.")
 ]
@@ -168,30 +176,37 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except FewbitsError as error:
-            err.print(f"error: {error}", markup=False, highlight=False)
-            raise typer.Exit(error.exit_code) from None
+            _leave(f"error: {error}", error.exit_code)
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # torch's own kind
                 raise
-            err.print("error: the machine has no memory left for this")
-            raise typer.Exit(1) from None
+            _leave("error: the machine has no memory left for this", 1)
         except MemoryError:
-            err.print("error: the machine has no memory left for this")
-            raise typer.Exit(1) from None
+            _leave("error: the machine has no memory left for this", 1)
         except OSError as error:
-            err.print(f"error: {error}", highlight=False)
-            raise typer.Exit(1) from None
+            _leave(f"error: {error}", 1)
         except KeyboardInterrupt:
             kept = function.__name__ in ("compare", "convert", "measure", "quantize")
             what = "what was finished is kept" if kept else "nothing was left behind"
-            err.print(f"interrupted: {what}; the same command {'goes on' if kept else 'starts again'}")
-            raise typer.Exit(130) from None
+            again = "goes on" if kept else "starts again"
+            _leave(f"interrupted: {what}; the same command {again}", 130)
 
     return app.command()(run)
 
 
+def _leave(line: str, code: int) -> NoReturn:
+    """Say one line and end; of several ranks only the first says what it ends with."""
+    if ranks_of_environment() == 1:
+        err.print(line, markup=False, highlight=False)
+        raise typer.Exit(code) from None
+    if os.environ["RANK"] == "0":
+        err.print(line, markup=False, highlight=False)
+    sys.stdout.flush()
+    os._exit(code)  # threads that wait for other ranks would be waited for
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each thing that is being done; nothing where stderr is no terminal."""
     columns = (
         TextColumn("{task.description}"),
@@ -199,7 +214,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Progress(
+        *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -417,10 +434,14 @@ def quantize(
             metavar="FILE", help="Write the report, a page, to FILE.  [default: OUT/report.html]"
         ),
     ] = None,
+    rank_timeout: RankTimeout = LIMIT_S,
     restart: Restart = False,
     json_: Json = False,
 ) -> None:
-    """Quantize MODEL, write it to OUT, and verify what was written. Run again, it goes on."""
+    """Quantize MODEL, write it to OUT, and verify what was written. Run again, it goes on.
+
+    Started by torchrun, all ranks do it together; OUT must lie where all see it.
+    """
     from fewbits.calibration import check_seed
     from fewbits.pipeline import quantize as run
     from fewbits.recipe import parse_override
@@ -434,7 +455,7 @@ def quantize(
     overrides = tuple(map(parse_override, override or ()))
     if html is not None and html.parent != out_folder:
         check_page(html)
-    with _progress() as progress:
+    with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:
         result = run(
             model,
             out_folder,
@@ -457,7 +478,10 @@ def quantize(
             tensor_parallel=tensor_parallel,
             restart=restart,
             progress=progress,
+            ranks=ranks,
         )
+    if not ranks.leads:
+        return
     page, missing = html or out_folder / "report.html", None
     try:
         check_page(page)

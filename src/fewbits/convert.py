@@ -34,7 +34,7 @@ from fewbits.pipeline import Quantized, check_out, finish, reuse
 from fewbits.plan import Plan, make_plan, placement_of, survey
 from fewbits.recipe import Recipe
 from fewbits.scheme import BITS, QuantScheme
-from fewbits.steps import Steps
+from fewbits.steps import Page, Steps
 from fewbits.structure import Matrix, skeleton
 from fewbits.tensor import Note, QuantizedTensor
 from fewbits.verify import Progress
@@ -345,7 +345,21 @@ class _Conversion(Steps):
     def __init__(self, plan: Plan, *more: Any) -> None:
         super().__init__(plan, *more)
         assert isinstance(plan.checkpoint, Dequantized)
+        self.stored = plan.checkpoint.stored
+
+    def _page(self) -> Page:
+        return _Converted(self)
+
+
+class _Converted(Page):
+    """What is written of the codes of a step."""
+
+    def __init__(self, steps: _Conversion) -> None:
+        plan = steps.plan
+        super().__init__(plan, steps.recipe, False, None, steps.device, steps.journal.add)
+        assert isinstance(plan.checkpoint, Dequantized)
         self.view, self.stored = plan.checkpoint, plan.checkpoint.stored
+        self.requantize = steps.ledger.request["requantize"]
 
     def _round(self, name: str, notes: list[Note]) -> list[QuantizedTensor] | None:
         if name not in self.plan.placements:
@@ -355,7 +369,7 @@ class _Conversion(Steps):
         scales = self.plan.format.scales(self.plan.info(name).dtype)
         for weight in self.view.weights(name):
             exact = _exact(weight, scheme, scales.stored)
-            if exact is None and not self.ledger.request["requantize"]:
+            if exact is None and not self.requantize:
                 raise _inexact(self.plan, name, weight, scales)
             done.append(_rounded(name, weight, scheme, scales, notes) if exact is None else exact)
         return done
@@ -384,12 +398,12 @@ class _Conversion(Steps):
         info, sha256 = stored.tensors[first], hash_tensor(stored.read(first))
         origin = None if first == name else first
         made = Entry.of(info, sha256, written, codes, origin=origin)
-        self._entered[name] = made if codes is not None else replace(made, outcome="dequantized")
+        self.entries[name][name] = made if codes is not None else replace(made, outcome="dequantized")
         for part in parts:
             if part != name:
                 entry = Entry.of(stored.tensors[part], hash_tensor(stored.read(part)), [], None)
                 reason = f"its values are in what is written for {name}"
-                self._entered[part] = replace(entry, outcome="converted", reason=reason)
+                self.entries[name][part] = replace(entry, outcome="converted", reason=reason)
 
 
 def _notes_of(view: Dequantized) -> list[Note]:

@@ -8,6 +8,7 @@ Beside OUT stands `.OUT.partial` until OUT is whole:
     step-00003        values of the tensors of a step, one after the other
     step-00003.json   their names and hashes, the hash of the record before, and what the ledger says
     states-00003      hidden states that the next step begins with
+    step-00003.4f2a-1, states-00003.4f2a-1   the same of another rank of the process 4f2a that made them
     result/           the checkpoint, made from all steps; renamed to OUT when it is verified
 
 A record is renamed to its name after everything it speaks of is on the disk: what has one is finished.
@@ -18,7 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +63,76 @@ _KEPT = "what is finished is kept, and the same command goes on from there"
 _SPARE = 2**20  # bytes that small files may take; rough
 
 
+class Sheet:
+    """The tensors of a step that one rank writes, and the states that it leaves for the next one.
+
+    Args:
+        out: the folder to be, for messages.
+        path: of the file of tensors.
+        states: of the file of states.
+    """
+
+    def __init__(self, out: Path, path: Path, states: Path, then: str = NOTHING) -> None:
+        self.out, self.path, self.states, self.then = out, path, states, then
+        self.written: list[Written] = []
+        self._handle = -1
+
+    def add(self, name: str, tensor: Tensor) -> Written:
+        """Write one tensor of the step, at once: nothing is kept in memory."""
+        tensor = tensor.detach().cpu().contiguous()
+        with disk_errors(self.out, self.then):
+            if self._handle < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                self._handle = os.open(self.path, flags, 0o666)
+            write(self._handle, values(tensor))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        written = Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
+        self.written.append(written)
+        return written
+
+    def new_states(self, size: int) -> Tensor:
+        """Bytes in a file of the step, mapped: its pages are not this process's own memory."""
+        with disk_errors(self.out, self.then):
+            if self.states.exists():  # still mapped, perhaps: of a step that never committed its states
+                os.unlink(self.states)
+            reserve(self.states, size)
+            return map_bytes(self.states, size, shared=True)
+
+    def force(self) -> None:
+        """Bring the tensors to the disk; a step may have none."""
+        if self._handle < 0:
+            append(self.path, [], fresh=True)
+        else:
+            os.fsync(self._handle)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What another rank than 0 has forced to the disk for a step.
+
+    Args:
+        step: name of its file of tensors.
+        states: name and hash of its file of states; None: it left none.
+    """
+
+    step: str
+    states: dict[str, Any] | None
+
+
+def map_bytes(path: Path, size: int, shared: bool = False) -> Tensor:
+    """A file as bytes, mapped; what is written to it reaches the file only if it is shared."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
+
+
 class Journal:
     """Makes a checkpoint step by step, and moves it to its place when it is whole.
 
@@ -87,12 +159,12 @@ class Journal:
         self.stale: str | None = None  # who left them
         self.choices: dict[str, Any] = {}
         self.shard_names: list[str] = []
-        self._places: dict[str, tuple[Written, int, int]] = {}  # with step, and begin in its file
+        self._places: dict[str, tuple[Written, Path, int]] = {}  # with its file, and where it begins
         self._names: set[str] = set()
         self._last = ""  # hash of the last record
-        self._states: dict[str, Any] | None = None  # of the last record
-        self._pending: list[Written] = []
-        self._handle = -1  # of the file of the step that is being written
+        self._states: list[dict[str, Any]] = []  # of the last record, one of each rank
+        self._files: set[str] = set()  # of tensors, of all records
+        self._sheet = self._new_sheet()
         self._ours = True  # to be removed if it is of no use
         self._found = False  # steps of earlier processes, read or not
         self.keep = False  # whatever the number of steps
@@ -137,7 +209,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self._sheet.close()
         # Steps that were found stay, read or not: a run may be left while it reads them, and an input
         # that is at fault now was not when they were made.
         kept = self.keep and (self.folder / HEAD).exists()
@@ -197,6 +269,7 @@ class Journal:
             self.choices, self._last = earlier["choices"], earlier["sha256"]
             with disk_errors(self.out, _KEPT):
                 self._replay()
+            self._sheet = self._new_sheet()
         _check_room(self.out, needed_bytes - _size(self.folder))
         if earlier is None:
             with disk_errors(self.out):
@@ -221,14 +294,17 @@ class Journal:
             if record["previous"] != self._last:
                 raise _damaged(path)
             written = [Written(**w | {"shape": tuple(w["shape"])}) for w in record["written"]]
-            self._check_values(self._path(len(self.steps)), written)
+            files, ranks = record["files"], record["ranks"] or [0] * len(written)
+            for rank, name in enumerate(files):
+                own = [w for w, other in zip(written, ranks, strict=True) if other == rank]
+                self._check_values(self.folder / name, own)
             self._states, self._last = record["states"], record["sha256"]
-            self._accept(record["value"], written)
+            self._accept(record["value"], written, files, ranks)
         if len(self._records()) > len(self.steps):  # there are some behind one that is missing
             raise _damaged(path)
-        if self._states is not None:
-            path = self.folder / self._states["file"]
-            if not path.is_file() or hash_file(path) != self._states["sha256"]:
+        for kept in self._states:
+            path = self.folder / kept["file"]
+            if not path.is_file() or hash_file(path) != kept["sha256"]:
                 raise _damaged(path)
         self.resumed = len(self.steps)
         self._clean()
@@ -252,9 +328,9 @@ class Journal:
     def _clean(self) -> None:
         """Remove what no record speaks of."""
         done = range(len(self.steps))
-        known = {HEAD, CALIBRATION, "lock"} | {self._path(i).name for i in done}
+        known = {HEAD, CALIBRATION, "lock"} | self._files
         known |= {self._path(i, ".json").name for i in done}
-        known |= {self._states["file"]} if self._states is not None else set()
+        known |= {kept["file"] for kept in self._states}
         for path in self.folder.iterdir():
             if path.name not in known:
                 shutil.rmtree(path) if path.is_dir() else os.unlink(path)
@@ -269,16 +345,11 @@ class Journal:
         if name in self._names:
             raise InputError(f"two tensors would be written as {name}")
         self._names.add(name)
-        tensor = tensor.detach().cpu().contiguous()
-        with disk_errors(self.out, self._then):
-            if self._handle < 0:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                self._handle = os.open(self._path(len(self.steps)), flags, 0o666)
-            write(self._handle, values(tensor))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        written = Written(name, dtype, tuple(tensor.shape), tensor.nbytes, hash_tensor(tensor))
-        self._pending.append(written)
-        return written
+        self._sheet.then = self._then
+        return self._sheet.add(name, tensor)
+
+    def _new_sheet(self) -> Sheet:
+        return Sheet(self.out, self._path(len(self.steps)), self.folder / "states.new", self._then)
 
     @property
     def _then(self) -> str:
@@ -286,63 +357,86 @@ class Journal:
 
     def new_states(self, size: int) -> Tensor:
         """Bytes in a file of the step, mapped: its pages are not this process's own memory."""
-        path = self.folder / "states.new"
-        with disk_errors(self.out, self._then):
-            if path.exists():  # still mapped, perhaps: of a step that never committed its states
-                os.unlink(path)
-            reserve(path, size)
-            return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        self._sheet.then = self._then
+        return self._sheet.new_states(size)
 
     def states(self) -> Tensor | None:
         """The bytes that the last step left for the next one; None if it left none. Do not modify."""
-        if self._states is None:
-            return None
-        path = self.folder / self._states["file"]
-        return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        found = self.all_states()
+        return found[0] if found else None
 
-    def commit_step(self, value: dict[str, Any], states: bool = False) -> None:
-        """The step is finished: its tensors, what is to be known of it, and states if it made any."""
+    def all_states(self) -> list[Tensor]:
+        """The same of every rank that worked on the last step. Do not modify."""
+        return [self.map_states(name) for name in self.states_files]
+
+    @property
+    def states_files(self) -> list[str]:
+        """Names of the files that the last step left, one of each rank that worked on it."""
+        return [kept["file"] for kept in self._states]
+
+    def map_states(self, name: str) -> Tensor:
+        """What one of these files holds."""
+        path = self.folder / name
+        return map_bytes(path, path.stat().st_size)
+
+    def commit_step(
+        self,
+        value: dict[str, Any],
+        states: bool = False,
+        others: Sequence[Others] = (),
+        written: Sequence[tuple[int, Written]] | None = None,
+    ) -> None:
+        """The step is finished: its tensors, what is to be known of it, and states if it made any.
+
+        Args:
+            value: to be known.
+            states: whether there are some.
+            others: what other ranks have forced to the disk, in their order.
+            written: all tensors in the order of the step, with the rank that wrote each; those of this
+                process by default.
+        """
         with uninterrupted(), disk_errors(self.out, self._then):
-            step, before = len(self.steps), self._states
-            if self._handle < 0:  # a step without tensors
-                append(self._path(step), [], fresh=True)
-            else:
-                os.fsync(self._handle)
-            self._close()
-            self._states = self._keep_states(step) if states else None
+            step, before, own = len(self.steps), self._states, self._sheet
+            own.force()
+            kept = [other.states for other in others if other.states is not None]
+            self._states = [self._keep_states(step), *kept] if states else []
+            tensors = own.written if written is None else [w for _, w in written]
+            ranks = [] if written is None else [rank for rank, _ in written]
+            files = [own.path.name, *(other.step for other in others)]
             record: dict[str, Any] = {
                 "step": step,
                 "previous": self._last,
-                "written": [_to_json(w) for w in self._pending],
+                "written": [_to_json(w) for w in tensors],
+                "files": files,
+                "ranks": ranks,
                 "states": self._states,
                 "value": _plain(value),
             }
             record["sha256"] = self._last = hash_json(record)
             write_whole(self._path(step, ".json"), [encode_json(record)])
-            self._accept(record["value"], self._pending)
-            self._pending = []
-            if before is not None:
-                os.unlink(self.folder / before["file"])
+            self._accept(record["value"], tensors, files, ranks or [0] * len(tensors))
+            self._sheet = self._new_sheet()
+            for old in before:
+                os.unlink(self.folder / old["file"])
 
-    def _accept(self, value: dict[str, Any], written: list[Written]) -> None:
-        start = 0
-        for tensor in written:
-            self._places[tensor.name] = tensor, len(self.steps), start
-            start += tensor.size_bytes
+    def _accept(
+        self, value: dict[str, Any], written: list[Written], files: list[str], ranks: list[int]
+    ) -> None:
+        starts = [0] * len(files)
+        for tensor, rank in zip(written, ranks, strict=True):
+            if tensor.name in self._places:
+                raise InputError(f"two tensors would be written as {tensor.name}")
+            self._places[tensor.name] = tensor, self.folder / files[rank], starts[rank]
+            starts[rank] += tensor.size_bytes
         self.steps.append(value)
         self._names |= {w.name for w in written}
+        self._files |= set(files)
 
     def _keep_states(self, step: int) -> dict[str, Any]:
         new, path = self.folder / "states.new", self.folder / f"states-{step:05}"
-        sync(new)
-        kept = {"file": path.name, "sha256": hash_file(new)}
+        kept = force_states(new) | {"file": path.name}
         os.replace(new, path)
         return kept
-
-    def _close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
     # -- what finished steps hold ------------------------------------------------------------------
 
@@ -353,9 +447,9 @@ class Journal:
 
     def read(self, name: str) -> Tensor:
         """A tensor of a finished step, in memory."""
-        written, step, start = self._places[name]
+        written, path, start = self._places[name]
         raw, dtype = bytearray(written.size_bytes), dtype_of(written.dtype)
-        with self._path(step).open("rb") as file:
+        with path.open("rb") as file:
             file.seek(start)
             file.readinto(raw)
         flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
@@ -412,7 +506,7 @@ class Journal:
 
     def _write_shard(self, path: Path, shard: list[TensorInfo]) -> None:
         found = (self._places[info.name] for info in shard)
-        parts = (_pieces(self._path(step), start, w.size_bytes) for w, step, start in found)
+        parts = (_pieces(where, start, w.size_bytes) for w, where, start in found)
         append(path, chain([encode_header(shard)], *parts), fresh=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -435,6 +529,12 @@ class Journal:
             os.replace(self.result, self.out)
             sync(self.out.parent)
             remove_at_once(self.folder, self.out)
+
+
+def force_states(path: Path) -> dict[str, Any]:
+    """Bring states to the disk; the name and the hash of their file."""
+    sync(path)
+    return {"file": path.name, "sha256": hash_file(path)}
 
 
 def cut(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> Iterator[list[TensorInfo]]:

@@ -46,10 +46,11 @@ from fewbits.measure import measure
 from fewbits.memory import Memory, watch_memory
 from fewbits.methods import Q4K, RTN, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
+from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.statistics import STATISTICS, Statistics, read_statistics
-from fewbits.steps import Steps, check_same, describe_calibration, read_samples
+from fewbits.steps import Steps, check_same, describe_calibration, follow, read_samples
 from fewbits.tensor import Note
 from fewbits.text import Text
 from fewbits.transforms import Transform
@@ -128,6 +129,7 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     restart: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Quantized:
     """Quantize a checkpoint, write it, and prove that what was written is what was chosen.
 
@@ -169,7 +171,8 @@ def quantize(
         tensor_parallel: devices that a client divides the model between.
         max_shard_bytes: of a weight file.
         restart: throw away what `out` and the unfinished work beside it hold.
-        progress: called with (what, done, total).
+        progress: called with (what, done, total); on rank 0.
+        ranks: processes that do this together, each of which calls it: see `fewbits.ranks.join`.
 
     Raises:
         InputError: nothing was written; or `out` or the work beside it is another run's.
@@ -203,13 +206,18 @@ def quantize(
     check_out(out, source)
     run = _Request(
         model, source, out, recipe, format, clients, tensor_parallel, samples, length, seed,
-        max_memory, find_device(device), max_shard_bytes, restart, progress,
+        max_memory, find_device(device), max_shard_bytes, restart, progress, ranks,
     )  # fmt: skip
+    if not ranks.leads:
+        return run.follow()
     with watch_memory() as memory_taken:
         if best or size.asked:
-            return run.take_fitted(size, calibration, statistics, began, memory_taken)
-        stats = None if statistics is None else read_statistics(statistics)
-        return run.take(recipe, calibration, stats, None, began, memory_taken)
+            result = run.take_fitted(size, calibration, statistics, began, memory_taken)
+        else:
+            stats = None if statistics is None else read_statistics(statistics)
+            result = run.take(recipe, calibration, stats, None, began, memory_taken)
+    ranks.tell({"do": "end", "verification": asdict(result.verification), "reused": result.reused})
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +239,23 @@ class _Request:
     max_shard_bytes: int
     restart: bool
     progress: Progress | None
+    ranks: Ranks
+
+    def follow(self) -> Quantized:
+        """Do this rank's share of what rank 0 tells; it has made sure that all can be done."""
+        while (told := self.ranks.tell())["do"] == "steps":
+            stats = None if told["statistics"] is None else read_statistics(told["statistics"])
+            given = {
+                n: None if s is None else QuantScheme.parse(s) for n, s in told["allocation"].items()
+            }
+            chosen = {"head": told["head"], "embeddings": told["embeddings"]}
+            recipe = replace(self.recipe, allocation=given, **chosen)
+            plan = make_plan(self.source, recipe, told["format"], self.clients, self.tensor_parallel)
+            follow(plan, recipe, stats, self.device, self.ranks, told)
+            plan.checkpoint.close()
+        ledger, verification = read_ledger(self.out), Verification(**told["verification"])
+        plan = make_plan(self.source, self.recipe, None, (), 1)
+        return _result(self.out, plan, ledger, verification, told["reused"])
 
     def take(
         self,
@@ -262,8 +287,9 @@ class _Request:
             asked = self._ask(plan, recipe, data, stats, budget)
             used = stats if data is not None else None
             steps = Steps(
-                plan, recipe, data, asked, journal, self.max_memory, self.progress, used, self.device
-            )
+                plan, recipe, data, asked, journal, self.max_memory, self.progress, used, self.device,
+                self.ranks,
+            )  # fmt: skip
             return finish(steps, began, memory, self.max_shard_bytes)
 
     def take_fitted(

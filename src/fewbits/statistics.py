@@ -44,6 +44,7 @@ from fewbits.journal import differences
 from fewbits.ledger import plain
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.pieces import Piece
+from fewbits.ranks import ALONE, Ranks
 from fewbits.stream import CPU, Stream
 from fewbits.tensor import Note
 from fewbits.untrusted import check_file, check_types, counts, parse_json, read_bytes, shown
@@ -79,9 +80,8 @@ class InputStats:
     @classmethod
     def of(cls, width: int, needs: frozenset[str], device: torch.device = CPU) -> Self:
         """Of no tokens yet."""
-        starts = range(0, width, PANEL)
-        shapes = [(width - start, min(PANEL, width - start)) for start in starts]
-        panels = [torch.zeros(shape, device=device) for shape in shapes if "hessian" in needs]
+        shapes = _panel_shapes(width) if "hessian" in needs else []
+        panels = [torch.zeros(shape, device=device) for shape in shapes]
         return cls(
             absmax=torch.zeros(width, device=device) if "absmax" in needs else None,
             panels=panels or None,
@@ -103,13 +103,11 @@ class InputStats:
             panel.addmm_(x[:, start:].t(), x[:, start : start + panel.shape[1]])
             start += panel.shape[1]
 
-    def add_part(self, other: Self) -> None:
-        """What was seen of other samples, behind those before."""
+    def see(self, other: Self) -> None:
+        """Count what was seen of other samples; their sums are added apart."""
         self.tokens += other.tokens
         if self.absmax is not None and other.absmax is not None:
             torch.maximum(self.absmax, other.absmax, out=self.absmax)
-        for panel, more in zip(self.panels or [], other.panels or [], strict=True):
-            panel.add_(more)
 
     def finish(self) -> None:
         """Make a mean of the sum, and fill in what is above the panels on the diagonal."""
@@ -134,6 +132,11 @@ class InputStats:
             self.hessian.div_(s[:, None]).div_(s)
         if self.absmax is not None:
             self.absmax.div_(s.abs())
+
+
+def _panel_shapes(width: int) -> list[tuple[int, int]]:
+    """Of the lower panels of (in, in)."""
+    return [(width - start, min(PANEL, width - start)) for start in range(0, width, PANEL)]
 
 
 def _mirror(hessian: Tensor, panel: int) -> None:
@@ -229,11 +232,13 @@ def collect(
     needs: frozenset[str],
     samples: range,
     into: Tensor | None = None,
+    ranks: Ranks = ALONE,
+    owners: dict[tuple[str, ...], int] | None = None,
 ) -> dict[tuple[str, ...], InputStats]:
     """Run samples through a block and look at what its linears read.
 
     Each part of the samples is summed alone, and the sums are added in the order of the parts: so the
-    bits are the same wherever the parts are run.
+    bits are the same whichever rank runs a part.
 
     Args:
         stream: at this block.
@@ -243,29 +248,92 @@ def collect(
         needs: "hessian", "absmax".
         samples: of the stream.
         into: what the block makes of them is written here; None: it is run only as far as needed.
+        ranks: that run the parts in turn; each holds the states of its own.
+        owners: by input, the rank that gets the Hessian; tokens and absmax all get.
     """
-    stats: dict[tuple[str, ...], InputStats] = {}
+    stats = {i: InputStats.of(_width(block, i[0]), needs - {"hessian"}, stream.device) for i in inputs}
+    sums: dict[tuple[str, ...], list[Tensor]] = {}
+    parts = divide_samples(samples)
     with stream.in_fast_dtype(number, block):
-        for part in divide_samples(samples):
-            found = {
-                linears: InputStats.of(_width(block, linears[0]), needs, stream.device)
-                for linears in inputs
-            }
-            with _hooks(block, {linears[0]: stat for linears, stat in found.items()}, into is None):
-                for rows in stream.batches(part):
-                    with suppress(_AllSeen):
-                        output = stream.run(number, block, stream.states[rows])
-                        if into is not None:
-                            into[rows] = output
-            for linears, stat in found.items():
-                if linears in stats:
-                    stats[linears].add_part(stat)
-                else:
-                    stats[linears] = stat
-            del found
-    for stat in stats.values():
+        for first in range(0, len(parts), ranks.count):
+            now = parts[first : first + ranks.count]
+            found: dict[tuple[str, ...], InputStats] = {}
+            if ranks.rank < len(now):
+                found = _collect_part(stream, number, block, inputs, needs, now[ranks.rank], into)
+            for linears in inputs:
+                own = found.pop(linears, None)
+                if own is not None:
+                    stats[linears].see(own)
+                if "hessian" in needs:
+                    given = None if own is None else own.panels
+                    owner = 0 if owners is None else owners[linears]
+                    shapes = _panel_shapes(_width(block, linears[0]))
+                    total = sums.get(linears)
+                    for giver in range(len(now)):
+                        total = _add_part(ranks, giver, owner, given, total, shapes, stream.device)
+                    if total is not None:
+                        sums[linears] = total
+    counts = ranks.gather([stat.tokens for stat in stats.values()])
+    ranks.largest([stat.absmax for stat in stats.values() if stat.absmax is not None])
+    for i, (linears, stat) in enumerate(stats.items()):
+        stat.tokens = sum(count[i] for count in counts)
+        stat.panels = sums.pop(linears, None)
         stat.finish()
     return stats
+
+
+def _collect_part(
+    stream: Stream,
+    number: int,
+    block: nn.Module,
+    inputs: list[tuple[str, ...]],
+    needs: frozenset[str],
+    part: range,
+    into: Tensor | None,
+) -> dict[tuple[str, ...], InputStats]:
+    """Run one part of the samples."""
+    found = {i: InputStats.of(_width(block, i[0]), needs, stream.device) for i in inputs}
+    with _hooks(block, {linears[0]: stat for linears, stat in found.items()}, into is None):
+        for rows in stream.batches(part):
+            with suppress(_AllSeen):
+                output = stream.run(number, block, stream.states[rows])
+                if into is not None:
+                    into[rows] = output
+    return found
+
+
+def _add_part(
+    ranks: Ranks,
+    giver: int,
+    owner: int,
+    given: list[Tensor] | None,
+    total: list[Tensor] | None,
+    shapes: list[tuple[int, int]],
+    device: torch.device,
+) -> list[Tensor] | None:
+    """Add the sum of one part to those of the parts before, at the rank that gets it."""
+    if ranks.rank == giver != owner:
+        assert given is not None
+        for panel in given:
+            ranks.send(panel, owner)
+    if ranks.rank != owner:
+        return None
+    if giver == owner and total is None:
+        return given
+    if total is None:
+        total = [torch.empty(shape, device=device) for shape in shapes]
+        for panel in total:
+            ranks.receive(panel, giver)
+        return total
+    for i, panel in enumerate(total):
+        if giver == owner:
+            assert given is not None
+            panel.add_(given[i])
+        else:
+            more = torch.empty_like(panel)
+            ranks.receive(more, giver)
+            panel.add_(more)
+    return total
 
 
 class _AllSeen(Exception):  # noqa: N818

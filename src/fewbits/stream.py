@@ -5,7 +5,7 @@ beside the hidden states: masks, position embeddings, which may differ from bloc
 blocks are loaded one by one, by transformers' own conversion, and run on all samples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +110,36 @@ def _few_rows(weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(weight, max(1, _HEAD_ROWS // weight.shape[1]))
 
 
+class States:
+    """Hidden states of some of the samples, (samples, length, hidden) bfloat16, in several rooms.
+
+    Args:
+        samples: how many there are in all.
+        rooms: which of them, and theirs.
+    """
+
+    def __init__(self, samples: int, rooms: Sequence[tuple[range, Tensor]]) -> None:
+        self.rooms = [(rows, room) for rows, room in rooms if len(rows)]
+        self.shape = torch.Size((samples, *self.rooms[0][1].shape[1:]))
+
+    def __getitem__(self, key: slice | tuple[slice, slice]) -> Tensor:
+        """Those of a range of samples, perhaps not at all places; a view where they are in one room."""
+        rows, places = key if isinstance(key, tuple) else (key, slice(None))
+        start, stop, _ = rows.indices(self.shape[0])
+        parts = []
+        while start < stop:
+            held, room = next((own, room) for own, room in self.rooms if start in own)
+            end = min(stop, held.stop)
+            parts.append(room[start - held.start : end - held.start, places])
+            start = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        """Of samples that are in one room."""
+        held, room = next((own, room) for own, room in self.rooms if rows.start in own)
+        room[rows.start - held.start : rows.stop - held.start] = value
+
+
 class Stream:
     """The hidden states of all samples, taken through the model block by block.
 
@@ -120,9 +150,11 @@ class Stream:
         tokens: that are run through a block at a time, at least one sample.
         allocate: gives room for states, in memory or in a file.
         states: to go on with, instead of the embeddings of the tokens.
+        samples: those whose embeddings are taken; all by default.
         device: where blocks are run; states stay where `allocate` puts them.
 
-    `states` is (samples, length, hidden) bfloat16: what the next block gets. `count` blocks there are.
+    `states` is (samples, length, hidden) bfloat16: what the next block gets; `States` of some samples
+    only where `samples` are given. `count` blocks there are.
 
     Raises:
         InputError: blocks that cannot be run on their own.
@@ -135,8 +167,9 @@ class Stream:
         every: int = 1,
         tokens: int = TOKENS,
         allocate: Allocate | None = None,
-        states: Tensor | None = None,
+        states: Any = None,
         device: torch.device = CPU,
+        samples: Sequence[range] | None = None,
     ) -> None:
         self.checkpoint, self.ids, self.every, self.device = checkpoint, ids, every, device
         self.network = skeleton(checkpoint.config)
@@ -151,7 +184,7 @@ class Stream:
         self.batch = max(1, min(len(ids), tokens // ids.shape[1]))
         self.allocate = _in_memory if allocate is None else allocate
         self._first_calls()
-        self.states = self._embed() if states is None else states
+        self.states: Any = self._embed(samples) if states is None else states
 
     # -- the model around its blocks ---------------------------------------------------------------
 
@@ -249,17 +282,24 @@ class Stream:
         return [call for call in calls if call is not None]
 
     @torch.no_grad()
-    def _embed(self) -> Tensor:
+    def _embed(self, samples: Sequence[range] | None) -> Any:
+        """Of all samples, or of some of them, one behind the other in one room."""
+        wanted = [range(len(self.ids))] if samples is None else samples
         states: Tensor | None = None
-        for rows in self.batches(range(len(self.ids))):
-            hidden = self._reach(self.ids[rows])
-            if states is None:
-                shape = (*self.ids.shape, hidden.shape[-1])
-                room = self.allocate(2 * torch.Size(shape).numel())
-                states = room.view(torch.bfloat16).view(shape)
-            states[rows] = hidden.to(states.dtype)
-        assert states is not None
-        return states
+        done, rooms = 0, []
+        for some in wanted:
+            for rows in self.batches(some):
+                hidden = self._reach(self.ids[rows])
+                if states is None:
+                    shape = (sum(map(len, wanted)), self.ids.shape[1], hidden.shape[-1])
+                    room = self.allocate(2 * torch.Size(shape).numel())
+                    states = room.view(torch.bfloat16).view(shape)
+                first = done + rows.start - some.start
+                states[first : first + len(hidden)] = hidden.to(states.dtype)
+            assert states is not None
+            rooms.append((some, states[done : done + len(some)]))
+            done += len(some)
+        return states if samples is None else States(len(self.ids), rooms)
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -370,7 +410,7 @@ class Stream:
         parts = [self.run(number, block, states[rows]) for rows in self.batches(range(len(states)))]
         return torch.cat(parts)
 
-    def advance(self, number: int, block: nn.Module, samples: range, into: Tensor) -> None:
+    def advance(self, number: int, block: nn.Module, samples: range, into: Tensor | States) -> None:
         """Write what the block makes of the states of these samples `into` a tensor like them."""
         with self.in_fast_dtype(number, block):
             for rows in self.batches(samples):

@@ -1,7 +1,7 @@
 """QuantizedTensor, one convention for every method and format; Note, a line for the report."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,25 @@ class QuantizedTensor:
                 raise InputError(
                     f"outliers {kept} do not fit; accepted are {count} columns of {rows} rows"
                 )
+
+    def parts(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What it is made of: a description (JSON), and tensors; see `of_parts`."""
+        levels = [] if self.levels is None else [self.levels.steps, self.levels.counts]
+        kept = [] if self.outliers is None else [self.outliers.columns, self.outliers.weight]
+        order = [] if self.order is None else [self.order]
+        said = {"scheme": self.scheme.label, "levels": bool(levels), "outliers": bool(kept)}
+        said["order"] = bool(order)
+        return said, [self.codes, self.scale, self.zero_point, *levels, *kept, *order]
+
+    @classmethod
+    def of_parts(cls, said: dict[str, Any], tensors: list[Tensor]) -> Self:
+        """A tensor of its parts; of `tensors` these are taken away."""
+        codes, scale, zero_point = (tensors.pop(0) for _ in range(3))
+        levels = Levels(tensors.pop(0), tensors.pop(0)) if said["levels"] else None
+        outliers = Outliers(tensors.pop(0), tensors.pop(0)) if said["outliers"] else None
+        order = tensors.pop(0) if said["order"] else None
+        scheme = QuantScheme.parse(said["scheme"])
+        return cls(codes, scale, zero_point, scheme, outliers, order, levels)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,151 @@
+"""Ranks on this machine: forks of a process that has imported everything, which quantize together.
+
+As a program it reads rounds of jobs as JSON and does them, one round after the other, the groups of a
+round at a time. It never had a second thread, so that its forks may have some.
+
+    {"count": 3, "out": "a", "method": "gptq", "model": "llama", "kill": [1, 4]}
+
+`kill` is a rank and the exchange before which it is killed, `stop` the same of one that only stands
+still, `limit` the seconds without a sign of life.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import tqdm
+
+from fewbits import QuantScheme, quantize
+from fewbits.errors import FewbitsError
+from fewbits.ranks import _Joined, join
+from models import VOCABULARY, tiny_checkpoint
+
+SHARD = 60_000  # bytes of a weight file: several of them, and an index
+LIMIT_S = 30.0
+MODELS: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 3}, "mixtral": {}}
+
+
+def free_port() -> int:
+    """Of this host."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+def ids(samples: int = 11) -> torch.Tensor:
+    """Calibration: more samples than parts, and parts of one and two samples."""
+    return torch.randint(3, VOCABULARY, (samples, 24), generator=torch.Generator().manual_seed(1))
+
+
+def quantize_job(job: dict[str, Any], work: Path, ranks: Any) -> None:
+    """One run, by all ranks."""
+    method = job["method"]
+    quantize(
+        work / job["model"],
+        work / job["out"],
+        method=method,
+        scheme=None if method == "llm-int8" else QuantScheme(4, "group", 32),
+        calibration=None if method == "rtn" else ids(job.get("samples", 11)),
+        max_shard_bytes=SHARD,
+        bits_per_weight=job.get("bits_per_weight"),
+        ranks=ranks,
+    )
+
+
+def run_rank(group: list[dict[str, Any]], work: Path) -> None:
+    """The jobs of a group, which have equally many ranks; the last of them may be hurt."""
+    fault = group[-1]
+    with join(fault.get("limit", LIMIT_S)) as ranks:
+        for job in group:
+            for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
+                if job.get(name, [None])[0] == ranks.rank:
+                    _hurt(job[name][1], number)
+            if job.get("raise") == ranks.rank:
+                raise OSError("the disk of this rank failed")
+            quantize_job(job, work, ranks)
+
+
+def _hurt(exchange: int, number: signal.Signals) -> None:
+    """At that exchange from now on."""
+    call, done = _Joined._call, [0]
+
+    def counted(self: Any, *arguments: Any) -> None:
+        if done[0] == exchange:
+            os.kill(os.getpid(), number)
+        done[0] += 1
+        call(self, *arguments)
+
+    _Joined._call = counted  # type: ignore[method-assign]
+
+
+def start_group(group: list[dict[str, Any]], work: Path, name: str) -> dict[int, int]:
+    """Fork the ranks of a group; which rank each process is. What they say goes to files."""
+    count, port, found = group[0]["count"], free_port(), {}
+    for rank in range(count):
+        pid = os.fork()
+        if pid:
+            found[pid] = rank
+            continue
+        own = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in own.items()})
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        said = os.open(work / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(said, 2)
+        code = 0
+        try:
+            run_rank(group, work)
+        except FewbitsError as error:
+            code = error.exit_code
+        except OSError:
+            code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        os._exit(code)
+    return found
+
+
+def run_round(groups: list[list[dict[str, Any]]], work: Path, name: str) -> list[list[dict[str, Any]]]:
+    """All groups at a time; of each rank its exit code, when it ended, and what it said."""
+    began, running = time.monotonic(), {}
+    for i, group in enumerate(groups):
+        for pid, rank in start_group(group, work, f"{name}-{i}").items():
+            running[pid] = i, rank
+    ended: list[list[dict[str, Any]]] = [[{}] * group[0]["count"] for group in groups]
+    left = {i: group[0]["count"] for i, group in enumerate(groups)}
+    while running:
+        pid, status = os.wait()
+        i, rank = running.pop(pid)
+        said = (work / f"{name}-{i}-{rank}").read_text()
+        code = os.waitstatus_to_exitcode(status)
+        ended[i][rank] = {"code": code, "seconds": time.monotonic() - began, "said": said}
+        left[i] -= 1
+        if left[i] == 1 and "stop" in groups[i][-1]:  # who stands still is left
+            for other, (group, _) in running.items():
+                if group == i:
+                    os.kill(other, signal.SIGKILL)
+    return ended
+
+
+def main() -> None:
+    """Make the models, then do the rounds; the outcomes go to a file."""
+    work, rounds = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    tqdm.tqdm.monitor_interval = 0  # no thread of its own
+    for name, changes in MODELS.items():
+        tiny_checkpoint(work / name, name, **changes)
+    assert threading.active_count() == 1, threading.enumerate()
+    outcomes = [run_round(groups, work, f"round-{i}") for i, groups in enumerate(rounds)]
+    (work / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
