@@ -644,6 +644,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second too.")] = False,
     int8_inputs: Int8Inputs = False,
+    rank_timeout: RankTimeout = LIMIT_S,
     json_: Json = False,
 ) -> None:
     """Measure perplexity, and against a reference KL, agreement and flips, with standard errors."""
@@ -664,16 +665,19 @@ def evaluate(
     sizes = [measure_size(resolve(model)) for model in models]
     other = None if reference is None else load(reference)
     rows = []
-    with _progress() as progress:
+    with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:
         for model, size in zip(models, sizes, strict=True):
             # The reference is compared with itself: its row shows zeros, not blanks.
             network = None  # the last one goes before the next one comes
             network = load(model, int8_inputs=int8_inputs) if model != reference else other
             measured = run(
-                network, other, text=documents, length=seq_len, limit=limit, progress=progress
-            )
-            timed = measure_speed(network) if speed else None
+                network, other, text=documents, length=seq_len, limit=limit, progress=progress,
+                ranks=ranks,
+            )  # fmt: skip
+            timed = measure_speed(network) if speed and ranks.leads else None
             rows.append(Row(Path(model).name, size, measured, timed))
+    if not ranks.leads:
+        return
     if json_:
         _print_json({"python": platform.python_version(), "models": [row.to_json() for row in rows]})
         return
@@ -742,6 +746,7 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report to FILE, a page.")
     ] = None,
+    rank_timeout: RankTimeout = LIMIT_S,
     json_: Json = False,
 ) -> None:
     """Quantize MODEL by several methods and show what each costs: memory, speed and quality."""
@@ -759,7 +764,7 @@ def compare(
     chosen = None if methods is None else _listed(methods)
     candidates = Candidate.all(chosen, [_number("--bits", n) for n in _listed(bits)], group_size)
     folder = work or default_work(model)
-    with _progress() as progress:
+    with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:
         found = run(
             model,
             folder,
@@ -778,7 +783,10 @@ def compare(
             max_memory=_bytes(max_memory),
             speed=speed,
             progress=progress,
+            ranks=ranks,
         )
+    if not ranks.leads:
+        return
     if html is not None:
         write_page(comparison_page(found, _own_command()), html)
     if json_:

@@ -55,6 +55,7 @@ from fewbits.methods import LLMInt8
 from fewbits.outliers import inspect_outliers, weight_outliers
 from fewbits.pipeline import Quantized, quantize
 from fewbits.plan import Plan, make_plan
+from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.speed import compare_speed, measure_resident, measure_size, measure_speed
@@ -176,6 +177,7 @@ def compare(
     speed: bool = True,
     inspect: bool = True,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Quantize a model by several methods and measure what each costs and saves.
 
@@ -194,6 +196,8 @@ def compare(
         speed: time each model against the source; nothing else may run on the machine then.
         inspect: look for outliers.
         progress: called with (what, done, total).
+        ranks: processes that call this together; they share quantizing and the windows of the text. What
+            it returns is whole on rank 0.
 
     Raises:
         InputError: anything that can be known before the work.
@@ -212,26 +216,42 @@ def compare(
     if tasks:
         check_tasks(tasks, task_data, shots)
         load_tokenizer(folder)
-    judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress)
+    judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress, ranks)
     data = None
     if any(candidate.recipe.needs_calibration for candidate in candidates):
-        data = read_calibration_of(folder, calibration, samples, sample_length, seed, progress)
+
+        def read() -> Calibration:
+            return read_calibration_of(folder, calibration, samples, sample_length, seed, progress)
+
+        data = _tell_calibration(read, ranks)
     study = _Study(
-        folder, work, judged, data, tasks, task_data, task_limit, shots, max_memory, speed, progress
-    )
-    study.check_memory(candidates, plans)
+        folder, work, judged, data, tasks, task_data, task_limit, shots, max_memory, speed, progress,
+        ranks,
+    )  # fmt: skip
+    if ranks.leads:
+        study.check_memory(candidates, plans)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     found = study.start(str(model), plans[0])
-    if inspect:
+    if inspect and ranks.leads:
         found = replace(found, **_inspect(folder, data, found.notes, progress))
     rows = [study.float_row()]
     for candidate in candidates:
         rows.append(study.row(candidate))
         found = replace(found, rows=tuple(rows))
-        _write_json(work / PARTIAL, found.to_json())
-    os.replace(work / PARTIAL, work / RESULTS)  # until here that of an earlier run stays
+        if ranks.leads:
+            _write_json(work / PARTIAL, found.to_json())
+    if ranks.leads:
+        os.replace(work / PARTIAL, work / RESULTS)  # until here that of an earlier run stays
     return found
+
+
+def _tell_calibration(read: Callable[[], Calibration], ranks: Ranks) -> Calibration:
+    """What rank 0 reads, or lets the model write, at every rank."""
+    own = read() if ranks.leads else None
+    ids = ranks.tell_tensor(None if own is None else own.ids)
+    said = ranks.tell(None if own is None else [own.source, own.seed])
+    return Calibration(ids, *said) if own is None else own
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -260,13 +280,17 @@ class _Judged:
         limit: int | None,
         seed: int,
         progress: Progress | None,
+        ranks: Ranks,
     ) -> Self:
         tokenizer = load_tokenizer(folder)
         if isinstance(source, str) and source == SELF:
             count = _SELF_SAMPLES if limit is None else limit
-            text: Text | Calibration = read_calibration_of(
-                folder, SELF, count, length, (seed + _OTHER_SEED) % SEEDS, progress
-            )
+
+            def read() -> Calibration:
+                other = (seed + _OTHER_SEED) % SEEDS
+                return read_calibration_of(folder, SELF, count, length, other, progress)
+
+            text: Text | Calibration = _tell_calibration(read, ranks)
             pieces = list(text.ids) if isinstance(text, Calibration) else []
         else:
             text = source if isinstance(source, Text) else read_text(source)
@@ -302,6 +326,7 @@ class _Study:
     max_memory: int | None
     timed: bool
     progress: Progress | None
+    ranks: Ranks
     _source: str | None = None
     _reference: Any = None
     _fast: Any = None
@@ -359,7 +384,7 @@ class _Study:
         size = measure_size(self.folder)
         row = Row(FLOAT, "", size.method, size.weight_bytes, size.bits_per_weight)
         row = self._judge(row, self.folder, self.reference)
-        if self.timed:
+        if self.timed and self.ranks.leads:
             one = Estimate(1.0, None)
             row = replace(
                 row, speed=measure_speed(self.fast), prefill_ratio=one, decode_ratio=one,
@@ -385,7 +410,7 @@ class _Study:
         )
         network = load(made.out)
         row = self._judge(row, made.out, network)
-        if self.timed:
+        if self.timed and self.ranks.leads:
             if network.dtype != torch.bfloat16:
                 network = load(made.out, dtype=torch.bfloat16)
             timed = compare_speed(network, self.fast)
@@ -428,6 +453,7 @@ class _Study:
             calibration=self.data if candidate.recipe.needs_calibration else None,
             max_memory=self.max_memory,
             progress=_named(self.progress, candidate.name),
+            ranks=self.ranks,
         )
 
     def _judge(self, row: Row, folder: Path, network: Any) -> Row:
@@ -459,13 +485,14 @@ class _Study:
         """What was measured, and whether an earlier run did it."""
         digest = hash_json({"asked": asked, "version": version("fewbits")})
         path = self.work / MEASURED / f"{kind}-{digest[:16]}.json"
-        if path.is_file():
+        if self.ranks.tell(path.is_file()):
             value = read_json(path)
             if value.keys() != _KEYS[kind]:
                 raise InputError(f"{path} is no measurement; without the file it is made again")
             return value, True
         value = measure()
-        _write_json(path, value)
+        if self.ranks.leads:
+            _write_json(path, value)
         return value, False
 
     def _evaluate(self, network: Any, progress: Progress | None) -> dict[str, Any]:
@@ -473,12 +500,15 @@ class _Study:
         assert judged is not None
         measured = evaluate(
             network, self.reference, text=judged.text, tokenizer=judged.tokenizer,
-            length=judged.length, limit=judged.limit, progress=progress,
+            length=judged.length, limit=judged.limit, progress=progress, ranks=self.ranks,
         )  # fmt: skip
-        errors = block_errors(network, self.reference, judged.traced)
+        leads = self.ranks.leads
+        errors = block_errors(network, self.reference, judged.traced) if leads else []
         return {"evaluation": measured.to_json(per_window=True), "block_errors": errors}
 
     def _score(self, network: Any, progress: Progress | None) -> dict[str, Any]:
+        if not self.ranks.leads:
+            return {"tasks": []}
         scores = evaluate_tasks(
             network, load_tokenizer(self.folder), self.tasks, data=self.task_data,
             limit=self.task_limit, shots=self.shots, progress=progress,

@@ -7,7 +7,7 @@ arXiv 2407.09141): equal accuracy can hide many.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +21,7 @@ from fewbits.errors import InputError, first_line
 from fewbits.estimate import Estimate, exp_estimate, percentile_estimate, ratio_estimate
 from fewbits.gguf_header import read_header
 from fewbits.load import find_gguf, load
+from fewbits.ranks import ALONE, Ranks
 from fewbits.structure import quiet_transformers, skeleton, text_config
 from fewbits.text import Text, read_text, windows
 from fewbits.untrusted import check_file
@@ -149,6 +150,7 @@ def evaluate(
     limit: int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     r"""Perplexity of a model on a text; against a reference also KL, agreement and flips.
 
@@ -160,6 +162,7 @@ def evaluate(
             default.
         limit: evaluate at most so many windows, evenly spread.
         tokenizer: the model's own by default; needed if `model` is no folder.
+        ranks: processes that call this together, each with the same models; they share the windows.
 
     Raises:
         InputError: text or model cannot be had, the two models have different vocabularies, or windows
@@ -195,14 +198,18 @@ def evaluate(
     largest = max(int(piece.max()) for piece in pieces)
     if largest >= vocabulary:
         raise InputError(f"the tokenizer gives token {largest}, but the model knows only {vocabulary}")
-    counts = []
-    done = 0
-    for batch in _batches(pieces, vocabulary):
-        counts += _measure(network, other, batch)
-        done += len(batch)
-        if progress is not None:
-            progress("evaluate", done, len(pieces))
+    _check_alike(text.sha256, len(pieces), ranks)
+    counts = _measure_all(network, other, list(_batches(pieces, vocabulary)), progress, ranks)
     return _summarize(counts, name, text.sha256, length)
+
+
+def _check_alike(sha256: str, count: int, ranks: Ranks) -> None:
+    """Whether all ranks have the same windows."""
+    for rank, found in enumerate(ranks.gather([sha256, count])):
+        if found != [sha256, count]:
+            raise InputError(
+                f"ranks {ranks.rank} and {rank} have other texts; accepted is one that all ranks see"
+            )
 
 
 def context_of(config: Any) -> int | None:
@@ -349,6 +356,10 @@ class _Window:
     agreed: int = 0
     flipped: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensor."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "kl"}
+
 
 @torch.no_grad()
 def _measure(model: Any, reference: Any | None, batch: list[Tensor]) -> list[_Window]:
@@ -380,6 +391,34 @@ def _measure(model: Any, reference: Any | None, batch: list[Tensor]) -> list[_Wi
         agreed = int((ours == theirs).sum())
         results.append(_Window(n, loss, reference_loss, kl.cpu(), agreed, int(flipped.sum())))
     return results
+
+
+def _measure_all(
+    model: Any,
+    reference: Any | None,
+    batches: list[list[Tensor]],
+    progress: Progress | None,
+    ranks: Ranks,
+) -> list[_Window]:
+    """Of all windows in their order: each rank measures its batches."""
+    own: dict[int, list[_Window]] = {}
+    done, total = 0, sum(map(len, batches))
+    for first in range(0, len(batches), ranks.count):
+        i = first + ranks.rank
+        if i < len(batches):
+            own[i] = _measure(model, reference, batches[i])
+        done += sum(map(len, batches[first : first + ranks.count]))  # about as far are the others
+        if progress is not None:
+            progress("evaluate", done, total)
+    told = {i: [replace(window, kl=None).to_json() for window in found] for i, found in own.items()}
+    tensors = [window.kl for found in own.values() for window in found if window.kl is not None]
+    windows: dict[int, list[_Window]] = {}
+    for value, kls in ranks.exchange(told, tensors):
+        left = list(kls)
+        for i, found in value.items():
+            kept = [_Window(**window) for window in found]
+            windows[int(i)] = [replace(w, kl=left.pop(0)) if left else w for w in kept]
+    return [window for i in range(len(batches)) for window in windows[i]]
 
 
 def _summarize(counts: list[_Window], text: str, sha256: str, length: int) -> Evaluation:
