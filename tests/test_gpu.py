@@ -46,11 +46,14 @@ def test_a_model_is_quantized_there_as_well_as_here(sources, tmp_path, kind, met
     assert not there.verification.problems
     assert there.run["gpu_memory_bytes"] > 0
     assert there.ledger.made_with["device"] == torch.cuda.get_device_name()
+    # The first block is given the same states; those of later ones are rounded to bfloat16 on the way.
+    first, other = here.ledger.blocks[0], there.ledger.blocks[0]
+    assert other["nearest"] == pytest.approx(first["nearest"], rel=1e-3)
     for own, other in zip(here.ledger.blocks, there.ledger.blocks, strict=True):
-        assert other["error"] == pytest.approx(own["error"], rel=0.1)
-        assert other["nearest"] == pytest.approx(own["nearest"], rel=0.01)
+        assert other["error"] < other["nearest"]
         for a, b in zip(own["matrices"], other["matrices"], strict=True):
             assert (a["name"], a["method"], a["tokens"]) == (b["name"], b["method"], b["tokens"])
+    assert there.ledger.blocks[-1]["kl"] <= 1.2 * here.ledger.blocks[-1]["kl"]
     again = fewbits.quantize(source, tmp_path / "again", device="cuda", **arguments)
     assert again.ledger.files == there.ledger.files
 

@@ -64,7 +64,7 @@ def multiply(
     inside = (row < out)[:, None] & (given < rows)[None, :]
     own, last = tl.minimum(row, out - 1), (columns - 1) // GROUP
     start = own.to(tl.int64) * (chunks * 32)
-    place = tl.minimum(given, rows - 1).to(tl.int64) * columns
+    place, there = given.to(tl.int64) * columns, (given < rows)[None, :]
     total = tl.zeros((ROWS, INPUTS), tl.float32)
     for chunk in range(part * length, tl.minimum((part + 1) * length, chunks)):
         code = tl.load(words + start[:, None] + (chunk * 32 + lane)[None, :])
@@ -84,10 +84,11 @@ def multiply(
                 c1 = c0 + HALF * 32
                 at0, at1 = x + place[None, :] + c0[:, None], x + place[None, :] + c1[:, None]
                 if EVEN:
-                    x0, x1 = tl.load(at0), tl.load(at1)
+                    x0 = tl.load(at0, there, other=0)
+                    x1 = tl.load(at1, there, other=0)
                 else:
-                    x0 = tl.load(at0, (c0 < columns)[:, None], other=0)
-                    x1 = tl.load(at1, (c1 < columns)[:, None], other=0)
+                    x0 = tl.load(at0, there & (c0 < columns)[:, None], other=0)
+                    x1 = tl.load(at1, there & (c1 < columns)[:, None], other=0)
                 w0, w1 = operands_of(code, first + i, BITS, POINT, ASM, x0)
                 if ZERO:
                     w0, w1 = w0 - z0, w1 - z1

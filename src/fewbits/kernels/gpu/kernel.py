@@ -13,6 +13,7 @@ rows of inputs it pays to unpack the matrix, and multiply it by PyTorch.
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -172,15 +173,15 @@ def choose_tile(rows: int, out: int, chunks: int, input_bytes: int, room: int) -
         input_bytes: of one row of inputs along a chunk.
         room: bytes of shared memory that a program may have, for what is on its way to it.
     """
-    inputs = max(16, min(128, 2 ** math.ceil(math.log2(rows))))
+    inputs = max(8, min(128, 2 ** math.ceil(math.log2(rows))))
     while True:
         own, warps = (64, 4) if inputs <= 32 else (128, 8)
         stages = room // (own * WORDS * 4 + inputs * input_bytes)
-        if stages >= 2 or inputs == 16:
+        if stages >= 2 or inputs == 8:
             break
         inputs //= 2
     programs = math.ceil(out / own) * math.ceil(rows / inputs)
-    parts = max(1, min(chunks, 1024 // warps // programs))
+    parts = max(1, min(chunks // 4, (1024 if warps == 4 else 128) // programs))
     return Tile(own, inputs, parts, warps, max(1, min(3, stages)))
 
 
@@ -249,6 +250,7 @@ def _constants(
     }  # fmt: skip
 
 
+@cache
 def _assembly(bits: int, dtype: torch.dtype, point: int) -> str | None:
     """PTX that makes two 16-bit numbers of the lowest codes of both halves of a word; None: without.
 
@@ -270,6 +272,7 @@ def _assembly(bits: int, dtype: torch.dtype, point: int) -> str | None:
     )
 
 
+@cache
 def _room(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":
