@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbits.kernels import Triton
-from fewbits.kernels.gpu import Tile, multiply
+from fewbits.kernels.gpu import MANY_ROWS, Tile, multiply
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import QuantizedTensor, quantize_tensor
 
@@ -130,7 +130,7 @@ def measure(rows: tuple[int, ...]) -> list[dict[str, object]]:
                     n not in (1, 16) and label not in ("w4-g128", "w8-channel")
                 ):
                     continue
-                if n > 256:
+                if n > MANY_ROWS:
                     taken = seconds(lambda _, x=x, k=kernel: k(x), 4)
                 else:
                     taken = seconds(lambda i, x=x, c=copies: multiply(x, None, *c[i]), len(copies))

@@ -27,7 +27,7 @@ from fewbits.tensor import QuantizedTensor
 
 WORDS = 32  # of a chunk
 HALF = {2: 8, 3: 5, 4: 4, 8: 2}  # codes in half a word, by their bits
-MANY_ROWS = 256  # beyond them the matrix is unpacked first; measured on an H200
+MANY_ROWS = 128  # beyond them the matrix is unpacked first; measured on an H200
 _ROWS = 128  # of a program that unpacks
 _LEAST_ROOM = 48 * 2**10  # bytes of shared memory that every GPU has
 _VALUES = 1024  # of a program that adds parts
