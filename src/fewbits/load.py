@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.attention import use_grouped_attention
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
@@ -167,6 +168,7 @@ def _load(
             share_codes(loaded, module, tied)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
+    use_grouped_attention(loaded)
     return loaded.eval()
 
 

@@ -1,0 +1,100 @@
+"""Attention of a few new tokens to many old ones on a CPU, as each step of `generate()` asks for it.
+
+PyTorch's kernel is made for many queries: for one, with 512 keys, it took 2.1 ms a block of a 1B model
+in bfloat16 on one core, 32 heads that share 8 of keys. As products of matrices, of all queries that share
+a head of keys, the same takes 0.2 ms, in float32 (torch 2.13, 2026-11-26).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW = 8  # queries, at most; not tuned
+NAME = "fewbits"  # under which transformers finds it
+_MORE = ("position_bias", "cache", "softcap")  # of all that models hand over, what changes the result
+
+
+def use_grouped_attention(model: Any) -> bool:
+    """Let a transformers model that runs PyTorch's attention on a CPU attend so to few queries.
+
+    Returns:
+        Whether it does: others, and those that choose their attention by name, stay as they are.
+    """
+    chosen = getattr(model.config, "_attn_implementation", None)
+    can = getattr(model, "_can_set_attn_implementation", lambda: False)
+    if model.device.type != "cpu" or chosen != "sdpa" or not can():
+        return False
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAME, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it; what is not a few queries on a CPU goes to PyTorch's attention.
+
+    Args:
+        module: of the model; nothing is read from it.
+        query: (batch, heads, queries, width).
+        key, value: (batch, heads that share keys, keys, width), in the same dtype.
+        attention_mask: (batch, 1 or heads, queries, keys), True where a query sees a key, or what is
+            added to its score; None: all, or, of several queries, those before it.
+        dropout: of weights.
+        scaling: of scores; by default 1 / sqrt(width).
+        others: what else models hand over.
+
+    Returns:
+        (batch, queries, heads, width), in the dtype of the inputs, and no weights.
+    """
+    queries = query.shape[2]
+    plain = all(others.get(name) is None for name in _MORE)
+    few = queries == 1 or (queries <= FEW and attention_mask is not None)
+    if query.device.type != "cpu" or not few or dropout or not plain:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    result = grouped_attention(query, key, value, attention_mask, scaling)
+    return result.transpose(1, 2).contiguous(), None
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
+    """softmax(scaling * Q K.T + mask) V, in float32 throughout, rounded once.
+
+    Args:
+        query: (batch, heads, queries, width).
+        key, value: (batch, groups, keys, width): each is shared by heads / groups neighbours.
+        mask: (batch, 1 or heads, queries, keys): bool, or what is added.
+        scaling: 1 / sqrt(width) by default.
+
+    Returns:
+        (batch, heads, queries, width of values). A query that sees no key gets zeros.
+    """
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1:3]
+    together = (batch, groups, heads // groups * queries, -1)
+    q = query.float().mul(width**-0.5 if scaling is None else scaling).reshape(together)
+    scores = q @ key.float().mT  # (batch, groups, heads of a group * queries, keys)
+    if mask is not None:
+        seen = mask[..., :keys].expand(batch, heads, queries, keys).reshape(scores.shape)
+        scores = scores.masked_fill_(~seen, -torch.inf) if mask.dtype == torch.bool else scores + seen
+    weights = scores.softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights.nan_to_num_(0.0)
+    return (weights @ value.float()).reshape(batch, heads, queries, -1).to(query.dtype)
