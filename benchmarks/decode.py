@@ -33,6 +33,13 @@ model = load(sys.argv[1], int8_inputs=sys.argv[2] == "8")
 speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), 2)
 print(json.dumps([speed.decode, speed.prefill]))
 """
+FLOAT = """
+import json, sys, torch, transformers
+from fewbits.speed import measure_speed
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), 2)
+print(json.dumps([speed.decode, speed.prefill]))
+"""
 THEIRS = """
 import json, statistics, sys, time
 from llama_cpp import Llama
@@ -90,7 +97,7 @@ def main() -> None:
     for name in args.schemes:
         who = {"16-bit inputs": (sys.executable, OURS, folder / name, 16, *rest)}
         who["int8 inputs"] = (sys.executable, OURS, folder / name, 8, *rest)
-        who["bfloat16"] = (sys.executable, OURS, model, 16, *rest)
+        who["bfloat16"] = (sys.executable, FLOAT, model, 16, *rest)
         if args.python:
             who["llama.cpp"] = (args.python, THEIRS, folder / name / "model.gguf", 0, *rest)
         taken: dict[str, list[tuple[float, float]]] = {each: [] for each in who}

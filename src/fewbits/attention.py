@@ -1,8 +1,8 @@
 """Attention of a few new tokens to many old ones on a CPU, as each step of `generate()` asks for it.
 
 PyTorch's kernel is made for many queries: for one, with 512 keys, it took 2.1 ms a block of a 1B model
-in bfloat16 on one core, 32 heads that share 8 of keys. As products of matrices, of all queries that share
-a head of keys, the same takes 0.2 ms, in float32 (torch 2.13, 2026-11-26).
+in bfloat16 on one core, 32 heads that share 8 of keys. As products of matrices, of all queries that
+share a head of keys, the same takes 0.2 ms, in float32 (torch 2.13, 2026-11-26).
 """
 
 from typing import Any

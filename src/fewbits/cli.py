@@ -144,6 +144,7 @@ Device = Annotated[
     str,
     typer.Option(help="Where blocks are run and matrices rounded, one block at a time: cpu or cuda."),
 ]
+RunsOn = Annotated[str, typer.Option("--device", help="Where the model runs: cpu or cuda.")]
 RankTimeout = Annotated[
     float,
     typer.Option(
@@ -644,6 +645,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second too.")] = False,
     int8_inputs: Int8Inputs = False,
+    device: RunsOn = "cpu",
     rank_timeout: RankTimeout = LIMIT_S,
     json_: Json = False,
 ) -> None:
@@ -652,7 +654,7 @@ def evaluate(
 
     from fewbits.checkpoint import resolve
     from fewbits.evaluate import evaluate as run
-    from fewbits.load import load
+    from fewbits.load import find_device, load
     from fewbits.report import Row, evaluation_table
     from fewbits.speed import measure_size, measure_speed
     from fewbits.text import read_text
@@ -663,13 +665,14 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; accepted are numbers from 1")
     sizes = [measure_size(resolve(model)) for model in models]
-    other = None if reference is None else load(reference)
+    place = find_device(device)
+    other = None if reference is None else load(reference, device=place)
     rows = []
     with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:
         for model, size in zip(models, sizes, strict=True):
             # The reference is compared with itself: its row shows zeros, not blanks.
             network = None  # the last one goes before the next one comes
-            network = load(model, int8_inputs=int8_inputs) if model != reference else other
+            network = other if model == reference else load(model, device=place, int8_inputs=int8_inputs)
             measured = run(
                 network, other, text=documents, length=seq_len, limit=limit, progress=progress,
                 ranks=ranks,
@@ -807,6 +810,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     int8_inputs: Int8Inputs = False,
+    device: RunsOn = "cpu",
 ) -> None:
     """Stream text that MODEL writes after PROMPT."""
     import torch
@@ -814,15 +818,16 @@ def generate(
 
     from fewbits.calibration import check_seed
     from fewbits.evaluate import load_tokenizer
-    from fewbits.load import load
+    from fewbits.load import find_device, load
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {max_new_tokens}; accepted are numbers from 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
     check_seed(seed)
-    network, tokenizer = load(model, int8_inputs=int8_inputs), load_tokenizer(model)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    network = load(model, device=find_device(device), int8_inputs=int8_inputs)
+    tokenizer = load_tokenizer(model)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -849,19 +854,20 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     int8_inputs: Int8Inputs = False,
+    device: RunsOn = "cpu",
     json_: Json = False,
 ) -> None:
     """Measure memory and speed of MODEL, and say which kernel runs and why."""
     from fewbits.checkpoint import resolve
     from fewbits.kernels.native.library import summary
-    from fewbits.load import kernel_notes, load
+    from fewbits.load import find_device, kernel_notes, load
     from fewbits.report import bytes_text
     from fewbits.speed import measure_size, measure_speed
 
     if prompt < 1 or new_tokens < 1:
         raise InputError("--prompt and --new-tokens need numbers from 1")
     size = measure_size(resolve(model))
-    network = load(model, int8_inputs=int8_inputs)
+    network = load(model, device=find_device(device), int8_inputs=int8_inputs)
     notes = kernel_notes(network)
     speed = measure_speed(network, prompt, new_tokens)
     if json_:
