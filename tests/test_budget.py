@@ -17,7 +17,7 @@ from fewbits import AWQ, GPTQ, RTN, InputError, QuantScheme, WeightedRTN
 from fewbits.blockwise import Limits, quantize_blocks
 from fewbits.budget import LIBRARIES_BYTES, Budget, plan_memory
 from fewbits.memory import STATUS
-from fewbits.methods import LLMInt8
+from fewbits.methods import Learned, LLMInt8
 from fewbits.plan import Plan, make_plan
 from fewbits.recipe import LLM_INT8_SCHEME, Recipe
 from fewbits.stream import TOKENS
@@ -30,6 +30,7 @@ RECIPES = {
     "awq": Recipe(WeightedRTN(), G32, transforms=(AWQ(),)),
     "awq+gptq": Recipe(GPTQ(), G32, transforms=(AWQ(),)),
     "llm-int8": Recipe(LLMInt8(), LLM_INT8_SCHEME),
+    "gptq+learned": Recipe(GPTQ(), G32, learned=Learned()),
 }
 SHAPE = (8, 32)
 # Wide enough that matrices count beside libraries.

@@ -31,7 +31,7 @@ from fewbits import (
     stream,
     verify,
 )
-from fewbits.blockwise import _Run, held_out_samples, quantize_blocks, searched_samples
+from fewbits.blockwise import _Run, held_out_samples, quantize_blocks
 from fewbits.budget import plan_memory
 from fewbits.journal import Journal, partial_folder
 from fewbits.ledger import read_ledger
@@ -203,15 +203,15 @@ def test_what_reads_one_tensor_is_kept_once(tiny):
     firsts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     kinds = ("hessian", "absmax")
     names = {f"{i}.{path}.{what}" for i in range(2) for path in firsts for what in kinds}
+    names |= {f"{i}.output.fisher" for i in range(2)}
     names |= {"ids", "lm_head.weight.hessian", "model.embed_tokens.weight.hessian"}
     assert weights(statistics.folder).keys() == names == statistics.tensors.keys()
     widths = [one.columns for block in statistics.blocks for one in block.inputs]
-    values = sum(panel_values(n) + n for n in widths) + 2 * panel_values(64)
+    values = sum(panel_values(n) + n for n in widths) + 4 * panel_values(64)
     held = statistics.ids
     assert sum(t.nbytes for t in weights(statistics.folder).values()) == 4 * values + held.nbytes
-    searched = searched_samples(*IDS.shape)
     assert statistics.held_out == held_out_samples(*IDS.shape)
-    assert torch.equal(held, torch.cat([IDS[:searched], IDS[-statistics.held_out :]]))
+    assert torch.equal(held, IDS)  # all of so few are learned from
     assert statistics.calibration["sha256"] == quantize_calibration(IDS)
 
 
@@ -221,14 +221,17 @@ def quantize_calibration(ids: Tensor) -> str:
     return Calibration(ids, "token ids", 0).sha256
 
 
-def test_only_samples_for_search_and_judging_are_kept(tiny, tmp_path, monkeypatch):
+def test_only_samples_for_search_learning_and_judging_are_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("fewbits.blockwise._JUDGED", 96)
     monkeypatch.setattr("fewbits.blockwise._HELD_OUT", 6)
+    monkeypatch.setattr("fewbits.learning.LEARNED_TOKENS", 4 * IDS.shape[1])
     stats = tmp_path / "stats"
     measure(tiny.source("llama"), stats, calibration=IDS)
     statistics = read_statistics(stats)
     assert statistics.held_out == 3
-    assert torch.equal(statistics.ids, torch.cat([IDS[:3], IDS[-3:]]))
+    assert torch.equal(statistics.ids, torch.cat([IDS[:4], IDS[-3:]]))
+    assert torch.equal(statistics.samples(3), torch.cat([IDS[:3], IDS[-3:]]))
+    assert torch.equal(statistics.samples(9), statistics.ids)
     # The first block is searched with and judged on the same samples as in a run on all of them.
     for method in ("gptq", "awq"):
         one, two = (

@@ -139,7 +139,7 @@ def test_descriptions_are_json_and_tell_recipes_apart():
     ],
 )
 def test_a_name_stands_for_transforms_and_a_method_and_back(name, transforms, method):
-    assert parse_method(name) == (transforms, method)
+    assert parse_method(name) == (transforms, method, None)
     recipe = Recipe(method, transforms=transforms)
     assert recipe.name == recipe.describe()["method"] == name
     assert recipe.needs_calibration == (name != "rtn")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from fewbits.affine import choose_qparams, quantize
 from fewbits.errors import InputError
 from fewbits.formats import ScaleRange
+from fewbits.learning import BlockLearning, Samples, learned_samples
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.memory import hand_back_memory
-from fewbits.methods import RTN, Method, WeightedRTN, round_held
+from fewbits.methods import RTN, Method, Rounding, WeightedRTN, round_held
 from fewbits.pieces import Piece, find_pieces
 from fewbits.plan import Plan
 from fewbits.ranks import ALONE, Ranks, share_out
@@ -227,10 +228,30 @@ def _every(held_out: int, length: int) -> int:
     return max(1, held_out * length // _LENS)
 
 
-def states_bytes(samples: int, length: int, hidden: int, held_out: int | None = None) -> int:
-    """Of the room behind a block: bfloat16 states, and those of the float model that are held out."""
+def states_bytes(
+    samples: int, length: int, hidden: int, held_out: int | None = None, learned: int = 0
+) -> int:
+    """Of the room behind a block: bfloat16 states, and those of the float model that are kept.
+
+    Those are the samples held out, in float32, and those that are learned from.
+    """
     held_out = held_out_samples(samples, length) if held_out is None else held_out
-    return length * hidden * (2 * samples + 4 * held_out)
+    return length * hidden * (2 * samples + 4 * held_out + 2 * learned)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Views of one piece of memory: states behind a block. Those of the float model the first rank has.
+
+    Args:
+        states: by samples, bfloat16.
+        held_out: of the float model, of the samples held out, float32.
+        learned: of the float model, of the samples that are learned from, bfloat16.
+    """
+
+    states: list[tuple[range, Tensor]]
+    held_out: Tensor | None
+    learned: Tensor | None
 
 
 class _Run:
@@ -252,22 +273,28 @@ class _Run:
         self.ranks, self.shape = ranks, ids.shape
         held_out = held_out_samples(*ids.shape) if statistics is None else statistics.held_out
         self.fitted, self.held_out = range(len(ids) - held_out), slice(len(ids) - held_out, len(ids))
+        learns = recipe.learned is not None
+        self.learned = slice(0, learned_samples(len(self.fitted), ids.shape[1]) if learns else 0)
         self.search = slice(0, min(max(1, _JUDGED // ids.shape[1]), len(self.fitted)))
         self.parts = divide_samples(self.fitted)
         self.own = self.parts[ranks.rank :: ranks.count]
-        held, floats = range(self.held_out.start, self.held_out.stop), None
+        held, first = range(self.held_out.start, self.held_out.stop), None
         states = samples = None
         if start.states:
             found = [self._open(room, rank, len(start.states)) for rank, room in enumerate(start.states)]
-            states = States(len(ids), [room for rooms, _ in found for room in rooms])
-            floats = found[0][1]
+            states, first = States(len(ids), [some for room in found for some in room.states]), found[0]
         else:
             samples = [*self.own, *self._searched_elsewhere(), held]
         self.stream = Stream(
             plan.checkpoint, ids, _every(held_out, ids.shape[1]), limits.tokens, allocate, states,
             device, samples,
         )  # fmt: skip
-        self.float_states = self.stream.states[self.held_out].float() if floats is None else floats
+        states = self.stream.states
+        kept = states[self.held_out].float() if first is None else first.held_out
+        assert kept is not None
+        self.float_states = kept
+        self.float_learned: Any = states if first is None else first.learned
+        self.room: _Room | None = None  # of the states behind the block in hand, when there is one
         self.wirings = dict(start.wirings)
         self.by_block: dict[int, list[Matrix]] = defaultdict(list)
         for name in plan.placements:
@@ -275,26 +302,39 @@ class _Run:
             if matrix.block is not None:
                 self.by_block[matrix.block].append(matrix)
 
-    def _open(
-        self, room: Tensor, rank: int, count: int
-    ) -> tuple[list[tuple[range, Tensor]], Tensor | None]:
+    def _open(self, room: Tensor, rank: int, count: int) -> "_Room":
         """What lies in the room of one of so many ranks: states of its parts.
 
         In that of the first also of what is held out; at the front, which is aligned, those of the float
         model.
         """
         (_, length), hidden = self.shape, self.plan.hidden_size
-        rows, floats = list(self.parts[rank::count]), None
+        rows, floats, learned = list(self.parts[rank::count]), None, None
         if rank == 0:
             rows.append(range(self.held_out.start, self.held_out.stop))
             size = 4 * len(rows[-1]) * length * hidden
             floats, room = room[:size].view(torch.float32).view(-1, length, hidden), room[size:]
+            size = 2 * self.learned.stop * length * hidden
+            learned, room = room[:size].view(torch.bfloat16).view(-1, length, hidden), room[size:]
         states = room.view(torch.bfloat16).view(-1, length, hidden)
         rooms, done = [], 0
         for some in rows:
             rooms.append((some, states[done : done + len(some)]))
             done += len(some)
-        return rooms, floats
+        return _Room(rooms, floats, learned)
+
+    def _new_room(self) -> "_Room":
+        """Behind the block in hand; nothing is written yet."""
+        if self.room is None:
+            (_, length), hidden, ranks = self.shape, self.plan.hidden_size, self.ranks
+            held = self.held_out.stop - self.held_out.start if ranks.leads else 0
+            learned = self.learned.stop if ranks.leads else 0
+            size = states_bytes(sum(map(len, self.own)) + held, length, hidden, held, learned)
+            empty = _Room([], None, None)
+            self.room = (
+                self._open(self.stream.allocate(size), ranks.rank, ranks.count) if size else empty
+            )
+        return self.room
 
     def _searched_elsewhere(self) -> list[range]:
         """Samples that transforms search with, and whose parts other ranks run."""
@@ -310,6 +350,8 @@ class _Run:
         block = self.stream.load(number)
         held_out = self.stream.states[self.held_out]
         self.float_states, wanted = self._run_all(number, block, self.float_states, held_out)
+        if self.recipe.learned is not None:
+            self._go_on_in_float(number, block)
         pieces = self._pieces(number)
         self._check_finite(block, pieces)
         self._check_output(number, wanted)
@@ -320,10 +362,14 @@ class _Run:
             nearest = _error(self.stream.run_all(number, block, held_out), wanted)
             del block  # never two of them at a time
             block = self.stream.load(number)
-        result = self._quantize(number, block, pieces)
+        floats: dict[str, Tensor] | None = None if self.recipe.learned is None else {}
+        result = self._quantize(number, block, pieces, floats)
         error, got = self._judge(number, block, wanted)
         nearest = self.ranks.tell(nearest, judge)
-        if not error <= _EXPLODED * nearest:  # not a number is no better
+        if floats is not None and error <= _EXPLODED * nearest:
+            self._learn(number, block, pieces, floats, result)
+            error, got = self._judge(number, block, wanted)
+        elif not error <= _EXPLODED * nearest:  # not a number is no better
             del block, result
             block = self.stream.load(number)
             result = self._give_up(number, block, pieces, error, nearest)
@@ -363,12 +409,8 @@ class _Run:
     def _advance(self, number: int, block: nn.Module, got: Tensor) -> bool:
         """Take the states of this rank's samples through the block; whether it has any."""
         stream, ranks = self.stream, self.ranks
-        (_, length), hidden = self.shape, self.plan.hidden_size
-        held = len(got) if ranks.leads else 0
-        size = states_bytes(sum(map(len, self.own)) + held, length, hidden, held)
-        rooms, floats = (
-            self._open(stream.allocate(size), ranks.rank, ranks.count) if size else ([], None)
-        )
+        room = self._new_room()
+        rooms, left = list(room.states), bool(room.states)
         kept = range(self.held_out.start, self.held_out.stop)
         if not ranks.leads:
             rooms.append((kept, got.bfloat16().cpu()))
@@ -382,12 +424,13 @@ class _Run:
                     f"block {number} gives NaN or infinity on samples {rows.start} to {rows.stop - 1}; "
                     f"accepted is to leave it in float, by an override like '*.{number}.*=float'"
                 )
-        if floats is not None:
+        if room.held_out is not None:
             states[self.held_out] = got
-            floats.copy_(self.float_states)
+            room.held_out.copy_(self.float_states)
         self._pass_searched(states)
         stream.states = states  # what a later process would go on from
-        return size > 0
+        self.float_learned, self.room = room.learned, None
+        return left
 
     def _pass_searched(self, states: States) -> None:
         """Let all ranks have the states that transforms search with."""
@@ -401,7 +444,61 @@ class _Run:
                 got = self.ranks.tell_tensor(given, i % self.ranks.count)
                 states.rooms += [] if own else [(rows, got)]
 
-    def _quantize(self, number: int, block: nn.Module, pieces: dict[str, list[Piece]]) -> Block:
+    def _go_on_in_float(self, number: int, block: nn.Module) -> None:
+        """What the float model has behind this block, of samples that are learned from."""
+        stream, wanted = self.stream, self._new_room().learned
+        assert wanted is not None
+        with stream.in_fast_dtype(number, block):
+            for rows in stream.batches(range(len(wanted))):
+                wanted[rows] = stream.run(number, block, self.float_learned[rows])
+
+    def _learn(
+        self,
+        number: int,
+        block: nn.Module,
+        pieces: dict[str, list[Piece]],
+        floats: dict[str, Tensor],
+        result: Block,
+    ) -> None:
+        """Learn the rounding of a rounded block, and keep what is better on held-out samples."""
+        assert self.recipe.learned is not None
+        named = {piece.name: piece for parts in pieces.values() for piece in parts}
+        codes = self._codes(pieces, result)
+        if not named:
+            return
+        device = self.stream.device
+        roundings = {
+            name: Rounding.of(floats.pop(name), codes[name].to(device), self._scales(piece).least)
+            for name, piece in named.items()
+        }
+        fisher = None
+        if self.statistics is not None:
+            fisher = self.statistics.fisher(number, self.plan.hidden_size)
+        states = self.stream.states
+        wanted = self._new_room().learned
+        assert wanted is not None
+        fitted = Samples(states, wanted)
+        held_out = Samples(states[self.held_out], self.float_states)
+        learning = BlockLearning(self.stream, number, block, named, fisher, fitted, held_out)
+        found = learning.learn(self.recipe.learned, roundings)
+        result.weights.clear()
+        for name, rounding in roundings.items():
+            result.weights.setdefault(named[name].source, []).append(rounding.best.to(CPU))
+        unit = "square" if fisher is None else "nats"
+        what = f"held-out error {found.before:.3g} -> {found.after:.3g} ({unit})"
+        learnt = f"learned, best of step {found.step}: {what}"
+        kept = "not learned, nothing was better: " + what
+        where = self._prefix(number)[:-1]
+        result.notes.append(Note("fact", where, "rounding " + (learnt if found.step else kept)))
+
+    def _quantize(
+        self,
+        number: int,
+        block: nn.Module,
+        pieces: dict[str, list[Piece]],
+        floats: dict[str, Tensor] | None = None,
+    ) -> Block:
+        """Round the matrices of a block; `floats` are to hold what they were."""
         result = Block(BlockReport(number, 0.0, 0.0, (), 0.0))
         wiring = self._wiring(number, block, result)
         self._note_unseen(number, wiring, result)
@@ -416,6 +513,10 @@ class _Run:
             owners = self._owners(block, find_inputs(block, wiring, some), some)
             together += self._round(block, some, stats, owners, codes, result)
             del stats  # the largest there is
+        if floats is not None:
+            for linear, parts in pieces.items():
+                whole = float_weight(block.get_submodule(linear))
+                floats |= {piece.name: whole[piece.start : piece.stop].clone() for piece in parts}
         self._store(block, pieces, codes, result)
         self._note_changed(number, block, pieces, result)
         # In one order, in however many passes they were rounded.
@@ -479,6 +580,11 @@ class _Run:
                 part = codes[piece.name].to(self.stream.device)
                 weight[piece.start : piece.stop].copy_(part.dequantize(torch.float32))
                 result.weights.setdefault(piece.source, []).append(part.to(CPU))
+
+    def _codes(self, pieces: dict[str, list[Piece]], result: Block) -> dict[str, QuantizedTensor]:
+        """By name of a piece."""
+        queues = {source: iter(weights) for source, weights in result.weights.items()}
+        return {piece.name: next(queues[piece.source]) for parts in pieces.values() for piece in parts}
 
     # -- where things are --------------------------------------------------------------------------
 

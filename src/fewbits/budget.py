@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fewbits.blockwise import KL_COPIES, Limits, held_out_samples, judged_positions
 from fewbits.errors import InputError
+from fewbits.learning import STEP_TOKENS
 from fewbits.plan import Plan
 from fewbits.recipe import Recipe
 from fewbits.statistics import panel_values
@@ -25,6 +26,7 @@ _ROUNDED = 12
 _COPIES = 4  # of the columns of a matrix that GPTQ holds, at most
 # Of each value before and behind the matrices of a block: itself, and its gradient or what lies between.
 _PULLED = 2
+_LEARNED_COPIES = 7  # of a matrix, at most, while its offsets are moved
 _SPARE = 20  # one part in so many comes on top: pieces that malloc keeps; not tuned
 
 
@@ -134,6 +136,15 @@ def factor_bytes(columns: int, rows: int, copies: int) -> int:
     return 4 * columns * max(2 * columns, columns + copies * rows)
 
 
+def learning_bytes(block: int, matrix: int, pulled: int) -> int:
+    """A block whose rounding is learned, beside what lies between its matrices.
+
+    In float32 as it is run, as it was, offsets and gradients; first, best and new codes; one
+    matrix as it is rounded.
+    """
+    return (4 * 4 + 3) * block + 4 * _LEARNED_COPIES * matrix + pulled
+
+
 def fast_bytes(plan: Plan) -> int:
     """Of a value in the dtype that samples are run in; 0 where that is float32."""
     return 2 if fast_dtype(plan.checkpoint.dtype) is not None else 0
@@ -205,6 +216,8 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
         rounding_bytes(block, _rounding(plan) if hessians else matrix_bytes(matrix, 0)),
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]
+    if recipe.learned is not None:
+        stages.append(_learning(plan, block, matrix, max(STEP_TOKENS, length)))
     if recipe.transforms:  # all that read one tensor are tried together
         together = block if experts else 2 * matrix
         stages.append(4 * block + running + 4 * together + matrix_bytes(matrix, 0))
@@ -218,6 +231,19 @@ def _back(plan: Plan, kept: int, tokens: int, shape: tuple[int, int]) -> int:
     elements: dict[int, int] = defaultdict(int)
     for name, number in plan.blocks.items():
         elements[number] += plan.info(name).count
+    values = _pulled_values(plan, min(kept, max(tokens, shape[1])))
+    states = (2 + 4) * kept * plan.hidden_size  # and gradients, at the first block
+    return 4 * max(elements.values(), default=0) + states + values
+
+
+def _learning(plan: Plan, block: int, matrix: int, tokens: int) -> int:
+    """A block whose rounding is learned: what it has of each weight, and gradients through all of it."""
+    fisher = 2 * 4 * plan.hidden_size**2
+    return learning_bytes(block, matrix, _pulled_values(plan, tokens)) + fisher
+
+
+def _pulled_values(plan: Plan, tokens: int) -> int:
+    """Bytes of what so many tokens have before and behind the matrices of a block, with gradients."""
     ends: dict[int, float] = defaultdict(float)  # features that a token has before and behind matrices
     share = _chosen_share(plan)
     for matrix in plan.matrices.values():
@@ -226,9 +252,7 @@ def _back(plan: Plan, kept: int, tokens: int, shape: tuple[int, int]) -> int:
             ends[matrix.block] += sum(matrix.rows_columns) * (
                 count * share if matrix.kind == "expert" else 1
             )
-    values = max(ends.values(), default=0) * min(kept, max(tokens, shape[1]))
-    states = (2 + 4) * kept * plan.hidden_size  # and gradients, at the first block
-    return 4 * max(elements.values(), default=0) + states + math.ceil(4 * _PULLED * values)
+    return math.ceil(4 * _PULLED * max(ends.values(), default=0) * tokens)
 
 
 def _chosen_share(plan: Plan) -> float:

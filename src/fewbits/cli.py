@@ -52,8 +52,9 @@ Method = Annotated[
     typer.Option(
         help="rtn: round to nearest. int8: the same with --bits 8 --group-size none. llm-int8: inputs "
         "in 8 bits too, but for outlier columns. q4_k: Q4_K of llama.cpp. With --calibration: gptq, "
-        "awq, awq+gptq, weighted-rtn; best: awq+gptq, and each matrix in a scheme "
-        "of its own, by what rounding it costs."
+        "awq, awq+gptq, weighted-rtn; +learned behind one of them: then rounding is learned, block by "
+        "block; best: awq+gptq+learned, and each matrix in a scheme of its own, by what rounding it "
+        "costs."
     ),
 ]
 Calibration = Annotated[

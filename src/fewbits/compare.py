@@ -132,11 +132,11 @@ class Candidate:
     @property
     def recipe(self) -> Recipe:
         """As `quantize` makes it."""
-        transforms, method = parse_method(self.method)
+        transforms, method, learned = parse_method(self.method)
         if self.method == "llm-int8":
             inputs = self.scheme.inputs
             method = LLMInt8(static=inputs is not None and inputs.static)
-        return Recipe(method, self.scheme, transforms=transforms)
+        return Recipe(method, self.scheme, transforms=transforms, learned=learned)
 
 
 def _check_candidates(candidates: list[Candidate]) -> None:

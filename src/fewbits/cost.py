@@ -24,6 +24,7 @@ from fewbits.budget import (
     collecting_bytes,
     factor_bytes,
     fast_bytes,
+    learning_bytes,
     matrix_bytes,
     parts_bytes,
     rounding_bytes,
@@ -35,11 +36,13 @@ from fewbits.evaluate import context_of
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
 from fewbits.formats import Format
 from fewbits.kernels.native import library
+from fewbits.learning import LEARNED_TOKENS, STEP_TOKENS
 from fewbits.memory import available_bytes, hand_back_memory
-from fewbits.methods import GPTQ
+from fewbits.methods import GPTQ, Learned
 from fewbits.methods.grid import search_qparams
 from fewbits.packing import pack, unpack
 from fewbits.plan import Plan
+from fewbits.recipe import LEARNED
 from fewbits.scheme import QuantScheme
 from fewbits.stream import TOKENS, fast_dtype
 from fewbits.structure import Matrix
@@ -55,6 +58,8 @@ _WIDTH = 512  # of probed matrices, at most; wider ones run at the same rate. No
 _HELD_OUT, _JUDGED, _LENS = 32, 4096, 256  # as in blockwise
 _SWEEPS, _POINTS = GPTQ().sweeps, 11  # as GPTQ and AWQ have them by default
 _COMPARED_ROWS = 128  # as in blockwise
+_PULLED_TIMES = 3  # a pass there and back, of a pass there
+_JUDGED_TIMES = 11  # that learned rounding asks held-out samples
 _COPIES = 3  # of the columns of a matrix that GPTQ holds
 _DISTANCE = 32 * 32  # tokens that the model writes, and is run on, to judge calibration text
 
@@ -543,7 +548,7 @@ def _forward(tokens: int, work: Work, rates: Rates, fast: bool) -> float:
 
 
 def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
-    length, method = work.length, choice.method
+    length, method = work.length, choice.method.removesuffix(f"+{LEARNED}")
     held = max(1, min(work.samples // _HELD_OUT, _JUDGED // length))
     fitted = (work.samples - held) * length
     weights = sum(n * rows * columns for (rows, columns), n in work.inputs.items())
@@ -567,6 +572,12 @@ def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
         n * _tokens(columns, fitted, work) * rates.hessian * columns * (columns + 256) / 2
         for (_, columns), n in work.inputs.items()
     )
+    if method != choice.method:
+        learned = min(fitted, LEARNED_TOKENS)
+        steps = Learned().steps * max(length, min(STEP_TOKENS, learned))
+        parts["learning"] = _PULLED_TIMES * _forward(steps, work, rates, fast=True)
+        parts["learning"] += _forward(learned, work, rates, fast=True)
+        parts["learning"] += _JUDGED_TIMES * _forward(held * length, work, rates, fast=False)
     if method.startswith("awq"):
         parts["search for scales"] = _awq(work, rates, held)
     if method.endswith("gptq"):
@@ -630,8 +641,14 @@ def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
     collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + hessians
     collecting += work.parts_bytes if hessians else 0
     tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
-    gptq = choice.method.endswith("gptq")
+    method = choice.method.removesuffix(f"+{LEARNED}")
+    gptq = method.endswith("gptq")
     beside = factor_bytes(work.widest, tallest, _COPIES) if gptq else 0
     rounding = rounding_bytes(work.largest_block, beside) + hessians
     text = 6 * work.context_text_bytes  # documents and their tokens
-    return _STARTED_BYTES + _CALIBRATED_BYTES + max(collecting, rounding, text)
+    learning = 0
+    if method != choice.method:
+        values = sum(n * (rows + columns) for (rows, columns), n in work.linears.items()) / work.blocks
+        pulled = int(2 * 4 * values * max(STEP_TOKENS, work.length))
+        learning = learning_bytes(work.largest_block, work.largest_matrix, pulled)
+    return _STARTED_BYTES + _CALIBRATED_BYTES + max(collecting, rounding, learning, text)

@@ -29,6 +29,7 @@ from fewbits.calibration import DEFAULT_SAMPLES, Calibration
 from fewbits.checkpoint import MAX_SHARD_BYTES, RUN, Written, hash_tensor, read_json, resolve
 from fewbits.errors import InputError
 from fewbits.journal import Journal, discard, throw_away
+from fewbits.learning import learned_samples
 from fewbits.ledger import describe_files, describe_machine, describe_source, plain
 from fewbits.linear import float_weight
 from fewbits.load import find_device
@@ -43,6 +44,7 @@ from fewbits.sensitivity import (
     draw_back,
     error_weights,
     find_damage,
+    find_fisher,
     find_lookup_costs,
     pull_back,
 )
@@ -56,6 +58,7 @@ from fewbits.statistics import (
     collect,
     divide_inputs,
     find_inputs,
+    fisher_name,
     outside_name,
     pack_hessian,
     panel_values,
@@ -285,6 +288,10 @@ class Measurement:
         outside = [m.rows_columns[1] for m in self.plan.matrices.values() if m.block is None]
         outside *= 2 if self.kept else 0  # a head that is tied to its embedding has one of its own
         values = sum(panel_values(n) + n for n in widths) + sum(map(panel_values, outside))
+        if self.kept:
+            values += (1 + max(self.plan.blocks.values(), default=0)) * panel_values(
+                self.plan.hidden_size
+            )
         return self.fitted.nbytes + 4 * values
 
     def _choose(self) -> dict[str, Any]:
@@ -362,7 +369,10 @@ class Measurement:
         journal = self.journal
         if number == 0:
             samples, length = self.data.ids.shape
-            found = self.data.ids[: searched_samples(samples, length)]
+            fitted = samples - self.held_out
+            found = self.data.ids[
+                : max(searched_samples(samples, length), learned_samples(fitted, length))
+            ]
             journal.add("ids", torch.cat([found, self.data.ids[samples - self.held_out :]]))
         if self.kept:
             journal.add(f"{number}.states", stream.states[: self.kept])
@@ -501,6 +511,9 @@ class Measurement:
     ) -> dict[str, Any]:
         """Take gradients through one block; what rounding each of its matrices would cost."""
         drawn = next(v["drawn"] for v in self.journal.steps if "drawn" in v)
+        fisher = find_fisher(given, drawn)
+        self.journal.add(fisher_name(number), pack_hessian(fisher))
+        del fisher
         states, block = stream.states, stream.load(number)
         wanted = torch.empty_like(given) if number == 0 else gradients
         prefix = f"{stream.path}.{number}."

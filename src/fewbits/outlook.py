@@ -130,9 +130,11 @@ def look_ahead(
     else:
         seen = survey(checkpoint)
         chosen, why = _scheme(seen, scheme)
-        transforms, rounder = parse_method("rtn" if method in (None, "int8") else str(method))
+        transforms, rounder, learned = parse_method("rtn" if method in (None, "int8") else str(method))
         parsed = tuple(map(parse_override, overrides))
-        rounding = Recipe(rounder, chosen, parsed, head, transforms, embeddings=embeddings)
+        rounding = Recipe(
+            rounder, chosen, parsed, head, transforms, embeddings=embeddings, learned=learned
+        )
         made = make_plan(seen, rounding, format, clients, tensor_parallel)
         label, notes = chosen.label, [*notes, *why, *made.notes]
         wanted = _wanted(method, chosen, scheme, symmetric, bits)

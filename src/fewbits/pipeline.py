@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.blockwise import searched_samples
 from fewbits.calibration import (
     DEFAULT_SAMPLES,
     SELF,
@@ -33,6 +34,7 @@ from fewbits.fit import Fitted, Size, find_format, find_unmeasured, fit, fitted_
 from fewbits.formats import GgufLayout
 from fewbits.gguf_file import GGUF, write_gguf
 from fewbits.journal import Journal, discard, throw_away
+from fewbits.learning import learned_samples
 from fewbits.ledger import (
     Ledger,
     describe_files,
@@ -44,7 +46,7 @@ from fewbits.ledger import (
 from fewbits.load import find_device
 from fewbits.measure import measure
 from fewbits.memory import Memory, watch_memory
-from fewbits.methods import Q4K, RTN, LLMInt8, Method
+from fewbits.methods import Q4K, RTN, Learned, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
@@ -114,6 +116,7 @@ def quantize(
     head: bool = False,
     embeddings: bool = False,
     transforms: tuple[Transform, ...] = (),
+    learned: Learned | None = None,
     calibration: str | Path | Text | Tensor | Calibration | None = None,
     statistics: str | Path | None = None,
     bits_per_weight: float | None = None,
@@ -151,6 +154,8 @@ def quantize(
         embeddings: quantize the embedding too, and with it a head that is tied to it: to
             `EMBEDDING_SCHEME` of recipe.py, if no override names another.
         transforms: rewrite each block before it is rounded, like `AWQ()`.
+        learned: learn the rounding of each block from there, like `Learned()`; a name of a method that
+            ends in "+learned" says so too.
         calibration: what calibrated methods and transforms run the model on; see
             `read_calibration`, also for samples, length and seed.
         statistics: folder that `measure` made of this model, instead of calibration: the text is not
@@ -187,8 +192,12 @@ def quantize(
     """
     began = time.monotonic()
     best, size = method == "best", Size(bits_per_weight, memory)
-    method = "awq+gptq" if best else method
-    named, method = parse_method(method) if isinstance(method, str) else ((), method or RTN())
+    method = "awq+gptq+learned" if best else method
+    named: tuple[Transform, ...] = ()
+    if isinstance(method, str):
+        named, method, said = parse_method(method)
+        learned = learned or said
+    method = method or RTN()
     if calibration is not None and statistics is not None:
         raise InputError("calibration and statistics are both given; accepted is one of them")
     calibrated = calibration is not None or statistics is not None
@@ -198,9 +207,17 @@ def quantize(
     if size.asked and isinstance(method, LLMInt8 | Q4K):
         what = "llm-int8" if isinstance(method, LLMInt8) else "q4_k"
         raise InputError(f"method {what} with a size, and it has one scheme; {_CHOOSES}")
+    if learned is not None and ranks.count > 1:
+        what = "best" if best else "a method with +learned"
+        raise InputError(
+            f"method {what} by {ranks.count} ranks: rounding is learned by one; accepted are one, and "
+            "methods without +learned"
+        )
     if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
-    recipe = Recipe(method, scheme, overrides, head, named + transforms, embeddings=embeddings)
+    recipe = Recipe(
+        method, scheme, overrides, head, named + transforms, embeddings=embeddings, learned=learned
+    )
     out = Path(out)
     source = resolve(model)
     check_out(out, source)
@@ -463,7 +480,11 @@ def _kept_samples(
         )
     _check_statistics(statistics, plan.checkpoint.folder, model, samples, length, seed)
     held = statistics.calibration
-    return Calibration(statistics.ids, held["source"], held["seed"])
+    count, length = statistics.shape
+    fitted = count - statistics.held_out
+    searched = min(searched_samples(count, length), fitted)
+    kept = max(searched, learned_samples(fitted, length) if recipe.learned else 0)
+    return Calibration(statistics.samples(kept), held["source"], held["seed"])
 
 
 def _check_statistics(

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, Q4K, RTN, LLMInt8, Method, WeightedRTN
+from fewbits.methods import METHODS, Q4K, RTN, Learned, LLMInt8, Method, WeightedRTN
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import Matrix
 from fewbits.transforms import TRANSFORMS, Transform
@@ -19,6 +19,7 @@ LLM_INT8_SCHEME = QuantScheme(8, "channel", inputs=InputScheme())
 # than the standard error (2026-11-26). A scale per row is next to no bytes; groups of 32: 0.0003.
 EMBEDDING_SCHEME = QuantScheme(8)
 Q4_K_SCHEME = QuantScheme(4, "group", 32, symmetric=False, two_level=True)
+LEARNED = "learned"  # behind a method: what it gives is where learned rounding begins
 FLOAT = "float"  # in place of a scheme: leave it alone
 
 
@@ -37,6 +38,7 @@ class Recipe:
         head: also quantize the output head, which is left in float by default.
         embeddings: also quantize the embedding, and with it a head that is tied to it, to
             `EMBEDDING_SCHEME` by default.
+        learned: learn the rounding of each block, from the codes of the method.
     """
 
     method: Method = field(default_factory=RTN)
@@ -46,6 +48,7 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     allocation: Mapping[str, QuantScheme | None] = field(default_factory=dict)
     embeddings: bool = False
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         others = (scheme for _, scheme in self.overrides)
@@ -71,6 +74,11 @@ class Recipe:
             raise InputError(
                 f"method q4_k with {what}; accepted is {Q4_K_SCHEME.label} without transforms"
             )
+        if self.learned is not None and isinstance(self.method, LLMInt8 | Q4K):
+            raise InputError(
+                f"method {self.name}: only codes on one grid are learned; accepted before {LEARNED} are "
+                "rtn, weighted-rtn, gptq and awq"
+            )
         if two is not None and not isinstance(self.method, Q4K):
             raise InputError(
                 f"scheme {two.label} with method {self.name}; accepted with it is q4_k, which "
@@ -83,12 +91,13 @@ class Recipe:
         names = [_name(transform, TRANSFORMS) for transform in self.transforms]
         if not (names and isinstance(self.method, WeightedRTN)):
             names.append(_name(self.method, METHODS))
+        names += [] if self.learned is None else [LEARNED]
         return "+".join(names)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it takes tokens to run the model on."""
-        return bool(self.method.needs or self.transforms)
+        return bool(self.method.needs or self.transforms or self.learned)
 
     def assign(self, matrices: Iterable[Matrix]) -> dict[str, QuantScheme | None]:
         """The scheme of every matrix by source name; None for float.
@@ -134,6 +143,7 @@ class Recipe:
             allocated.setdefault(FLOAT if scheme is None else scheme.label, []).append(name)
         more: dict[str, Any] = {"allocation": allocated} if allocated else {}
         more |= {"embeddings": True} if self.embeddings else {}
+        more |= {} if self.learned is None else {LEARNED: asdict(self.learned)}
         return {
             "method": self.name,
             "options": asdict(self.method),  # type: ignore[call-overload]
@@ -151,8 +161,8 @@ def _name(thing: object, kinds: Mapping[str, type]) -> str:
     return names[0]
 
 
-def parse_method(text: str) -> tuple[tuple[Transform, ...], Method]:
-    """Transforms and method that a name like `awq+gptq` stands for.
+def parse_method(text: str) -> tuple[tuple[Transform, ...], Method, Learned | None]:
+    """Transforms, method and learning that a name like `awq+gptq+learned` stands for.
 
     A transform alone is followed by rounding to nearest on the grid of least output error.
 
@@ -160,18 +170,21 @@ def parse_method(text: str) -> tuple[tuple[Transform, ...], Method]:
         InputError: not such a name.
 
     >>> parse_method("awq")
-    ((AWQ(points=11),), WeightedRTN())
+    ((AWQ(points=11),), WeightedRTN(), None)
     """
-    *names, last = text.split("+")
+    usual = text.removesuffix(f"+{LEARNED}")
+    *names, last = usual.split("+")
     names += [last] if last in TRANSFORMS else []
     known = last in TRANSFORMS or last in METHODS
     if not known or not set(names) <= TRANSFORMS.keys() or len(set(names)) < len(names):
         raise InputError(
             f"method {text!r} is unknown; accepted are {', '.join(METHODS)}, {', '.join(TRANSFORMS)}, "
-            "a transform before a method, like awq+gptq, best, and on the command line int8"
+            f"a transform before a method, like awq+gptq, +{LEARNED} behind it, best, and on the "
+            "command line int8"
         )
     method = WeightedRTN() if last in TRANSFORMS else METHODS[last]()
-    return tuple(TRANSFORMS[name]() for name in names), method
+    learned = None if usual == text else Learned()
+    return tuple(TRANSFORMS[name]() for name in names), method, learned
 
 
 def parse_override(text: str) -> tuple[str, QuantScheme | None]:

@@ -100,6 +100,21 @@ def draw_back(
     return positions, found
 
 
+def find_fisher(gradients: Tensor, positions: int) -> Tensor:
+    """What errors e of a block's output cost, as e.F.e nats a token, (hidden, hidden).
+
+    Args:
+        gradients: (samples, length, hidden) there.
+        positions: that tokens were drawn at.
+    """
+    hidden = gradients.shape[-1]
+    found = torch.zeros(hidden, hidden)
+    for some in torch.split(gradients, max(1, _TOGETHER // gradients.shape[1])):
+        rows = some.reshape(-1, hidden).float()
+        found.addmm_(rows.t(), rows)
+    return found.div_(2 * positions)
+
+
 def pull_back(
     stream: Stream,
     number: int,

@@ -10,9 +10,10 @@ and from the folder 0.01773 and 0.01768 ± 0.00039 at 4 bits, 0.0738 and 0.0733 
     statistics.safetensors   or shards of it
     run.json                 seconds and memory, no part of what is promised
 
-    ids                          (samples, length) int64: to search with, behind them those held out
+    ids                          (samples, length) int64: to search with and learn from, then held out
     0.self_attn.q_proj.hessian   of what q_proj of block 0 reads, and with it k_proj and v_proj
     0.self_attn.q_proj.absmax    (in,) float32
+    0.output.fisher              (hidden, hidden): F of block 0's output: errors e cost e.F.e nats
     lm_head.weight.hessian       (in, in) of a head, or embedding, by its source tensor: see `outside`
 
 A Hessian is symmetric, and kept are its lower panels, float32, one after the other, each by rows:
@@ -425,6 +426,11 @@ def tensor_name(number: int, linears: tuple[str, ...], what: str) -> str:
     return f"{number}.{linears[0]}.{what}"
 
 
+def fisher_name(number: int) -> str:
+    """Of what errors of a block's output cost."""
+    return f"{number}.output.fisher"
+
+
 def outside_name(source: str) -> str:
     """Of the Hessian of a source tensor that stands outside of the blocks."""
     return f"{source}.hessian"
@@ -510,8 +516,14 @@ class Statistics:
 
     @property
     def ids(self) -> Tensor:
-        """The samples (n, length) that transforms search with, and behind them those held out."""
+        """The samples (n, length) to search with and to learn from; behind them those held out."""
         return self.read("ids")
+
+    def samples(self, count: int) -> Tensor:
+        """The first of `ids`, at most so many, and behind them those held out."""
+        ids, held_out = self.ids, self.held_out
+        kept = min(count, len(ids) - held_out)
+        return torch.cat([ids[:kept], ids[len(ids) - held_out :]])
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped. Do not modify.
@@ -578,6 +590,13 @@ class Statistics:
         if "absmax" in needs:
             stats.absmax = self._floats(tensor_name(number, one.linears, "absmax"), width).clone()
         return stats
+
+    def fisher(self, number: int, width: int) -> Tensor | None:
+        """What errors of a block's output cost, (hidden, hidden); None: it was not measured."""
+        name = fisher_name(number)
+        if name not in self.tensors:
+            return None
+        return unpack_hessian(self._floats(name, panel_values(width, self.panel)), width, self.panel)
 
     def outside(self, source: str, width: int) -> Tensor | None:
         """What errors of a row of a head or an embedding cost, (in, in); None: nobody knows.

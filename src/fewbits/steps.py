@@ -12,7 +12,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fewbits.blockwise import Block, Limits, Position, quantize_blocks, states_bytes
+from fewbits.blockwise import (
+    Block,
+    Limits,
+    Position,
+    held_out_samples,
+    quantize_blocks,
+    states_bytes,
+)
 from fewbits.budget import plan_memory
 from fewbits.calibration import SELF, Calibration, check_calibration
 from fewbits.checkpoint import Checkpoint, Written, hash_file, hash_json, hash_tensor
@@ -20,6 +27,7 @@ from fewbits.disk import disk_errors
 from fewbits.errors import InputError
 from fewbits.evaluate import load_tokenizer, read_calibration_of
 from fewbits.journal import HEAD, Journal, Others, Sheet, differences, force_states, map_bytes
+from fewbits.learning import learned_samples
 from fewbits.ledger import Codes, Entry, Ledger, comparable, describe_machine, plain, read_entry
 from fewbits.load import check_forward, load
 from fewbits.memory import available_bytes, memory_bytes
@@ -280,7 +288,9 @@ class Steps:
             return 0
         samples, length = self.data.ids.shape
         held_out = None if self.statistics is None else self.statistics.held_out
-        return 3 * states_bytes(samples, length, self.plan.hidden_size, held_out)
+        fitted = samples - (held_out_samples(samples, length) if held_out is None else held_out)
+        learned = learned_samples(fitted, length) if self.recipe.learned else 0
+        return 3 * states_bytes(samples, length, self.plan.hidden_size, held_out, learned)
 
     def take(self) -> Ledger:
         """Do what is left, and say in the ledger what became of everything."""

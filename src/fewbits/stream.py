@@ -356,6 +356,44 @@ class Stream:
             (result,) = torch.autograd.grad(output, given, gradient.to(self.device))
         return result
 
+    def pull_back_to_weights(
+        self,
+        number: int,
+        block: nn.Module,
+        linears: list[str],
+        states: Tensor,
+        gradient: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """Gradients of a block's weights, as (out, in), given that at its output.
+
+        Args:
+            number: of the block.
+            block: as it stands.
+            linears: paths of those whose weights are meant.
+            states: (samples, length, hidden) that the block is given.
+            gradient: from the output.
+
+        Returns:
+            by path; those that no token reached are missing.
+        """
+        modules = [block.get_submodule(path) for path in linears]
+        weights = [module.weight for module in modules]
+        try:
+            with torch.enable_grad():
+                for weight in weights:
+                    weight.requires_grad_()
+                output = self._run(number, block, states)
+                given = gradient(output.detach())
+                found = torch.autograd.grad(output, weights, given, allow_unused=True)  # type: ignore[arg-type]
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        return {
+            path: value if isinstance(module, nn.Linear) else value.t()
+            for path, module, value in zip(linears, modules, found, strict=True)
+            if value is not None
+        }
+
     def pull_back_to_embedding(self, ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """What the embedding gives for some tokens, and the gradient there: (samples, length, width).
 

@@ -2,6 +2,7 @@
 
 from fewbits.methods.gptq import GPTQ
 from fewbits.methods.held import round_held
+from fewbits.methods.learned import Learned, Rounding
 from fewbits.methods.llm_int8 import LLMInt8
 from fewbits.methods.method import Method
 from fewbits.methods.q4k import Q4K
@@ -16,4 +17,15 @@ METHODS: dict[str, type[Method]] = {
     "q4_k": Q4K,
 }
 
-__all__ = ["GPTQ", "METHODS", "Q4K", "RTN", "LLMInt8", "Method", "WeightedRTN", "round_held"]
+__all__ = [
+    "GPTQ",
+    "METHODS",
+    "Q4K",
+    "RTN",
+    "LLMInt8",
+    "Learned",
+    "Method",
+    "Rounding",
+    "WeightedRTN",
+    "round_held",
+]

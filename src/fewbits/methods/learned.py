@@ -1,0 +1,181 @@
+"""Learned rounding: which way to round, and how much to clip, found for a whole block by gradients.
+
+Cheng et al. 2023 (SignRound), arXiv 2309.05516: each weight w of a group with step s gets an offset v,
+each group a factor a of its step, and both follow the sign of their gradients through
+
+    code = clamp(round(w / (a s) + v) + zero point),    weight = a s (code - zero point)
+
+where rounding counts as the identity. Beyond the paper, each measured in LOG.md: the search starts from
+the codes of another method; errors of the block's output may be weighed by what they cost in the end;
+and what is kept is judged on samples that nothing was learned from, the first codes among them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fewbits.affine import parts_of
+from fewbits.errors import InputError
+from fewbits.tensor import QuantizedTensor
+
+_INSIDE = 0.2  # of a step: how far inside of its code a weight begins that another method put there
+_LEAST_FACTOR, _MOST_FACTOR = 0.5, 1.2  # of a group's step; not tuned
+_JUDGED = 10  # times, at most, that held-out samples are asked; not tuned
+_PATIENCE = 99  # of these, without anything better, before the search ends; not tuned
+
+
+@dataclass(slots=True)
+class Rounding:
+    """A matrix whose rounding is learned.
+
+    Args:
+        weight: (out, in), in float; where another method left what is nearest, moved inside of the code.
+        first: the codes to begin with; neither outliers, nor an order, nor two levels of scales.
+        least: of the scales that the format holds.
+        offsets: (out, groups, columns), added before rounding, in steps: at most half of one.
+        factors: (out, groups), of the scales.
+    """
+
+    weight: Tensor
+    first: QuantizedTensor
+    least: float
+    offsets: Tensor
+    factors: Tensor
+    _best: QuantizedTensor = field(repr=False)
+
+    @classmethod
+    def of(cls, weight: Tensor, first: QuantizedTensor, least: float = 0.0) -> Self:
+        """Nothing is learned yet: the codes are those given.
+
+        Args:
+            weight: (out, in), which is written to.
+            first: its codes.
+            least: of the scales that the format holds.
+        """
+        offsets = torch.zeros_like(parts_of(weight, first.scheme))
+        factors = torch.ones(first.scale.shape, dtype=weight.dtype, device=weight.device)
+        rounding = cls(weight, first, least, offsets, factors, first)
+        scale, steps, nearest = rounding._place()
+        given = parts_of(first.codes, first.scheme) - first.zero_point.to(weight.dtype)[..., None]
+        far = given - steps
+        moved = (given - far.sign() * (0.5 - _INSIDE)) * scale
+        parts = torch.where(nearest == given, parts_of(weight, first.scheme), moved)
+        weight.copy_(parts.reshape(weight.shape))
+        return rounding
+
+    @property
+    def scale(self) -> Tensor:
+        """(out, groups), as the disk holds it."""
+        first = self.first.scale
+        scale = (first.to(self.factors.dtype) * self.factors).to(first.dtype)
+        usable = torch.isfinite(scale) & (scale >= self.least) & (scale > 0)
+        return torch.where(usable, scale, first)
+
+    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, w / scale, and the multiple of the scale that it is rounded to."""
+        scale = self.scale.to(self.weight.dtype)[..., None]
+        points = self.first.zero_point.to(scale.dtype)[..., None]
+        steps = parts_of(self.weight, self.first.scheme) / scale
+        rounded = (steps + self.offsets).round_()
+        low, high = -points, self.first.scheme.max_code - points
+        return scale, steps, torch.minimum(torch.maximum(rounded, low), high)
+
+    def weights(self) -> Tensor:
+        """What the codes stand for, (out, in)."""
+        scale, _, rounded = self._place()
+        return (rounded * scale).reshape(self.weight.shape)
+
+    def quantized(self) -> QuantizedTensor:
+        """The codes."""
+        _, _, rounded = self._place()
+        codes = (rounded + self.first.zero_point.to(rounded.dtype)[..., None]).to(torch.uint8)
+        first = self.first
+        return QuantizedTensor(
+            codes.reshape(self.weight.shape), self.scale, first.zero_point, first.scheme
+        )
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of offsets and factors, from that of `weights()`, (out, in)."""
+        scale, steps, rounded = self._place()
+        inside = (steps + self.offsets).round_() == rounded  # what is clipped does not move
+        parts = parts_of(gradient.to(scale.dtype), self.first.scheme)
+        of_scale = (parts * torch.where(inside, rounded - steps, rounded)).sum(-1)
+        return parts * scale * inside, of_scale * self.first.scale.to(scale.dtype)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Go against the signs, each offset and each factor by `rate`."""
+        of_offsets, of_factors = self.gradients(gradient)
+        self.offsets.sub_(of_offsets.sign_(), alpha=rate)
+        self.offsets.clamp_(-0.5, 0.5)
+        self.factors.sub_(of_factors.sign_(), alpha=rate).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
+
+    def keep(self) -> None:
+        """What there is now is the best so far."""
+        self._best = self.quantized()
+
+    @property
+    def best(self) -> QuantizedTensor:
+        """The last that was kept; at first what it began with."""
+        return self._best
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Options of learned rounding.
+
+    Args:
+        steps: at most.
+        rate: by which offsets and factors move at first, falling to 0; 1 / steps by default.
+    """
+
+    steps: int = 200
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; accepted are numbers from 1")
+
+    def __call__(
+        self,
+        roundings: dict[str, Rounding],
+        put: Callable[[str, Tensor], None],
+        gradients: Callable[[int], dict[str, Tensor]],
+        error: Callable[[], float],
+    ) -> tuple[float, float, int]:
+        """Learn, and leave in each rounding the best that was found.
+
+        Args:
+            roundings: by name.
+            put: gives the block a weight (out, in) in place of its own.
+            gradients: of the squared error of the block as it stands by the weights of each name, on the
+                samples of a step of this number; a name that is missing did not matter to it.
+            error: of the block as it stands, on samples held out.
+
+        Returns:
+            the error held out, before and at best, and the step of the best: 0 is what it began with.
+        """
+        rate = self.rate or 1 / self.steps
+        every = max(1, self.steps // _JUDGED)
+        self._put(roundings, put)
+        first = best = error()
+        found = 0
+        for step in range(self.steps):
+            for name, gradient in gradients(step).items():
+                roundings[name].step(gradient, rate * (1 - step / self.steps))
+            self._put(roundings, put)
+            if (step + 1) % every == 0 or step == self.steps - 1:
+                now = error()
+                if now < best:
+                    best, found = now, step + 1
+                    for rounding in roundings.values():
+                        rounding.keep()
+                elif step + 1 - found >= _PATIENCE * every:
+                    break
+        return first, best, found
+
+    def _put(self, roundings: dict[str, Rounding], put: Callable[[str, Tensor], None]) -> None:
+        for name, rounding in roundings.items():
+            put(name, rounding.weights())
