@@ -34,6 +34,12 @@ LARGE = {
                                  "num_hidden_layers": 94, "num_attention_heads": 64,
                                  "num_key_value_heads": 4, "num_experts": 128}),
     "deepseek-671b": ("deepseek_v3", {}),
+    "llama-405b": ("llama", {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+                             "num_attention_heads": 128, "num_key_value_heads": 8,
+                             "vocab_size": 128256}),
+    "mixture-1t": ("deepseek_v3", {"n_routed_experts": 384, "num_attention_heads": 64,
+                                   "vocab_size": 163840, "n_group": 1, "topk_group": 1,
+                                   "first_k_dense_replace": 1}),
 }  # fmt: skip
 SHARD_BYTES = 5 * 10**9  # as such models are cut on the hub
 

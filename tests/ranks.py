@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ from models import VOCABULARY, tiny_checkpoint
 
 SHARD = 60_000  # bytes of a weight file: several of them, and an index
 LIMIT_S = 30.0
-MODELS: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 3}, "mixtral": {}}
+_WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 3}),
+    "mixtral": ("mixtral", {}),
+    "wide": ("llama", _WIDE),  # whose Hessians and codes are more than what is said of them
+}
 
 
 def free_port() -> int:
@@ -67,18 +73,25 @@ def run_rank(group: list[dict[str, Any]], work: Path) -> None:
         for job in group:
             for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
                 if job.get(name, [None])[0] == ranks.rank:
-                    _hurt(job[name][1], number)
+                    hurt(job[name][1], number)
             if job.get("raise") == ranks.rank:
                 raise OSError("the disk of this rank failed")
+            before = ranks.received_bytes
             quantize_job(job, work, ranks)
+            received = work / f"received-{job['out']}-{ranks.rank}"
+            received.write_text(str(ranks.received_bytes - before))
 
 
-def _hurt(exchange: int, number: signal.Signals) -> None:
-    """At that exchange from now on."""
+def hurt(exchange: int, number: signal.Signals, later_s: float = 0.0) -> None:
+    """Send a signal to this process at that exchange from now on, or so much later."""
     call, done = _Joined._call, [0]
 
     def counted(self: Any, *arguments: Any) -> None:
-        if done[0] == exchange:
+        if done[0] == exchange and later_s:
+            timer = threading.Timer(later_s, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+        elif done[0] == exchange:
             os.kill(os.getpid(), number)
         done[0] += 1
         call(self, *arguments)
@@ -87,8 +100,13 @@ def _hurt(exchange: int, number: signal.Signals) -> None:
 
 
 def start_group(group: list[dict[str, Any]], work: Path, name: str) -> dict[int, int]:
-    """Fork the ranks of a group; which rank each process is. What they say goes to files."""
-    count, port, found = group[0]["count"], free_port(), {}
+    """Fork the ranks of a group; which rank each process is."""
+    return fork_ranks(group[0]["count"], work / name, lambda: run_rank(group, work))
+
+
+def fork_ranks(count: int, said_at: Path, run: Callable[[], None]) -> dict[int, int]:
+    """Fork so many ranks; which rank each process is. What they say goes to files, beginning so."""
+    port, found = free_port(), {}
     for rank in range(count):
         pid = os.fork()
         if pid:
@@ -97,11 +115,11 @@ def start_group(group: list[dict[str, Any]], work: Path, name: str) -> dict[int,
         own = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in own.items()})
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        said = os.open(work / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        said = os.open(f"{said_at}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(said, 2)
         code = 0
         try:
-            run_rank(group, work)
+            run()
         except FewbitsError as error:
             code = error.exit_code
         except OSError:
@@ -140,8 +158,8 @@ def main() -> None:
     work, rounds = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # no thread of its own
-    for name, changes in MODELS.items():
-        tiny_checkpoint(work / name, name, **changes)
+    for name, (model_type, changes) in MODELS.items():
+        tiny_checkpoint(work / name, model_type, **changes)
     assert threading.active_count() == 1, threading.enumerate()
     outcomes = [run_round(groups, work, f"round-{i}") for i, groups in enumerate(rounds)]
     (work / "outcomes.json").write_text(json.dumps(outcomes))

@@ -228,6 +228,11 @@ def _every(held_out: int, length: int) -> int:
     return max(1, held_out * length // _LENS)
 
 
+def rounding_cost(rows: int, columns: int, hessian: bool) -> float:
+    """Of what reads one input, about: a factor of its Hessian, and columns one by one."""
+    return float(columns * columns * (columns + 3 * rows) if hessian else rows * columns)
+
+
 def states_bytes(
     samples: int, length: int, hidden: int, held_out: int | None = None, learned: int = 0
 ) -> int:
@@ -684,8 +689,7 @@ class _Run:
         for linears in inputs:
             columns = float_weight(block.get_submodule(linears[0])).shape[1]
             rows = sum(piece.stop - piece.start for path in linears for piece in pieces[path])
-            whole = columns * columns * (columns + 3 * rows)  # a factor, and columns one by one
-            costs.append(float(whole if "hessian" in self.recipe.method.needs else rows * columns))
+            costs.append(rounding_cost(rows, columns, "hessian" in self.recipe.method.needs))
         return dict(zip(inputs, share_out(costs, self.ranks.count), strict=True))
 
     def _writable(self, number: int, wiring: Wiring, result: Block) -> Wiring:

@@ -357,6 +357,10 @@ def plan(
     ] = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
+    nodes: Annotated[int, typer.Option(help="Machines that quantize it together, by torchrun.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(help="GPUs of each machine, a rank on each; 0: one rank on its processor.")
+    ] = 0,
     probe: Annotated[
         bool, typer.Option(help="Measure this machine for half a second, to tell time and memory.")
     ] = True,
@@ -365,6 +369,7 @@ def plan(
     """Say what each method would make of MODEL, what it takes, and what to do; reads headers only."""
     from fewbits.outlook import look_ahead
     from fewbits.report.plan import advice_lines, forecast_lines, forecast_table, headline
+    from fewbits.scale import Group
 
     gc.set_threshold(
         500_000
@@ -394,6 +399,7 @@ def plan(
         samples=samples,
         length=seq_len,
         measure=probe,
+        group=Group(nodes, gpus),
     )
     if json_:
         _print_json(found.to_json())

@@ -175,6 +175,19 @@ class Work:
     shared: Counter[tuple[int, int]] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True, slots=True)
+class Hessians:
+    """Bytes of the Hessians that a process holds.
+
+    Args:
+        summed: while they are collected.
+        kept: while matrices are rounded.
+    """
+
+    summed: int
+    kept: int
+
+
 # -- the probe ---------------------------------------------------------------------------------------
 
 
@@ -460,9 +473,19 @@ def _text_bytes(text: str | None) -> int:
 
 
 def estimate_cost(
-    choice: Choice, groups: Counter[Tensors], work: Work, rates: Rates, layout: Format
+    choice: Choice,
+    groups: Counter[Tensors],
+    work: Work,
+    rates: Rates,
+    layout: Format,
+    held: Hessians | None = None,
 ) -> Cost:
-    """Seconds and peak memory of one method, written in one format."""
+    """Seconds and peak memory of one method, written in one format.
+
+    Args:
+        choice, groups, work, rates, layout: of the run.
+        held: of several ranks, what one holds; None: one process holds all.
+    """
     scheme = choice.scheme
     calibrated = choice.method not in ("rtn",) and (
         choice.method != "llm-int8" or (scheme.inputs is not None and scheme.inputs.static)
@@ -475,7 +498,8 @@ def estimate_cost(
         parts["forward pass"] = _build(work) + (rates.pack + rates.unpack) * _weights(groups)
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     codes = sum(n * tensor_bytes(k, scheme, layout) for k, n in groups.items() if k.rounded)
-    peak = rates.baseline_bytes + _memory(choice, work, calibrated, codes)
+    held = held or Hessians(work.hessian_bytes + work.parts_bytes, work.hessian_bytes)
+    peak = rates.baseline_bytes + _memory(choice, work, calibrated, codes, held)
     return Cost(sum(parts.values()), peak, parts)
 
 
@@ -621,7 +645,7 @@ def _gptq(work: Work, rates: Rates) -> float:
 # -- memory ------------------------------------------------------------------------------------------
 
 
-def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
+def _memory(choice: Choice, work: Work, calibrated: bool, codes: int, held: Hessians) -> int:
     """Beside what the process had before: the larger of what collecting and rounding hold at a time.
 
     By what `budget` says of a stage, with numbers that are expected: Hessians of what the model was seen
@@ -637,14 +661,13 @@ def _memory(choice: Choice, work: Work, calibrated: bool, codes: int) -> int:
             unpacked = matrix_bytes(work.largest_matrix, 0)
         return _STARTED_BYTES + max(made, unpacked + loaded)
     running = running_bytes(max(TOKENS, work.length), work.widest)
-    hessians = 0 if choice.method == "llm-int8" else work.hessian_bytes
-    collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + hessians
-    collecting += work.parts_bytes if hessians else 0
+    held = Hessians(0, 0) if choice.method == "llm-int8" else held
+    collecting = collecting_bytes(work.largest_block, work.fast_bytes, running) + held.summed
     tallest = max((rows for (rows, n) in work.inputs if n == work.widest), default=0)
     method = choice.method.removesuffix(f"+{LEARNED}")
     gptq = method.endswith("gptq")
     beside = factor_bytes(work.widest, tallest, _COPIES) if gptq else 0
-    rounding = rounding_bytes(work.largest_block, beside) + hessians
+    rounding = rounding_bytes(work.largest_block, beside) + held.kept
     text = 6 * work.context_text_bytes  # documents and their tokens
     learning = 0
     if method != choice.method:

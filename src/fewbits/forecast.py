@@ -53,11 +53,13 @@ class Cost:
         elapsed_s: from the start of `quantize` to its result, as `run.json` says it.
         peak_bytes: anonymous memory at its highest, Python and its libraries included.
         parts_s: seconds by what they are spent on; they add up to `elapsed_s`.
+        received_bytes: what comes from other ranks, at the one that receives most.
     """
 
     elapsed_s: float
     peak_bytes: int
     parts_s: dict[str, float]
+    received_bytes: int = 0
 
 
 @dataclass(slots=True)

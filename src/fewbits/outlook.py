@@ -11,7 +11,7 @@ from fewbits.advice import Advice, advise, read_measured
 from fewbits.calibration import DEFAULT_LENGTH
 from fewbits.checkpoint import Checkpoint, model_name, open_headers
 from fewbits.comparison import RESULTS, default_work
-from fewbits.cost import Rates, Work, count_work, estimate_cost, probe
+from fewbits.cost import Rates, Work, count_work, probe
 from fewbits.errors import InputError
 from fewbits.forecast import (
     Choice,
@@ -29,11 +29,13 @@ from fewbits.memory import hand_back_memory
 from fewbits.memory import memory_bytes as memory_bytes_now
 from fewbits.plan import Plan, Survey, make_plan, survey
 from fewbits.recipe import DEFAULT_SCHEME, Recipe, parse_method, parse_override
+from fewbits.scale import NETWORK_BYTES_S, Group, estimate_share
 from fewbits.scheme import QuantScheme
 from fewbits.structure import text_config
 from fewbits.tensor import Note
 
 DEVICES = ("cpu", "cuda")
+_ALONE = Group()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def look_ahead(
     samples: int = 128,
     length: int | None = None,
     measure: bool = True,
+    group: Group = _ALONE,
 ) -> Outlook:
     """Plan, forecast and advice of a model, from its headers alone.
 
@@ -112,6 +115,7 @@ def look_ahead(
         measured: result of `fewbits compare`; where it is None that of this model, if there is one.
         calibration, samples, length: of `fewbits.quantize`, for its time.
         measure: probe this machine, to tell time and memory of quantizing.
+        group: ranks that quantize together; then time, memory and traffic are of the slowest.
 
     Raises:
         InputError: as `make_plan`, `forecast` and `advise`.
@@ -143,7 +147,8 @@ def look_ahead(
         took = machine.clock() - began
         cost, rates = None, None
         if measure:
-            cost, rates = _cost(made, seen, calibration, samples, length, took, before)
+            cost, rates = _cost(made, seen, calibration, samples, length, took, before, group)
+            notes += _group_notes(group)
             if calibration is None:
                 what = "reading calibration text takes time too, which --calibration FILE adds"
                 notes.append(Note("fact", "time", what))
@@ -206,6 +211,7 @@ def _cost(
     length: int | None,
     survey_s: float,
     baseline_bytes: int,
+    group: Group,
 ) -> tuple[Callable[[Choice, Counter[Tensors], Observed, Format], Cost], Rates]:
     """What tells the cost of a row, and what the machine was measured to do."""
     config = text_config(seen.model)
@@ -224,6 +230,17 @@ def _cost(
         if not counted:
             readers = observed.readers
             counted.append(count_work(plan, groups, readers, config, samples, length, calibration))
-        return estimate_cost(choice, groups, counted[0], rates, layout)
+        return estimate_share(choice, groups, counted[0], rates, layout, group)
 
     return cost, rates
+
+
+def _group_notes(group: Group) -> list[Note]:
+    if group == _ALONE:
+        return []
+    what = f"{group.count} together: time, memory and traffic are of the slowest, over a network of "
+    notes = [Note("fact", "ranks", f"{what}{8 * NETWORK_BYTES_S / 1e9:.0f} Gbit/s")]
+    if group.gpus:
+        what = "rates are those of the data sheet of an H100, at 40 to 70 % of it: not measured here"
+        notes.append(Note("fact", "GPUs", what))
+    return notes

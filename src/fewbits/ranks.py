@@ -34,6 +34,7 @@ from fewbits.errors import FewbitsError, InputError, ResourceError, one_line
 LIMIT_S = 300.0  # without a sign of life, a rank is lost. Longer than a disk is seen to sleep; not tuned
 _BEATS = 10  # signs of life within the limit
 _LONGEST_BEAT_S, _LOOK_S = 2.0, 0.1
+_ASKED_S = 0.5  # for an answer of the store, where one may do without; not tuned
 _SETTLE_S = 3.0  # after a signal or a broken connection: until it is known who was lost; not tuned
 _FOREVER = timedelta(days=30)  # of the library: waiting long is no fault while others compute
 _ALIGN = 64  # bytes; of tensors that are sent in one piece
@@ -160,6 +161,7 @@ class _Life:
         exchanges: that are finished.
         waits_for: a rank; None: it computes; -1: for any.
         computed_s: CPU time of the main thread.
+        done: it has left, and all is well.
         process, machine, host: where it runs.
     """
 
@@ -167,6 +169,7 @@ class _Life:
     exchanges: int = 0
     waits_for: int | None = None
     computed_s: float = 0.0
+    done: bool = False
     process: int = 0
     machine: str = ""
     host: str = ""
@@ -259,7 +262,9 @@ class _Joined(Ranks):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._stop.set()  # whoever goes first is not lost
+            self._stop.set()
+            self._life.done = True
+            self._briefly(self._say_alive)  # whoever goes first is not lost
             with contextlib.suppress(Exception):
                 self._dist.barrier()
                 self._dist.destroy_process_group()
@@ -398,19 +403,23 @@ class _Joined(Ranks):
 
     def _beat_forever(self) -> None:
         """Write a sign of life, and read those of the others."""
-        keys = [f"alive/{rank}" for rank in range(self.count)]
         while not self._stop.is_set():
             try:
                 self._say_alive()
-                if self._store.check(["failed"]):
-                    self._failed = json.loads(self._store.get("failed"))
-                for seen, life in zip(self._seen, self._store.multi_get(keys), strict=True):
-                    seen.see(_Life(**json.loads(life)))
+                self._read_lives()
             except Exception as error:
                 self._broken = one_line(str(error).splitlines()[0])
                 return
             self._reached_at = time.monotonic()
             self._stop.wait(self._pause_s)
+
+    def _read_lives(self) -> None:
+        """Signs of life of all, and what the first that left has said."""
+        if self._store.check(["failed"]):
+            self._failed = json.loads(self._store.get("failed"))
+        keys = [f"alive/{rank}" for rank in range(self.count)]
+        for seen, life in zip(self._seen, self._store.multi_get(keys), strict=True):
+            seen.see(_Life(**json.loads(life)))
 
     def _watch_forever(self) -> None:
         """End this process when another has, or gives no sign of life."""
@@ -420,22 +429,23 @@ class _Joined(Ranks):
                 self.quit(error)
 
     def _find_lost(self) -> RankError | None:
-        if self._failed is not None:
-            return self._repeat(self._failed)
+        said = self._find_said()
+        if said is not None:
+            return said
         now = time.monotonic()
         for rank, seen in enumerate(self._seen):
             if rank != self.rank and self._is_gone(seen.life):
-                time.sleep(2 * _LOOK_S)  # what it said before it ended
-                with contextlib.suppress(Exception):
-                    if self._broken is None and self._store.check(["failed"]):
-                        return self._repeat(json.loads(self._store.get("failed")))
-                return self._lost(rank, f"its process {seen.life.process} has ended")
+                time.sleep(2 * _LOOK_S)
+                self._briefly(self._read_lives)  # what it said before it ended
+                said = self._find_said()
+                if said is not None or not seen.life.done:
+                    return said or self._lost(rank, f"its process {seen.life.process} has ended")
         if self._broken is not None and now - self._reached_at > _SETTLE_S:
             return self._lost(0, f"the connection to its host broke ({self._broken})")
         if now - self._reached_at > self.limit_s:
             return self._lost(0, f"its host cannot be reached for {self.limit_s:g} s")
         for rank, seen in enumerate(self._seen):
-            if rank != self.rank and now - seen.beat_at > self.limit_s:
+            if rank != self.rank and not seen.life.done and now - seen.beat_at > self.limit_s:
                 return self._lost(rank, f"no sign of life for {self.limit_s:g} s")
         return self._find_stalled(now)
 
@@ -443,7 +453,8 @@ class _Joined(Ranks):
         """A rank that lives, and neither computes nor waits; or all wait."""
         still = [now - seen.moved_at > self.limit_s for seen in self._seen]
         for rank, seen in enumerate(self._seen):
-            if rank != self.rank and still[rank] and seen.life.waits_for is None:
+            busy = seen.life.waits_for is None and not seen.life.done
+            if rank != self.rank and still[rank] and busy:
                 return self._lost(rank, f"it has computed nothing for {self.limit_s:g} s")
         if all(still) and self._life.waits_for is not None:
             rank = self._life.waits_for
@@ -453,7 +464,7 @@ class _Joined(Ranks):
 
     def _is_gone(self, life: _Life) -> bool:
         """Whether a process of this machine has ended."""
-        if life.machine != self._life.machine or not life.process:
+        if life.done or life.machine != self._life.machine or not life.process:
             return False
         try:
             stat = Path(f"/proc/{life.process}/stat").read_text()
@@ -468,8 +479,11 @@ class _Joined(Ranks):
         self._publish({"rank": rank, "what": what, "code": 1, "lost": True})
         return RankError(what)
 
-    def _repeat(self, failed: dict[str, Any]) -> RankError:
+    def _find_said(self) -> RankError | None:
         """What another rank has said before it left."""
+        failed = self._failed
+        if failed is None:
+            return None
         if failed["lost"]:
             return RankError(failed["what"])
         # Rank 0 talks: it has said why it stops. What others say is said again by rank 0 alone.
@@ -477,15 +491,19 @@ class _Joined(Ranks):
         return RankError(f"rank {failed['rank']} has stopped: {failed['what']}", failed["code"], quiet)
 
     def _publish(self, failed: dict[str, Any]) -> None:
-        """Say why one leaves, if nobody was first; not longer than a moment."""
+        """Say why one leaves, if nobody was first."""
+        self._briefly(lambda: self._store.compare_set("failed", "", json.dumps(failed)))
 
-        def publish() -> None:
+    def _briefly(self, call: Callable[[], Any]) -> None:
+        """Ask the store, which may be gone, not longer than a moment."""
+
+        def ask() -> None:
             with contextlib.suppress(Exception):
-                self._store.compare_set("failed", "", json.dumps(failed))
+                call()
 
-        thread = threading.Thread(target=publish, daemon=True)
+        thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(2 * _LOOK_S + 0.3)
+        thread.join(_ASKED_S)
 
     def quit(self, error: RankError) -> None:
         """See `Ranks`: one line, and the end, whatever the main thread is doing."""

@@ -30,10 +30,13 @@ from fewbits import QuantScheme, quantize
 from fewbits.blockwise import Limits
 from fewbits.checkpoint import carried_files
 from fewbits.journal import Journal, discard
+from fewbits.ranks import join
 from fewbits.scheme import InputScheme
 from fewbits.stream import TOKENS
 from models import VOCABULARY, tiny_checkpoint
+from ranks import fork_ranks, hurt
 
+_RANKS_LIMIT_S = 20.0  # without a sign of life
 SHARD = 60_000  # bytes of a weight file: several of them, and an index
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 4, "tie_word_embeddings": True},
@@ -336,6 +339,65 @@ class Bench:
             if ended.error is not None or ended.hangs:
                 return [ended.short]
             return self.go_on(job, out)
+
+    # -- several ranks ---------------------------------------------------------------------------------
+
+    def exchanges(self, job: Job, count: int) -> int:
+        """How many a rank has in an undisturbed run of so many."""
+        with self.folder(f"exchanges-{job.name}") as folder:
+            codes = self._ranks(job, folder, count, count_into=folder / "count")
+            assert set(codes) == {0}, codes
+            return int((folder / "count").read_text())
+
+    def rank_killed(self, job: Job, count: int, fault: tuple[int, int, float], after: int) -> list[str]:
+        """Of so many ranks one is killed at an exchange, or a moment later; then so many go on.
+
+        Args:
+            job: what they do.
+            count: how many ranks begin.
+            fault: which rank, at which exchange, how many seconds later.
+            after: how many ranks go on.
+        """
+        with self.folder(self.outcome.case) as folder:
+            codes, problems = self._ranks(job, folder, count, fault), []
+            victim = fault[0]
+            self.outcome.kills += codes[victim] == -signal.SIGKILL
+            if codes[victim] == -signal.SIGKILL:  # else it came too late
+                for rank in range(count):
+                    said = (folder / f"said-{rank}").read_text().splitlines()
+                    lines = [line for line in said if line.startswith("error:")]
+                    named = len(lines) == 1 and f"rank {victim} on" in lines[0]
+                    if rank != victim and codes[rank] != 0 and not (codes[rank] == 1 and named):
+                        problems.append(f"rank {rank} ended with {codes[rank]} and said {lines}")
+            again = self._ranks(job, folder, after)
+            if set(again) != {0}:
+                said = (folder / "said-0").read_text()
+                problems.append(f"the run after it ended with {again}: {said}")
+            return problems + self.same(job, folder / "out")
+
+    def _ranks(
+        self,
+        job: Job,
+        folder: Path,
+        count: int,
+        fault: tuple[int, int, float] | None = None,
+        count_into: Path | None = None,
+    ) -> list[int]:
+        """Run ranks to their end; their exit codes."""
+
+        def run() -> None:
+            with join(_RANKS_LIMIT_S) as ranks:
+                if fault is not None and ranks.rank == fault[0]:
+                    hurt(fault[1], signal.SIGKILL, fault[2])
+                job.run(self.sources[job.model], folder / "out", lambda _: None, ranks=ranks)
+                if count_into is not None and ranks.rank == count - 1:
+                    count_into.write_text(str(ranks._life.exchanges))
+
+        running, codes = fork_ranks(count, folder / "said", run), [0] * count
+        while running:
+            pid, status = os.wait()
+            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+        return codes
 
     # -- full disks ------------------------------------------------------------------------------------
 

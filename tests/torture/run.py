@@ -49,6 +49,9 @@ KILLS = {
     "rtn:mixtral": (12, 4),
 }  # fmt: skip
 FEW = {"gptq:llama": (11, 4), "gptq:mixtral": (7, 3)}
+# One of three ranks, at an exchange and up to so many seconds later.
+RANKS = {"gptq:llama": 14, "gptq:mixtral": 12, "awq+gptq:qwen3_moe": 12, "rtn:mixtral": 12}
+_LATER_S = 0.15
 HALVES = ("write", "posix_fallocate")
 FULL = {"gptq:llama": 70, "awq+gptq:qwen3_moe": 60, "rtn:mixtral": 40}
 Case = Callable[[], list[str]]
@@ -101,6 +104,7 @@ def _all(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
     yield from _bare(bench)
     yield from _locks(bench, ["journal:llama"], 20)
     yield from _kills(bench, KILLS, seed)
+    yield from _ranks(bench, RANKS, seed)
     yield from _restarts(bench, {"gptq:llama": 14, "rtn:mixtral": 14})
     yield from _powers(bench, {"gptq:llama": 40, "rtn:mixtral": 20}, seed)
     yield from _fulls(bench, FULL)
@@ -137,6 +141,7 @@ def _few(bench: Bench, seed: int) -> Iterator[tuple[str, Case]]:
     yield "notices/journal:llama", partial(bench.notices, JOBS["journal:llama"])
     yield from _powers(bench, {"journal:llama": 10}, seed)
     yield from _kills(bench, FEW, seed, (0, 0, 0, 0, 0, 2))
+    yield from _ranks(bench, {"gptq:llama": 3}, seed)
     yield from _restarts(bench, {"gptq:llama": 1})
     yield from _fulls(bench, {"gptq:llama": 10})
     yield "changed/gptq:llama", partial(bench.changed, JOBS["gptq:llama"], 0, False)
@@ -161,6 +166,17 @@ def _kills(
         for _ in range(at_times):
             seconds = draw.uniform(0, reference.seconds)
             yield f"time/{name}/{seconds:.4f}", partial(bench.killed_after, JOBS[name], seconds)
+
+
+def _ranks(bench: Bench, counts: dict[str, int], seed: int) -> Iterator[tuple[str, Case]]:
+    """One of three ranks is killed; then one to four go on."""
+    for name, count in _ran(bench, counts):
+        exchanges, draw = bench.exchanges(JOBS[name], 3), random.Random(f"{seed} {name} ranks")
+        for i in range(count):
+            later = draw.choice((0.0, draw.uniform(0, _LATER_S)))
+            fault = draw.randrange(3), draw.randrange(exchanges * 9 // 10), later
+            case = partial(bench.rank_killed, JOBS[name], 3, fault, 1 + i % 4)
+            yield f"ranks/{name}/{fault[0]}/{fault[1]}/{later:.3f}/{1 + i % 4}", case
 
 
 def _restarts(bench: Bench, counts: dict[str, int]) -> Iterator[tuple[str, Case]]:
@@ -287,6 +303,7 @@ def _summarize(outcomes: list[Outcome], seconds: float, seed: int) -> None:
         f"killed at {len(killed)} moments ({kills} kills with those on the way), "
         f"{good} byte-identical, blocks repeated at most {repeated}, {seconds:.0f} s, "
         f"seed {seed}; {', '.join(parts)}"
+        f"; of three ranks one killed {sum(o.kills for o in kinds.get('ranks', []))} times"
         f"; fewer tokens at a time give other bytes: {sum(o.differs for o in kinds.get('divided', []))}"
     )
 

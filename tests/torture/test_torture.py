@@ -43,6 +43,10 @@ def test_a_killed_run_goes_on_and_ends_byte_identical(outcomes):
     assert sum(outcome["kills"] for outcome in killed) >= len(killed)
 
 
+def test_a_run_of_which_a_rank_was_killed_goes_on_and_ends_byte_identical(outcomes):
+    assert problems_of(outcomes, "ranks") == {}
+
+
 def test_no_more_than_one_block_is_computed_again(outcomes):
     assert max(outcome["repeated"] for outcome in outcomes) == 1  # 0: nobody was killed within a block
 

@@ -33,10 +33,13 @@ def forecast_table(forecast: Forecast) -> Table:
     timed = any(row.cost is not None for row in forecast.rows)
     headings = ["size", "bits/weight", *components, "to run"]
     headings += ["fits"] * (forecast.memory_bytes is not None)
-    for heading in headings + ["time to make", "peak memory"] * timed:
+    shared = any(row.cost is not None and row.cost.received_bytes for row in forecast.rows)
+    for heading in headings + ["time to make", "peak memory"] * timed + ["traffic"] * shared:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in forecast.rows:
-        table.add_row(row.name, *_cells(row, components, forecast.memory_bytes is not None, timed))
+        cells = _cells(row, components, forecast.memory_bytes is not None, timed)
+        traffic = 0 if row.cost is None else row.cost.received_bytes
+        table.add_row(row.name, *cells, *([bytes_text(traffic)] if traffic else []))
     return table
 
 
