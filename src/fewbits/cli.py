@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewbits.errors import FewbitsError, InputError, ResourceError
-from fewbits.ranks import LIMIT_S, join, ranks_of_environment
+from fewbits.ranks import LIMIT_S, join, own_device, ranks_of_environment
 from fewbits.scheme import InputScheme, QuantScheme
 
 # Imports make a million objects that stay: looking through them again and again took a tenth of
@@ -480,7 +480,7 @@ def quantize(
             length=seq_len,
             seed=seed,
             max_memory=_bytes(max_memory),
-            device=device,
+            device=own_device(device),
             format=format,
             clients=tuple(client or ()),
             tensor_parallel=tensor_parallel,
@@ -672,7 +672,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; accepted are numbers from 1")
     sizes = [measure_size(resolve(model)) for model in models]
-    place = find_device(device)
+    place = find_device(own_device(device))
     other = None if reference is None else load(reference, device=place)
     rows = []
     with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:

@@ -134,6 +134,15 @@ def ranks_of_environment() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def own_device(name: str) -> str:
+    """Of the GPUs of a machine, on which each of its ranks has one, that of this rank."""
+    return f"cuda:{_local_rank()}" if name == "cuda" and ranks_of_environment() > 1 else name
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def join(limit_s: float = LIMIT_S) -> Ranks:
     """Join the processes that `torchrun` has started; a process that is alone is a group of one.
 
@@ -233,7 +242,10 @@ class _Joined(Ranks):
             self._store = dist.PrefixStore(f"fewbits/{attempt}", own)
             self._say_alive()
             self._await_all(limit)
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            backend = "gloo"
+            if torch.cuda.is_available():  # one for each rank of a machine
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(f"group/{attempt}", store),
