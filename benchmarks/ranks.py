@@ -94,15 +94,14 @@ def run(count: int, work: Path, args: argparse.Namespace) -> list[dict[str, Any]
     return sorted(found, key=lambda one: one["rank"])
 
 
-def estimate(model: Path, count: int, args: argparse.Namespace) -> list[int]:
-    """Bytes that each rank is expected to receive."""
+def count(model: Path, args: argparse.Namespace) -> tuple[Any, Any]:
+    """What a run works on, and its scheme; from headers."""
     from fewbits import QuantScheme, Recipe
     from fewbits.checkpoint import open_headers
     from fewbits.cost import count_work
-    from fewbits.forecast import Choice, group_tensors, observe
+    from fewbits.forecast import group_tensors, observe
     from fewbits.plan import make_plan, survey
     from fewbits.recipe import parse_method
-    from fewbits.scale import received_bytes
     from fewbits.structure import text_config
 
     scheme, seen = QuantScheme(BITS, "group", GROUP), survey(open_headers(model))
@@ -110,9 +109,39 @@ def estimate(model: Path, count: int, args: argparse.Namespace) -> list[int]:
     plan = make_plan(seen, Recipe(rounder, scheme, transforms=transforms))
     groups, _ = group_tensors(plan, seen, scheme)
     readers, config = observe(seen.model, 64).readers, text_config(seen.model)
-    work = count_work(plan, groups, readers, config, args.samples, args.length, None)
+    return count_work(plan, groups, readers, config, args.samples, args.length, None), scheme
+
+
+def estimate(model: Path, ranks: int, args: argparse.Namespace) -> list[int]:
+    """Bytes that each rank is expected to receive."""
+    from fewbits.forecast import Choice
+    from fewbits.scale import received_bytes
+
+    work, scheme = count(model, args)
     choice = Choice(args.method, scheme)
-    return [sum(received_bytes(choice, work, count, rank).values()) for rank in range(count)]
+    return [sum(received_bytes(choice, work, ranks, rank).values()) for rank in range(ranks)]
+
+
+def forecast_large(args: argparse.Namespace) -> None:
+    """Of large models, from headers: what the busiest rank has of the work, traffic, Hessians."""
+    from fewbits.forecast import Choice
+    from fewbits.scale import held_hessians, owner_share, part_share, traffic_bytes
+    from forecast import LARGE, make_headers
+
+    print("model           ranks  samples  rounding  received GB  Hessians summed / kept GB")
+    for name in ("llama-70b", "llama-405b", "mixture-1t"):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            make_headers(Path(folder), *LARGE[name])
+            work, scheme = count(Path(folder), args)
+        choice = Choice(args.method, scheme)
+        for ranks in (1, 2, 4, 8, 16, 64):
+            held = held_hessians(choice, work, ranks)
+            received = sum(traffic_bytes(choice, work, ranks).values())
+            print(
+                f"{name:<15} {ranks:>5} {part_share(ranks):>8.3f} "
+                f"{owner_share(choice, work, ranks):>9.3f} {received / 1e9:>12.0f} "
+                f"{held.summed / 1e9:>12.1f} / {held.kept / 1e9:.1f}"
+            )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -143,11 +172,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", help="where the model is made; the system's own by default")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--headers", action="store_true", help="large models from headers alone")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
         out = args.inside / f"out-{args.ranks[0]}"
         run_rank(args.inside / "model", out, args.method, args.samples, args.length)
+        return
+    if args.headers:
+        forecast_large(args)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)

@@ -201,8 +201,12 @@ def quantize_blocks(
     for number in range(start.blocks, count):
         if progress is not None:
             progress(what, number, count)
+        waited = ranks.waited_s
         block = run.block(number)
         what = f"blocks, KL so far {block.report.kl:.3g}"
+        if ranks.count > 1:  # whom the others wait for
+            waits = ranks.gather(ranks.waited_s - waited)
+            what += f", slowest rank {waits.index(min(waits))}"
         yield block
         del block  # its codes are written
     if progress is not None:

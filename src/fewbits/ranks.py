@@ -55,11 +55,11 @@ class RankError(ResourceError):
 class Ranks:
     """A group of one process; see `join` for more.
 
-    Args of the instance: `rank` is the number of this process, `count` how many there are, and
-    `received_bytes` what came from others.
+    `rank` is the number of this process, `count` how many there are, `received_bytes` what came from
+    others, and `waited_s` how long this one waited for them.
     """
 
-    rank, count, received_bytes = 0, 1, 0
+    rank, count, received_bytes, waited_s = 0, 1, 0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -212,7 +212,7 @@ class _Joined(Ranks):
         self.limit_s = limit_s
         self._pause_s = min(_LONGEST_BEAT_S, limit_s / _BEATS)  # between signs of life
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.received_bytes = 0
+        self.received_bytes, self.waited_s = 0, 0.0
         self._dist = dist
         self._life = _Life(process=os.getpid(), machine=_machine(), host=socket.gethostname())
         self._seen = [_Seen() for _ in range(self.count)]
@@ -310,9 +310,11 @@ class _Joined(Ranks):
         result: list[BaseException | None] = []
         done = threading.Event()
         self._life.waits_for = peer
+        began = time.monotonic()
         self._calls.put((call, result, done))
         while not done.wait(0.2):
             pass
+        self.waited_s += time.monotonic() - began
         if result:
             self._explain(peer, result[0])
         self._life.waits_for = None
