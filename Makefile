@@ -49,9 +49,11 @@ bench: $(INSTALLED)
 interop: $(INSTALLED)
 	PYTHON=$(PYTHON) $(BIN)/python tests/interop/run.py
 
-# Runs that are killed, and disks that fail, at hundreds of moments. Under 20 minutes on two cores.
+# Runs that are killed, and disks that fail, at hundreds of moments; a link that is cut, where `ip` can
+# make one. Under 25 minutes on two cores.
 torture: $(INSTALLED)
 	$(BIN)/python tests/torture/run.py
+	$(BIN)/python tests/torture/link.py
 
 # The native kernels: bytes and numbers that are out of bounds; then what threads share. Needs cmake.
 sanitize:

@@ -6,7 +6,7 @@ round at a time. It never had a second thread, so that its forks may have some.
     {"count": 3, "out": "a", "method": "gptq", "model": "llama", "kill": [1, 4]}
 
 `kill` is a rank and the exchange before which it is killed, `stop` the same of one that only stands
-still, `limit` the seconds without a sign of life.
+still, `limit` the seconds without a sign of life; `stats` is a folder of statistics of the llama.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import tqdm
 
-from fewbits import QuantScheme, quantize
+from fewbits import QuantScheme, measure, quantize
 from fewbits.errors import FewbitsError
 from fewbits.ranks import _Joined, join
 from models import VOCABULARY, tiny_checkpoint
@@ -58,8 +58,9 @@ def quantize_job(job: dict[str, Any], work: Path, ranks: Any) -> None:
         work / job["model"],
         work / job["out"],
         method=method,
-        scheme=None if method == "llm-int8" else QuantScheme(4, "group", 32),
-        calibration=None if method == "rtn" else ids(job.get("samples", 11)),
+        scheme=None if method == "llm-int8" or "bits_per_weight" in job else QuantScheme(4, "group", 32),
+        calibration=None if method == "rtn" or job.get("stats") else ids(job.get("samples", 11)),
+        statistics=work / job["stats"] if job.get("stats") else None,
         max_shard_bytes=SHARD,
         bits_per_weight=job.get("bits_per_weight"),
         ranks=ranks,
@@ -160,6 +161,8 @@ def main() -> None:
     tqdm.tqdm.monitor_interval = 0  # no thread of its own
     for name, (model_type, changes) in MODELS.items():
         tiny_checkpoint(work / name, model_type, **changes)
+    if "stats" in sys.argv[2]:
+        measure(work / "llama", work / "stats", calibration=ids())
     assert threading.active_count() == 1, threading.enumerate()
     outcomes = [run_round(groups, work, f"round-{i}") for i, groups in enumerate(rounds)]
     (work / "outcomes.json").write_text(json.dumps(outcomes))

@@ -169,13 +169,20 @@ def test_ranks_share_what_can_be_divided_and_no_more(ended, method):
 
 @pytest.mark.slow
 def test_many_ranks_and_all_methods_write_the_same_bytes(tmp_path):
-    counts, jobs = (1, 2, 3, 4, PARTS, PARTS + 1), JOBS + MORE
-    outcomes = run(tmp_path, [[group(count, jobs)] for count in counts])
-    assert {o["code"] for groups in outcomes for group in groups for o in group} == {0}
-    for method, model in jobs:
-        alone = contents(tmp_path / f"{method}-{model}-1")
+    counts = (1, 2, 3, 4, PARTS, PARTS + 1)
+    rounds = [[group(count, JOBS + MORE)] for count in counts]
+    for count, (jobs,) in zip(counts, rounds, strict=True):
+        own = {"count": count, "model": "llama", "stats": "stats"}
+        jobs.append(own | {"method": "awq+gptq", "out": f"stats-{count}"})
+        jobs.append(own | {"method": "gptq", "bits_per_weight": 9.0, "out": f"fitted-{count}"})
+    outcomes = run(tmp_path, rounds)
+    ended = [o for groups in outcomes for group in groups for o in group]
+    assert {o["code"] for o in ended} == {0}, [o["said"] for o in ended if o["code"]]
+    for job in rounds[0][0]:
+        alone = contents(tmp_path / job["out"])
         for count in counts[1:]:
-            assert contents(tmp_path / f"{method}-{model}-{count}") == alone, (method, model, count)
+            other = job["out"].removesuffix("1") + str(count)
+            assert contents(tmp_path / other) == alone, other
 
 
 # -- alone -------------------------------------------------------------------------------------------
