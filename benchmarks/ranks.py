@@ -105,7 +105,7 @@ def count(model: Path, args: argparse.Namespace) -> tuple[Any, Any]:
     from fewbits.structure import text_config
 
     scheme, seen = QuantScheme(BITS, "group", GROUP), survey(open_headers(model))
-    transforms, rounder = parse_method(args.method)
+    transforms, rounder, _ = parse_method(args.method)
     plan = make_plan(seen, Recipe(rounder, scheme, transforms=transforms))
     groups, _ = group_tensors(plan, seen, scheme)
     readers, config = observe(seen.model, 64).readers, text_config(seen.model)

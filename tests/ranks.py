@@ -122,6 +122,7 @@ def fork_ranks(count: int, said_at: Path, run: Callable[[], None]) -> dict[int, 
         try:
             run()
         except FewbitsError as error:
+            os.write(2, f"refused: {error}\n".encode())
             code = error.exit_code
         except OSError:
             code = 1

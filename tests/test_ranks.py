@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ended, name):
 def count_wide(folder: Path, method: str) -> tuple:
     """Choice, tensors, work and format of a run on the wide model."""
     scheme = QuantScheme(4, "group", 32)
-    transforms, rounder = parse_method(method)
+    transforms, rounder, _ = parse_method(method)
     seen = survey(open_headers(folder))
     plan = make_plan(seen, Recipe(rounder, scheme, transforms=transforms))
     groups, _ = group_tensors(plan, seen, scheme)
