@@ -6,7 +6,8 @@ round at a time. It never had a second thread, so that its forks may have some.
     {"count": 3, "out": "a", "method": "gptq", "model": "llama", "kill": [1, 4]}
 
 `kill` is a rank and the exchange before which it is killed, `stop` the same of one that only stands
-still, `limit` the seconds without a sign of life; `stats` is a folder of statistics of the llama.
+still, `limit` the seconds without a sign of life; `stats` is a folder of statistics of the llama. With
+`evaluate`, a reference, a model is compared with that.
 """
 
 import json
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 import tqdm
 
-from fewbits import QuantScheme, measure, quantize
+from fewbits import QuantScheme, evaluate, measure, quantize
+from fewbits.calibration import Calibration
 from fewbits.errors import FewbitsError
 from fewbits.ranks import _Joined, join
 from models import VOCABULARY, tiny_checkpoint
@@ -77,6 +79,17 @@ def run_rank(group: list[dict[str, Any]], work: Path) -> None:
                     hurt(job[name][1], number)
             if job.get("raise") == ranks.rank:
                 raise OSError("the disk of this rank failed")
+            if job.get("evaluate"):
+                found = evaluate(
+                    work / job["model"],
+                    work / job["evaluate"],
+                    text=Calibration(ids(400), "ids", 0),
+                    length=job["length"],
+                    ranks=ranks,
+                )
+                value = json.dumps(found.to_json(per_window=True))
+                (work / f"{job['out']}-{ranks.rank}").write_text(value)
+                continue
             before = ranks.received_bytes
             quantize_job(job, work, ranks)
             received = work / f"received-{job['out']}-{ranks.rank}"

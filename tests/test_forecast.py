@@ -433,7 +433,7 @@ def test_a_budget_is_never_below_what_is_expected(tmp_path, monkeypatch, model_t
     config = text_config(seen.model)
     readers = observe(seen.model, 64).readers
     for method in ("rtn", "gptq", "awq", "awq+gptq", "weighted-rtn", "llm-int8"):
-        transforms, rounder = parse_method(method)
+        transforms, rounder, _ = parse_method(method)
         scheme = QuantScheme(8, inputs=InputScheme(static=True)) if method == "llm-int8" else G32
         rounder = LLMInt8(static=True) if method == "llm-int8" else rounder
         recipe = Recipe(rounder, scheme, transforms=transforms)

@@ -26,7 +26,8 @@ RANKS = Path(__file__).parent / "ranks.py"
 JOBS = [("rtn", "llama"), ("gptq", "llama"), ("awq+gptq", "llama"), ("gptq", "mixtral")]
 MORE = [
     ("awq", "llama"), ("llm-int8", "llama"), ("rtn", "mixtral"), ("awq", "mixtral"),
-    ("awq+gptq", "mixtral"), ("weighted-rtn", "mixtral"),
+    ("awq+gptq", "mixtral"), ("weighted-rtn", "mixtral"), ("awq+gptq+learned", "llama"),
+    ("gptq+learned", "mixtral"),
 ]  # fmt: skip
 KILLED = {"method": "gptq", "model": "llama", "count": 3}
 
@@ -61,10 +62,16 @@ def ended(tmp_path_factory):
     killed = KILLED | {"out": "killed", "kill": [1, 45]}
     stopped = KILLED | {"out": "stopped", "stop": [0, 45], "limit": 3.0}
     failed = KILLED | {"out": "failed", "raise": 2}
+    judged = {"model": "llama", "evaluate": "mixtral", "length": 24}
     rounds = [
         [group(1, JOBS), group(2, JOBS), group(3, [*JOBS, ("gptq", "wide")])],
         [[killed], [stopped], [failed]],
-        [[KILLED | {"out": "killed", "count": 2}], [KILLED | {"out": "stopped", "count": 1}]],
+        [
+            [KILLED | {"out": "killed", "count": 2}],
+            [KILLED | {"out": "stopped", "count": 1}],
+            [judged | {"count": 1, "out": "judged-1"}],
+            [judged | {"count": 3, "out": "judged-3"}],
+        ],
     ]
     return work, run(work, rounds)
 
@@ -120,7 +127,7 @@ def test_what_fails_at_one_rank_is_said_by_rank_0(ended):
 @pytest.mark.parametrize("name", ["killed", "stopped"])
 def test_a_run_goes_on_with_another_number_of_ranks(ended, name):
     work, outcomes = ended
-    assert [o["code"] for group in outcomes[2] for o in group] == [0, 0, 0]
+    assert [o["code"] for group in outcomes[2] for o in group] == [0] * 7
     assert contents(work / name) == contents(work / "gptq-llama-1")
     assert json.loads((work / name / "run.json").read_text())["resumed_steps"] > 0
     assert not (work / f".{name}.partial").exists()
@@ -165,6 +172,15 @@ def test_ranks_share_what_can_be_divided_and_no_more(ended, method):
         if "collecting" in alone.parts_s:
             divided = alone.parts_s["collecting"] / cost.parts_s["collecting"]
             assert divided == pytest.approx(min(count, PARTS))
+
+
+def test_ranks_that_share_windows_measure_the_same(ended):
+    """To the last bit; at every rank."""
+    alone = json.loads((ended[0] / "judged-1-0").read_text())
+    assert alone["windows"] == 400  # three batches
+    assert alone["kl"]["value"] > 0
+    for rank in range(3):
+        assert json.loads((ended[0] / f"judged-3-{rank}").read_text()) == alone
 
 
 @pytest.mark.slow

@@ -293,7 +293,7 @@ class _Run:
             found = [self._open(room, rank, len(start.states)) for rank, room in enumerate(start.states)]
             states, first = States(len(ids), [some for room in found for some in room.states]), found[0]
         else:
-            samples = [*self.own, *self._searched_elsewhere(), held]
+            samples = [*self.own, *(rows for _, rows in self._wanted_of_others(ranks.rank)), held]
         self.stream = Stream(
             plan.checkpoint, ids, _every(held_out, ids.shape[1]), limits.tokens, allocate, states,
             device, samples,
@@ -345,13 +345,17 @@ class _Run:
             )
         return self.room
 
-    def _searched_elsewhere(self) -> list[range]:
-        """Samples that transforms search with, and whose parts other ranks run."""
-        if not self.recipe.transforms:
-            return []
-        end = self.search.stop
+    def _wanted_of_others(self, rank: int) -> list[tuple[int, range]]:
+        """Parts that other ranks run, and of which samples a rank needs the states too.
+
+        All need those that transforms search with, the first those that are learned from.
+        """
+        end = self.search.stop if self.recipe.transforms else 0
+        end = max(end, self.learned.stop) if rank == 0 else end
         return [
-            range(p.start, min(p.stop, end)) for p in self.parts if p not in self.own and p.start < end
+            (i, range(part.start, min(part.stop, end)))
+            for i, part in enumerate(self.parts)
+            if i % self.ranks.count != rank and part.start < end
         ]
 
     def block(self, number: int) -> Block:
@@ -371,12 +375,15 @@ class _Run:
             nearest = _error(self.stream.run_all(number, block, held_out), wanted)
             del block  # never two of them at a time
             block = self.stream.load(number)
-        floats: dict[str, Tensor] | None = None if self.recipe.learned is None else {}
+        learns = self.recipe.learned is not None
+        floats: dict[str, Tensor] | None = {} if learns and self.ranks.leads else None
         result = self._quantize(number, block, pieces, floats)
         error, got = self._judge(number, block, wanted)
         nearest = self.ranks.tell(nearest, judge)
-        if floats is not None and error <= _EXPLODED * nearest:
-            self._learn(number, block, pieces, floats, result)
+        if learns and error <= _EXPLODED * nearest:
+            if floats is not None:
+                self._learn(number, block, pieces, floats, result)
+            self._tell_learned(block, pieces, result)
             error, got = self._judge(number, block, wanted)
         elif not error <= _EXPLODED * nearest:  # not a number is no better
             del block, result
@@ -436,27 +443,29 @@ class _Run:
         if room.held_out is not None:
             states[self.held_out] = got
             room.held_out.copy_(self.float_states)
-        self._pass_searched(states)
+        self._pass_states(states)
         stream.states = states  # what a later process would go on from
         self.float_learned, self.room = room.learned, None
         return left
 
-    def _pass_searched(self, states: States) -> None:
-        """Let all ranks have the states that transforms search with."""
-        if not self.recipe.transforms or self.ranks.count == 1:
-            return
-        for i, part in enumerate(self.parts):
-            rows = range(part.start, min(part.stop, self.search.stop))
-            if rows:
-                own = part in self.own
-                given = states[rows.start : rows.stop] if own else None
-                got = self.ranks.tell_tensor(given, i % self.ranks.count)
-                states.rooms += [] if own else [(rows, got)]
+    def _pass_states(self, states: States) -> None:
+        """Let ranks have the states that they need of parts that others run."""
+        (_, length), ranks = self.shape, self.ranks
+        for rank in range(ranks.count):
+            for i, rows in self._wanted_of_others(rank):
+                giver = i % ranks.count
+                if ranks.rank == giver:
+                    ranks.send(states[rows.start : rows.stop], rank)
+                elif ranks.rank == rank:
+                    got = torch.empty(len(rows), length, self.plan.hidden_size, dtype=torch.bfloat16)
+                    ranks.receive(got, giver)
+                    states.rooms.append((rows, got))
 
     def _go_on_in_float(self, number: int, block: nn.Module) -> None:
-        """What the float model has behind this block, of samples that are learned from."""
+        """What the float model has behind this block, of samples that are learned from; rank 0."""
         stream, wanted = self.stream, self._new_room().learned
-        assert wanted is not None
+        if wanted is None:
+            return
         with stream.in_fast_dtype(number, block):
             for rows in stream.batches(range(len(wanted))):
                 wanted[rows] = stream.run(number, block, self.float_learned[rows])
@@ -499,6 +508,25 @@ class _Run:
         kept = "not learned, nothing was better: " + what
         where = self._prefix(number)[:-1]
         result.notes.append(Note("fact", where, "rounding " + (learnt if found.step else kept)))
+
+    def _tell_learned(self, block: nn.Module, pieces: dict[str, list[Piece]], result: Block) -> None:
+        """Let all ranks have the rounding that rank 0 has learned."""
+        if self.ranks.count == 1:
+            return
+        said: list[Any] = []
+        tensors: list[Tensor] = []
+        if self.ranks.leads:
+            for name, code in self._codes(pieces, result).items():
+                about, own = code.parts()
+                said.append([name, about])
+                tensors += own
+        notes = self.ranks.tell([asdict(note) for note in result.notes])
+        told, given = self.ranks.exchange(said, tensors)[0]
+        if not self.ranks.leads:
+            result.weights.clear()
+            result.notes[:] = [Note(**note) for note in notes]
+            codes = {name: QuantizedTensor.of_parts(about, given) for name, about in told}
+            self._store(block, pieces, codes, result)
 
     def _quantize(
         self,

@@ -207,12 +207,6 @@ def quantize(
     if size.asked and isinstance(method, LLMInt8 | Q4K):
         what = "llm-int8" if isinstance(method, LLMInt8) else "q4_k"
         raise InputError(f"method {what} with a size, and it has one scheme; {_CHOOSES}")
-    if learned is not None and ranks.count > 1:
-        what = "best" if best else "a method with +learned"
-        raise InputError(
-            f"method {what} by {ranks.count} ranks: rounding is learned by one; accepted are one, and "
-            "methods without +learned"
-        )
     if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
     recipe = Recipe(

@@ -14,6 +14,7 @@ from fewbits.cost import Hessians, Rates, Work, estimate_cost
 from fewbits.errors import InputError
 from fewbits.forecast import Choice, Cost, Tensors
 from fewbits.formats import Format
+from fewbits.learning import learned_samples
 from fewbits.ranks import share_out
 from fewbits.statistics import PARTS, panel_values
 from fewbits.stream import TOKENS
@@ -166,14 +167,18 @@ def received_bytes(choice: Choice, work: Work, count: int, rank: int) -> dict[st
         "held-out states": _HELD_BYTES * state * passed,
     }
     found = {name: work.blocks * size for name, size in found.items()}
+    learns = choice.method.endswith("learned")
+    fitted, wanted = work.samples - held, 0
     if choice.method.startswith("awq"):
-        searched = searched_samples(work.samples, work.length)
-        fitted = work.samples - held
-        first = [i * fitted // PARTS for i in range(PARTS + 1)]
-        other = sum(
-            max(0, min(first[i + 1], searched) - first[i]) for i in range(PARTS) if i % count != rank
-        )
-        found["searched states"] = (work.blocks - 1) * other * _STATE_BYTES * state
+        wanted = searched_samples(work.samples, work.length)
+    if learns and rank == 0:
+        wanted = max(wanted, learned_samples(fitted, work.length))
+    ends = [i * fitted // PARTS for i in range(PARTS + 1)]
+    other = sum(max(0, min(ends[i + 1], wanted) - ends[i]) for i in range(PARTS) if i % count != rank)
+    found["states"] = (work.blocks - 1) * other * _STATE_BYTES * state
+    if learns and rank:  # all anew, from rank 0
+        every = sum(rows * (n + _SCALE_BYTES * choice.scheme.groups(n)) for rows, n in shapes)
+        found["learned codes"] = work.blocks * every
     found["tokens"] = 8 * work.samples * work.length if rank else 0
     return found
 
