@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbits import GPTQ, InputError, QuantScheme, measure, quantize
+from fewbits import GPTQ, InputError, QuantScheme, load, measure, quantize
 from fewbits.blockwise import Position, quantize_blocks
 from fewbits.checkpoint import open_checkpoint
 from fewbits.learning import BlockLearning, Samples
@@ -232,6 +232,29 @@ def test_a_run_without_a_matrix_in_a_block_learns_nothing(tiny, tmp_path):
     overrides = (("*layers.0.*", None),)
     found = quantize(tiny("llama"), tmp_path / "out", learned=OPTIONS, overrides=overrides, **kwargs)
     assert len(errors_of(found.ledger.notes)) == 1
+
+
+def test_blocks_begin_with_the_embedding_that_is_written(tiny, tmp_path, monkeypatch):
+    given: list[Tensor] = []
+    wanted: list[Tensor] = []
+    learn = BlockLearning.learn
+
+    def keep(self, *args):
+        given.append(self.held_out.given[:].float())
+        wanted.append(self.fitted.wanted.float())
+        return learn(self, *args)
+
+    monkeypatch.setattr(BlockLearning, "learn", keep)
+    kwargs = {"method": "gptq", "scheme": G32, "calibration": IDS, "format": "fewbits"}
+    quantize(tiny("llama"), tmp_path / "float", learned=OPTIONS, **kwargs)
+    result = quantize(tiny("llama"), tmp_path / "out", learned=OPTIONS, embeddings=True, **kwargs)
+    embedding = load(tmp_path / "out").get_input_embeddings()
+    looked_up = embedding(IDS[-1:]).bfloat16().float()
+    assert torch.equal(given[2], looked_up)
+    assert not torch.equal(given[2], given[0])
+    assert all(torch.equal(one, other) for one, other in zip(wanted[:2], wanted[2:], strict=True))
+    said = {note.what for note in result.ledger.notes if "embed_tokens" in note.where}
+    assert "the blocks are calibrated on its codes" in said
 
 
 # -- names ---------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def quantize_blocks(
     statistics: Statistics | None = None,
     device: torch.device = CPU,
     ranks: Ranks = ALONE,
+    embedding: Tensor | None = None,
 ) -> Iterator[Block]:
     """Quantize the blocks of a model one after the other.
 
@@ -187,6 +188,8 @@ def quantize_blocks(
             own, which transforms search with and blocks are judged on.
         device: where blocks are run and rounded; what is yielded is on the CPU.
         ranks: that do this together.
+        embedding: (vocabulary, width), for blocks that learn, to begin with instead of the float model's;
+            the first rank has it.
 
     Raises:
         InputError: blocks that cannot be run on their own, tokens that the model cannot take, or a block
@@ -197,6 +200,9 @@ def quantize_blocks(
             f"calibration has {len(ids)} sample; accepted are 2 or more, 1 of them held out"
         )
     run = _Run(plan, recipe, ids, limits, allocate, start, statistics, device, ranks)
+    if recipe.learned is not None and run.samples is not None and ranks.tell(embedding is not None):
+        run.stream.begin_with(ranks.tell_tensor(embedding), run.samples)
+    del embedding
     what, count = "blocks", run.stream.count
     for number in range(start.blocks, count):
         if progress is not None:
@@ -294,6 +300,7 @@ class _Run:
             states, first = States(len(ids), [some for room in found for some in room.states]), found[0]
         else:
             samples = [*self.own, *(rows for _, rows in self._wanted_of_others(ranks.rank)), held]
+        self.samples = samples  # that begin here; None: they are on their way
         self.stream = Stream(
             plan.checkpoint, ids, _every(held_out, ids.shape[1]), limits.tokens, allocate, states,
             device, samples,

@@ -218,6 +218,9 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
     ]
     if recipe.learned is not None:
         stages.append(_learning(plan, block, matrix, max(STEP_TOKENS, length)))
+        looked_up = [n for n in plan.placements if plan.matrices[n].kind == "embedding"]
+        codes = sum(plan.info(plan.origins.get(n, n)).count for n in looked_up)
+        stages.append(5 * codes + running)  # and the floats that they stand for, of 4 bytes at most
     if recipe.transforms:  # all that read one tensor are tried together
         together = block if experts else 2 * matrix
         stages.append(4 * block + running + 4 * together + matrix_bytes(matrix, 0))

@@ -44,6 +44,7 @@ from fewbits.text import Text
 from fewbits.verify import Progress
 from fewbits.wiring import Wiring
 
+_LOOKED_UP_ROWS = 4096  # of an embedding in float32 at a time; not tuned
 _OUTSIDE_VALUES = 2**24  # of a head or an embedding, rounded at a time; not tuned
 _SEEN_S = 30.0  # until a file server shows what another host has written; not tuned
 _FORWARD = 1.5  # times the bytes that are written, to load them and run them on a few tokens; rough
@@ -126,7 +127,8 @@ class Page:
                     what = "outside of the blocks: rounded to nearest, without calibration"
                     notes.append(Note("fallback", name, what))
                 if self.plan.matrices[name].kind == "embedding":
-                    notes.append(Note("fact", name, "the blocks are calibrated on its floats"))
+                    what = "its codes" if self.recipe.learned else "its floats"
+                    notes.append(Note("fact", name, f"the blocks are calibrated on {what}"))
             self._write(name, self._round(name, notes), None)
 
     def fill_block(self, names: Iterable[str], block: Block) -> None:
@@ -437,12 +439,30 @@ class Steps:
             self.statistics,
             self.device,
             self.ranks,
+            self._looked_up() if done == 0 else None,
         )
         for block in blocks:
             number, page = block.report.block, self._page()
             page.fill_block(share_of(self.plan, self.names[number], self.ranks), block)
             self._commit(number, page, block, states=number != numbers[-1])
             del block  # before the next one is made
+
+    def _looked_up(self) -> Tensor | None:
+        """The embedding as it was written, where blocks learn to make up for what it lost."""
+        plan, written = self.plan, {w.name for w in self.journal.written}
+        names = [n for n in plan.placements if plan.matrices[n].kind == "embedding"]
+        if self.recipe.learned is None or len(names) != 1:
+            return None
+        (name,) = names
+        stored = [key for key in plan.format.tensors(name).every if key in written]
+        tensors = {key: self.journal.read(key) for key in stored}
+        held = plan.format.read(name, tensors, plan.placements[name].scheme)
+        dtype = plan.checkpoint.dtype
+        weight = torch.empty(held.shape, dtype=dtype)
+        for start in range(0, len(weight), _LOOKED_UP_ROWS):
+            rows = slice(start, start + _LOOKED_UP_ROWS)
+            weight[rows] = held.rows(rows).dequantize(dtype)
+        return weight
 
     def check_forward(self) -> list[Note]:
         """Run what was written, where nothing else has shown that it computes.

@@ -301,6 +301,14 @@ class Stream:
             done += len(some)
         return states if samples is None else States(len(self.ids), rooms)
 
+    def begin_with(self, embedding: Tensor, samples: Sequence[range]) -> None:
+        """Let `states` be those that another embedding (vocabulary, width) gives for some samples."""
+        module = self.shell.get_input_embeddings()
+        own = module.weight
+        module.weight = nn.Parameter(embedding.to(self.device), requires_grad=False)
+        self.states = self._embed(samples)
+        module.weight = own
+
     # -- blocks ------------------------------------------------------------------------------------
 
     def load(self, number: int) -> nn.Module:
