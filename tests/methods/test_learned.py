@@ -121,6 +121,18 @@ def test_what_makes_it_worse_is_not_kept():
     assert roundings["one"].best is line.rounded
 
 
+def test_the_search_ends_half_way_where_it_leads_nowhere():
+    line, steps = Line("w3-g32"), []
+
+    def against(step: int) -> dict[str, Tensor]:
+        steps.append(step)
+        return {"one": -line.gradients(step)["one"]}
+
+    roundings = {"one": Rounding.of(line.weight.clone(), line.rounded)}
+    Learned(steps=20)(roundings, line.put, against, line.error)
+    assert steps == list(range(10))
+
+
 def test_a_matrix_that_nothing_reached_keeps_its_codes():
     line = Line("w3-g32")
     unseen = Rounding.of(line.weight.clone(), line.rounded)
