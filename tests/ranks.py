@@ -63,6 +63,9 @@ def quantize_job(job: dict[str, Any], work: Path, ranks: Any) -> None:
         scheme=None if method == "llm-int8" or "bits_per_weight" in job else QuantScheme(4, "group", 32),
         calibration=None if method == "rtn" or job.get("stats") else ids(job.get("samples", 11)),
         statistics=work / job["stats"] if job.get("stats") else None,
+        # Blocks that learn begin with the codes of the embedding.
+        embeddings="learned" in method,
+        format="fewbits" if "learned" in method else None,
         max_shard_bytes=SHARD,
         bits_per_weight=job.get("bits_per_weight"),
         ranks=ranks,

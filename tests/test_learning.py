@@ -28,7 +28,7 @@ from models import VOCABULARY, tiny_checkpoint
 
 G32 = QuantScheme(3, "group", 32)
 IDS = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(4))
-OPTIONS = Learned(steps=20)
+OPTIONS = Learned(steps=40, rate=0.01)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -188,7 +188,7 @@ def quantize_blocks(
             own, which transforms search with and blocks are judged on.
         device: where blocks are run and rounded; what is yielded is on the CPU.
         ranks: that do this together.
-        embedding: (vocabulary, width), for blocks that learn, to begin with instead of the float model's;
+        embedding: (vocabulary, width), for blocks that learn, to begin with instead of the float one;
             the first rank has it.
 
     Raises:
