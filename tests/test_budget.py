@@ -194,7 +194,7 @@ import json, sys
 import torch
 import fewbits
 from fewbits import budget, steps
-from fewbits.methods import LLMInt8
+from fewbits.methods import Learned
 
 folder, out, method, most = sys.argv[1:]
 planned = []
@@ -211,7 +211,9 @@ try:
     if method == "measure":
         result = fewbits.measure(folder, out, **calibrated, max_memory=most)
     else:
-        result = fewbits.quantize(folder, out, method=method, scheme=scheme, **calibrated,
+        few = {"learned": Learned(steps=2)} if method.endswith("learned") else {}
+        name = method.removesuffix("+learned")
+        result = fewbits.quantize(folder, out, method=name, scheme=scheme, **calibrated, **few,
                                   max_memory=most)
 except fewbits.InputError as error:
     print(json.dumps({"refused": str(error)}))
