@@ -29,6 +29,8 @@ MORE = [
     ("awq+gptq", "mixtral"), ("weighted-rtn", "mixtral"), ("awq+gptq+learned", "llama"),
     ("gptq+learned", "mixtral"),
 ]  # fmt: skip
+# Forks have torch of their parent, and so what fewbits asks of it for ranks.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1"}
 KILLED = {"method": "gptq", "model": "llama", "count": 3}
 
 
@@ -36,7 +38,7 @@ def run(work: Path, rounds: list) -> list:
     """The outcomes of each group of each round."""
     command = [sys.executable, str(RANKS), str(work), json.dumps(rounds)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600
+        command, capture_output=True, text=True, env=os.environ | _ENVIRONMENT, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads((work / "outcomes.json").read_text())
@@ -113,7 +115,7 @@ def test_a_rank_that_stands_still_is_named_within_the_limit(ended):
     _, *others = ended[1][1][1]
     for other in others:
         assert other["code"] == 1
-        (line,) = errors(other)
+        (line,) = other["said"].splitlines()  # not a word of torch's
         assert line.startswith("error: rank 0 on ")
 
 

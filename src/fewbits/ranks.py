@@ -315,12 +315,14 @@ class _Joined(Ranks):
         while not done.wait(0.2):
             pass
         self.waited_s += time.monotonic() - began
-        if result:
+        if result and isinstance(result[0], RuntimeError):  # of the library
             self._explain(peer, result[0])
+        elif result and result[0] is not None:
+            raise result[0]
         self._life.waits_for = None
         self._life.exchanges += 1
 
-    def _explain(self, peer: int, error: BaseException | None) -> None:
+    def _explain(self, peer: int, error: RuntimeError) -> None:
         """A connection broke: wait until it is known who is lost, and who left because of it."""
         until = time.monotonic() + self.limit_s
         while time.monotonic() < until:
