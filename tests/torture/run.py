@@ -30,6 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `models`
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read when torch is imported; fewbits sets it for ranks
+
 import torch
 import tqdm
 
