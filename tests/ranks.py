@@ -132,7 +132,7 @@ def fork_ranks(count: int, said_at: Path, run: Callable[[], None]) -> dict[int, 
         own = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in own.items()})
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        assert os.environ.get("TORCH_CPP_LOG_LEVEL") == "ERROR"  # as fewbits sets it for a rank
+        assert os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL"  # as fewbits sets it for a rank
         said = os.open(f"{said_at}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(said, 2)
         code = 0

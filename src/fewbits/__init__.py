@@ -6,7 +6,7 @@ from fewbits.memory import uncollected as _uncollected
 
 if {"RANK", "WORLD_SIZE"} <= _os.environ.keys():  # read when torch is imported
     # One of several ranks: of a connection that breaks torch warns in thirty lines, fewbits in one.
-    _os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 with _uncollected():  # imports make a million objects that stay: a tenth of the time went into looking
     from fewbits.calibration import Calibration, read_calibration

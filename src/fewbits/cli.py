@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewbits.errors import FewbitsError, InputError, ResourceError
-from fewbits.ranks import LIMIT_S, join, own_device, ranks_of_environment
+from fewbits.ranks import LIMIT_S, RankError, join, own_device, ranks_of_environment
 from fewbits.scheme import InputScheme, QuantScheme
 
 # Imports make a million objects that stay: looking through them again and again took a tenth of
@@ -177,6 +177,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             function(*args, **kwargs)
+        except RankError as error:  # it may be rank 0 that did not come
+            _leave(f"error: {error}", error.exit_code, every_rank=True)
         except FewbitsError as error:
             _leave(f"error: {error}", error.exit_code)
         except RuntimeError as error:
@@ -196,12 +198,12 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command()(run)
 
 
-def _leave(line: str, code: int) -> NoReturn:
+def _leave(line: str, code: int, every_rank: bool = False) -> NoReturn:
     """Say one line and end; of several ranks only the first says what it ends with."""
     if ranks_of_environment() == 1:
         err.print(line, markup=False, highlight=False)
         raise typer.Exit(code) from None
-    if os.environ["RANK"] == "0":
+    if every_rank or os.environ["RANK"] == "0":
         err.print(line, markup=False, highlight=False)
     sys.stdout.flush()
     os._exit(code)  # threads that wait for other ranks would be waited for

@@ -213,7 +213,7 @@ class _Joined(Ranks):
         self._pause_s = min(_LONGEST_BEAT_S, limit_s / _BEATS)  # between signs of life
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.received_bytes, self.waited_s = 0, 0.0
-        self._dist = dist
+        self._dist: Any = dist
         self._life = _Life(process=os.getpid(), machine=_machine(), host=socket.gethostname())
         self._seen = [_Seen() for _ in range(self.count)]
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -231,14 +231,8 @@ class _Joined(Ranks):
         dist, limit = self._dist, timedelta(seconds=self.limit_s)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
-            own = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=limit,
-                wait_for_workers=False,
-            )  # of the signs of life: a client waits for one answer at a time
+            # Two: a client waits for one answer at a time, and signs of life must not wait.
+            store, own = self._open_store(self.rank == 0), self._open_store(False)
             self._store = dist.PrefixStore(f"fewbits/{attempt}", own)
             self._say_alive()
             self._await_all(limit)
@@ -253,9 +247,20 @@ class _Joined(Ranks):
                 world_size=self.count,
                 timeout=_FOREVER,
             )
+        except RankError:
+            raise
         except (RuntimeError, OSError, ValueError) as error:
             reason = one_line(str(error).splitlines()[0])
             raise RankError(f"rank {self.rank} cannot join the others: {reason}") from None
+
+    def _open_store(self, is_master: bool) -> Any:
+        """What torchrun keeps, or where it does not, rank 0."""
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        limit = timedelta(seconds=self.limit_s)
+        return self._dist.TCPStore(
+            *where, is_master=is_master and not kept, timeout=limit, wait_for_workers=False
+        )
 
     def _await_all(self, limit: timedelta) -> None:
         keys = [f"alive/{rank}" for rank in range(self.count)]
@@ -277,9 +282,7 @@ class _Joined(Ranks):
             self._stop.set()
             self._life.done = True
             self._briefly(self._say_alive)  # whoever goes first is not lost
-            with contextlib.suppress(Exception):
-                self._dist.barrier()
-                self._dist.destroy_process_group()
+            self._briefly(self._part, self.limit_s)
             return
         if isinstance(error, RankError):
             return
@@ -293,6 +296,11 @@ class _Joined(Ranks):
         what = str(error) if told else type(error).__name__
         self._publish({"rank": self.rank, "what": one_line(what), "code": code, "lost": False})
         self._linger()
+
+    def _part(self) -> None:
+        """The store is rank 0's: all go together."""
+        self._dist.all_reduce(torch.zeros(1))
+        self._dist.destroy_process_group()
 
     # -- exchanges -------------------------------------------------------------------------------------
 
@@ -460,14 +468,15 @@ class _Joined(Ranks):
             return self._lost(0, f"the connection to its host broke ({self._broken})")
         if now - self._reached_at > self.limit_s:
             return self._lost(0, f"its host cannot be reached for {self.limit_s:g} s")
+        looked = self._reached_at  # what came since nobody could tell
         for rank, seen in enumerate(self._seen):
-            if rank != self.rank and not seen.life.done and now - seen.beat_at > self.limit_s:
+            if rank != self.rank and not seen.life.done and looked - seen.beat_at > self.limit_s:
                 return self._lost(rank, f"no sign of life for {self.limit_s:g} s")
-        return self._find_stalled(now)
+        return self._find_stalled(looked)
 
-    def _find_stalled(self, now: float) -> RankError | None:
+    def _find_stalled(self, looked: float) -> RankError | None:
         """A rank that lives, and neither computes nor waits; or all wait."""
-        still = [now - seen.moved_at > self.limit_s for seen in self._seen]
+        still = [looked - seen.moved_at > self.limit_s for seen in self._seen]
         for rank, seen in enumerate(self._seen):
             busy = seen.life.waits_for is None and not seen.life.done
             if rank != self.rank and still[rank] and busy:
@@ -510,8 +519,8 @@ class _Joined(Ranks):
         """Say why one leaves, if nobody was first."""
         self._briefly(lambda: self._store.compare_set("failed", "", json.dumps(failed)))
 
-    def _briefly(self, call: Callable[[], Any]) -> None:
-        """Ask the store, which may be gone, not longer than a moment."""
+    def _briefly(self, call: Callable[[], Any], seconds: float = _ASKED_S) -> None:
+        """Ask the store or others, which may be gone, not longer than that."""
 
         def ask() -> None:
             with contextlib.suppress(Exception):
@@ -519,7 +528,7 @@ class _Joined(Ranks):
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(_ASKED_S)
+        thread.join(seconds)
 
     def quit(self, error: RankError) -> None:
         """See `Ranks`: one line, and the end, whatever the main thread is doing."""

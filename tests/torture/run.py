@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `models`
 
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read when torch is imported; fewbits sets it for ranks
+os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is imported; fewbits sets it for ranks
 
 import torch
 import tqdm
