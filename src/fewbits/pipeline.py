@@ -52,7 +52,7 @@ from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.statistics import STATISTICS, Statistics, read_statistics
-from fewbits.steps import Steps, check_same, describe_calibration, follow, read_samples
+from fewbits.steps import SEEN_S, Steps, check_same, describe_calibration, follow, read_samples
 from fewbits.tensor import Note
 from fewbits.text import Text
 from fewbits.transforms import Transform
@@ -227,7 +227,9 @@ def quantize(
         else:
             stats = None if statistics is None else read_statistics(statistics)
             result = run.take(recipe, calibration, stats, None, began, memory_taken)
-    ranks.tell({"do": "end", "verification": asdict(result.verification), "reused": result.reused})
+    told = ("verification", "weight_bytes", "source_weight_bytes", "parameters", "run", "reused")
+    values = {name: getattr(result, name) for name in told}
+    ranks.tell({"do": "end"} | values | {"verification": asdict(result.verification)})
     return result
 
 
@@ -264,9 +266,12 @@ class _Request:
             plan = make_plan(self.source, recipe, told["format"], self.clients, self.tensor_parallel)
             follow(plan, recipe, stats, self.device, self.ranks, told)
             plan.checkpoint.close()
-        ledger, verification = read_ledger(self.out), Verification(**told["verification"])
-        plan = make_plan(self.source, self.recipe, None, (), 1)
-        return _result(self.out, plan, ledger, verification, told["reused"])
+        until = time.monotonic() + SEEN_S
+        while not (self.out / LEDGER).is_file() and time.monotonic() < until:
+            time.sleep(0.1)  # a file server may take a moment
+        told.pop("do")
+        verification = Verification(**told.pop("verification"))
+        return Quantized(self.out, read_ledger(self.out), verification, **told)
 
     def take(
         self,

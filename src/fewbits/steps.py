@@ -46,7 +46,7 @@ from fewbits.wiring import Wiring
 
 _LOOKED_UP_ROWS = 4096  # of an embedding in float32 at a time; not tuned
 _OUTSIDE_VALUES = 2**24  # of a head or an embedding, rounded at a time; not tuned
-_SEEN_S = 30.0  # until a file server shows what another host has written; not tuned
+SEEN_S = 30.0  # until a file server shows what another host has written; not tuned
 _FORWARD = 1.5  # times the bytes that are written, to load them and run them on a few tokens; rough
 
 
@@ -570,7 +570,7 @@ def follow(
 
 def _check_shared(folder: Path, told: dict[str, Any], ranks: Ranks) -> None:
     """Whether this rank sees the unfinished work that rank 0 has; a file server may take a moment."""
-    until = time.monotonic() + _SEEN_S
+    until = time.monotonic() + SEEN_S
     head = folder / HEAD
     while not (head.is_file() and hash_file(head) == told["request"]):
         if time.monotonic() > until:
