@@ -280,7 +280,7 @@ class _Judged:
         limit: int | None,
         seed: int,
         progress: Progress | None,
-        ranks: Ranks,
+        ranks: Ranks = ALONE,
     ) -> Self:
         tokenizer = load_tokenizer(folder)
         if isinstance(source, str) and source == SELF:
