@@ -373,9 +373,10 @@ def plan(
     from fewbits.report.plan import advice_lines, forecast_lines, forecast_table, headline
     from fewbits.scale import Group
 
-    gc.set_threshold(
-        500_000
-    )  # headers of tens of thousands of tensors stay until the end, which is near
+    # Headers of tens of thousands of tensors stay until the end, which is near.
+    gc.set_threshold(500_000)
+    # PyTorch imports it where it finds it, 100 MB and half a second; nothing is run here.
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
     named, last = method is not None, (method or "rtn").rpartition("+")[2]
     calibrated = last == "llm-int8" and calibration is not None
     scheme = _scheme(method or "rtn", bits, group_size, per_tensor, asymmetric, threshold, calibrated)
