@@ -544,7 +544,7 @@ class Measurement:
         if seen >= columns:
             return
         (one,) = (i for i in self.inputs(number) if i.linears == found.linears)
-        other = self.hessian(number, one).to(self.device)
+        other = self.hessian(number, one).to(found.hessian.device)
         own, whole = (float(h.diagonal().sum()) for h in (found.hessian, other))
         size = own / whole if own > 0 and whole > 0 else 1.0
         found.hessian.mul_(seen / columns).add_(other, alpha=size * (columns - seen) / columns)
