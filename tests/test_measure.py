@@ -721,7 +721,8 @@ def test_states_before_each_block_are_kept_for_later_steps(tiny, tmp_path):
 
     data = Calibration(IDS, "by hand", 0)
     with watch_memory() as memory, Journal(tmp_path / "stats") as journal:
-        run = Measurement(plan, data, _ask(plan, data, source, torch.device("cpu")), journal, kept_tokens=4 * 32 - 1)
+        asked = _ask(plan, data, source, torch.device("cpu"))
+        run = Measurement(plan, data, asked, journal, kept_tokens=4 * 32 - 1)
         run.take()
         found = [run.states(number) for number in range(3)]
         looked = [[(one, run.hessian(i, one)) for one in run.inputs(i)] for i in range(2)]
