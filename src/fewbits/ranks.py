@@ -34,6 +34,7 @@ from fewbits.errors import FewbitsError, InputError, ResourceError, one_line
 LIMIT_S = 300.0  # without a sign of life, a rank is lost. Longer than a disk is seen to sleep; not tuned
 _BEATS = 10  # signs of life within the limit
 _LONGEST_BEAT_S, _LOOK_S = 2.0, 0.1
+_NOTICE_S = 2.0  # of the limit, where it is long: to notice a loss, to say it, and to end
 _ASKED_S = 0.5  # for an answer of the store, where one may do without; not tuned
 _SETTLE_S = 3.0  # after a signal or a broken connection: until it is known who was lost; not tuned
 _FOREVER = timedelta(days=30)  # of the library: waiting long is no fault while others compute
@@ -147,7 +148,8 @@ def join(limit_s: float = LIMIT_S) -> Ranks:
     """Join the processes that `torchrun` has started; a process that is alone is a group of one.
 
     Args:
-        limit_s: seconds without a sign of life after which a rank is lost.
+        limit_s: seconds without a sign of life within which a rank is lost, and all others have ended;
+            below 10 s they end up to 2 s later.
 
     Raises:
         InputError: a limit that is none.
@@ -210,6 +212,7 @@ class _Joined(Ranks):
         import torch.distributed as dist
 
         self.limit_s = limit_s
+        self._silent_s = limit_s - _NOTICE_S if limit_s >= 5 * _NOTICE_S else limit_s
         self._pause_s = min(_LONGEST_BEAT_S, limit_s / _BEATS)  # between signs of life
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.received_bytes, self.waited_s = 0, 0.0
@@ -466,25 +469,25 @@ class _Joined(Ranks):
                     return said or self._lost(rank, f"its process {seen.life.process} has ended")
         if self._broken is not None and now - self._reached_at > _SETTLE_S:
             return self._lost(0, f"the connection to its host broke ({self._broken})")
-        if now - self._reached_at > self.limit_s:
-            return self._lost(0, f"its host cannot be reached for {self.limit_s:g} s")
+        if now - self._reached_at > self._silent_s:
+            return self._lost(0, f"its host cannot be reached for {self._silent_s:g} s")
         looked = self._reached_at  # what came since nobody could tell
         for rank, seen in enumerate(self._seen):
-            if rank != self.rank and not seen.life.done and looked - seen.beat_at > self.limit_s:
-                return self._lost(rank, f"no sign of life for {self.limit_s:g} s")
+            if rank != self.rank and not seen.life.done and looked - seen.beat_at > self._silent_s:
+                return self._lost(rank, f"no sign of life for {self._silent_s:g} s")
         return self._find_stalled(looked)
 
     def _find_stalled(self, looked: float) -> RankError | None:
         """A rank that lives, and neither computes nor waits; or all wait."""
-        still = [looked - seen.moved_at > self.limit_s for seen in self._seen]
+        still = [looked - seen.moved_at > self._silent_s for seen in self._seen]
         for rank, seen in enumerate(self._seen):
             busy = seen.life.waits_for is None and not seen.life.done
             if rank != self.rank and still[rank] and busy:
-                return self._lost(rank, f"it has computed nothing for {self.limit_s:g} s")
+                return self._lost(rank, f"it has computed nothing for {self._silent_s:g} s")
         if all(still) and self._life.waits_for is not None:
             rank = self._life.waits_for
             rank = (self.rank + 1) % self.count if rank in (-1, self.rank) else rank
-            return self._lost(rank, f"nothing has come from it for {self.limit_s:g} s")
+            return self._lost(rank, f"nothing has come from it for {self._silent_s:g} s")
         return None
 
     def _is_gone(self, life: _Life) -> bool:

@@ -107,6 +107,8 @@ def check(work: Path, limit: float) -> list[str]:
                 rank.kill()
                 continue
             seconds = time.monotonic() - began
+            if seconds > limit >= 10:
+                problems.append(f"rank {number} stopped {seconds:.1f} s after the cut")
             lines = (work / f"said-{number}").read_text().splitlines()
             print(f"rank {number} stopped {seconds:.1f} s after the cut, exit code {code}: {lines}")
             if code != 1 or len(lines) != 1 or f"rank {1 - number} on" not in lines[0]:
@@ -125,7 +127,7 @@ def check(work: Path, limit: float) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds without a sign of life")
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds without a sign of life")
     options = parser.parse_args()
     if shutil.which("ip") is None or os.geteuid() != 0:
         print("skipped: needs root and `ip` of iproute2")
