@@ -43,13 +43,7 @@ MORE_IDS = torch.randint(3, VOCABULARY, (24, 32), generator=torch.Generator().ma
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two: they would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")

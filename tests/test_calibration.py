@@ -26,13 +26,7 @@ VOCABULARY, BOS, EOS = 96, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Steps of one token are too small to be shared among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Letters:

@@ -31,13 +31,7 @@ IDS = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_
 OPTIONS = Learned(steps=40, rate=0.01)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two: they would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

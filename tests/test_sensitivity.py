@@ -37,13 +37,7 @@ REFERENCE = Path(__file__).parent.parent / "reference/model"
 SEED = 3  # of the draw
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two: they would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")

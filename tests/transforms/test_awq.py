@@ -23,13 +23,7 @@ BF16 = torch.bfloat16
 QUICK = AWQ(points=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two: they would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scheme_for(columns: int, bits: int = 4) -> QuantScheme:
