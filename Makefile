@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= build/demo
 INSTALLED := $(VENV)/installed
 MODEL := reference/model
-NATIVE := $(wildcard src/fewbits/kernels/native/*.cpp src/fewbits/kernels/native/*.h)
+NATIVE := $(wildcard src/fewbits/native/*.cpp src/fewbits/native/*.h)
 
 .PHONY: demo test fuzz check fix bench interop torture sanitize reference-model clean
 

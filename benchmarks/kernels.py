@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import Native, NativeInt8
-from fewbits.kernels.native import library, summary, why_absent
+from fewbits.native import library, summary, why_absent
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import quantize_tensor
 

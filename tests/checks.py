@@ -24,8 +24,8 @@ from fewbits.kernels import (
     Reference,
     Triton,
 )
-from fewbits.kernels.native import library
 from fewbits.methods import Method
+from fewbits.native import library
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
 from fewbits.tensor import Levels, Note, Outliers, QuantizedTensor

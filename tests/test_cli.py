@@ -248,7 +248,7 @@ def test_generate_streams_text_and_is_repeatable(int4):
 
 
 def test_bench_says_which_kernel_runs_and_why_not_another(model, tmp_path):
-    from fewbits.kernels.native.library import summary
+    from fewbits.native.library import summary
 
     out = tmp_path / "out"
     assert run("quantize", model, out, "--group-size", "16").exit_code == 0

@@ -869,8 +869,8 @@ def bench(
 ) -> None:
     """Measure memory and speed of MODEL, and say which kernel runs and why."""
     from fewbits.checkpoint import resolve
-    from fewbits.kernels.native.library import summary
     from fewbits.load import find_device, kernel_notes, load
+    from fewbits.native.library import summary
     from fewbits.report import bytes_text
     from fewbits.speed import measure_size, measure_speed
 

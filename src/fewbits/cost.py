@@ -35,11 +35,11 @@ from fewbits.errors import InputError
 from fewbits.evaluate import context_of
 from fewbits.forecast import Choice, Cost, Tensors, tensor_bytes
 from fewbits.formats import Format
-from fewbits.kernels.native import library
 from fewbits.learning import LEARNED_TOKENS, STEP_TOKENS
 from fewbits.memory import available_bytes, hand_back_memory
 from fewbits.methods import GPTQ, Learned
 from fewbits.methods.grid import search_qparams
+from fewbits.native import library
 from fewbits.packing import pack, unpack
 from fewbits.plan import Plan
 from fewbits.recipe import LEARNED

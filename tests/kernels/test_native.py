@@ -10,9 +10,9 @@ import torch
 from checks import check_kernel, random_weight
 from fewbits.errors import InputError
 from fewbits.kernels import Native, NativeInt8, choose_kernel
-from fewbits.kernels.native import library, why_absent
-from fewbits.kernels.native.library import ISAS
 from fewbits.linear import QuantizedLinear
+from fewbits.native import library, why_absent
+from fewbits.native.library import ISAS
 from fewbits.scheme import QuantScheme
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

@@ -12,7 +12,7 @@ import torch
 
 from fewbits.errors import InputError
 
-native = importlib.import_module("fewbits.kernels.native.library")  # a function has its name too
+native = importlib.import_module("fewbits.native.library")  # a function has its name too
 SOURCES = Path(native.__file__).parent
 HEADER = (SOURCES / "fewbits.h").read_text()
 
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(found):
 
 ONE_TEAM = """
 import os, sys, torch
-from fewbits.kernels.native.library import describe, library
+from fewbits.native.library import describe, library
 torch.set_num_threads(4)
 torch.ones(2000000).exp_()
 codes = torch.zeros(512, 4096, dtype=torch.uint8)

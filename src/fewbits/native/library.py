@@ -252,7 +252,7 @@ def _switched_off() -> str | None:
 @cache
 def _open() -> Library | str:
     # In an editable install the package has two folders; one among the sources is a developer's own.
-    package = sys.modules["fewbits.kernels.native"].__path__
+    package = sys.modules["fewbits.native"].__path__
     folders = [Path(__file__).parent, *(Path(folder) for folder in package)]
     path = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
     if path is None:

@@ -1,7 +1,6 @@
-"""Products straight from codes in C++ (fewbits.h), one file per instruction set, opened by ctypes."""
+"""C++ behind a plain C interface (fewbits.h), one file per instruction set, opened by ctypes."""
 
-from fewbits.kernels.native.kernel import Native, NativeInt8
-from fewbits.kernels.native.library import (
+from fewbits.native.library import (
     INTERFACE,
     Library,
     Weight,
@@ -15,8 +14,6 @@ from fewbits.kernels.native.library import (
 __all__ = [
     "INTERFACE",
     "Library",
-    "Native",
-    "NativeInt8",
     "Weight",
     "describe",
     "library",

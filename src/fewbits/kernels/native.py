@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits.kernels.native.library import (
+from fewbits.kernels.reference import Kernel, no_product
+from fewbits.native.library import (
     COLUMNS,
     INPUTS_8,
     INPUTS_16,
@@ -28,7 +29,6 @@ from fewbits.kernels.native.library import (
     padded,
     why_absent,
 )
-from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
 _INPUTS = {torch.bfloat16: INPUTS_16, torch.float16: INPUTS_16, torch.float32: INPUTS_32}
