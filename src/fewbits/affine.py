@@ -2,11 +2,14 @@
 
 Arithmetic is float32 (float64 for float64 weights) whatever the weight's dtype. The scale is rounded
 to the dtype it has on disk *before* codes are chosen, so what is stored is what was optimized.
+
+With a trellis, codes are looked up first: w ~ scale * value (see `fewbits.trellis`).
 """
 
 import torch
 from torch import Tensor
 
+from fewbits import trellis
 from fewbits.errors import InputError
 from fewbits.scheme import QuantScheme
 
@@ -21,6 +24,8 @@ def choose_qparams(
 
     Symmetric: `absmax / (2**(bits-1) - 1)`, so that the largest weight lies on the grid, not between
     two codes. Asymmetric: the range of the weights, widened to contain zero, in `2**bits - 1` steps.
+
+    A trellis: `rms / UNIT`, which is best for normal weights; 0 where all of them are 0.
 
     Args:
         weight: (out, in), floating point.
@@ -46,6 +51,8 @@ def choose_qparams(
         raise InputError(
             f"{scheme.label} is rounded to by method q4_k alone; accepted are other schemes"
         )
+    if scheme.trellis:
+        return _choose_trellis(weight, scheme, scale_dtype or weight.dtype)
     absmax = torch.maximum(low.abs(), high.abs())
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid
     if scheme.symmetric:
@@ -70,14 +77,28 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantSch
         codes (out, in), uint8.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    step = max(1, _SLICE // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in slices(*weight.shape, scheme, _SLICE):
         own = slice(None) if scheme.granularity == "tensor" else rows  # the scale that these rows have
         parts = parts_of(weight[rows], scheme).to(working_dtype(weight), copy=True)
+        if scheme.trellis:
+            codes[rows] = encode(parts, scale[rows].to(parts.dtype), scheme).reshape(codes[rows].shape)
+            continue
         nearest_(parts, scale[own].to(parts.dtype)[..., None], zero_point[own][..., None], scheme)
         codes[rows] = parts.to(torch.uint8).reshape(-1, weight.shape[1])
     return codes
+
+
+def encode(parts: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes of a trellis for parts (rows, groups, columns) of a weight and scales (rows, groups)."""
+    steps = scale[..., None].expand_as(parts)
+    return trellis.encode(parts.flatten(1), steps.flatten(1), scheme.bits).reshape(parts.shape)
+
+
+def slices(rows: int, columns: int, scheme: QuantScheme, values: int) -> list[slice]:
+    """Rows that are gone through together, of about so many values; of a trellis, whole chains."""
+    unit = trellis.CHAIN if scheme.trellis else 1
+    step = max(1, values // columns // unit) * unit
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def nearest_(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
@@ -97,6 +118,19 @@ def dequantize(
 
     With an offset (out, groups), that is subtracted in float32, whatever `dtype`: as llama.cpp does.
     """
+    values = trellis.values(codes, scheme.bits) if scheme.trellis else codes
+    return scaled(values, scale, zero_point, scheme, dtype, offset)
+
+
+def scaled(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype = torch.float32,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """As `dequantize`, where the codes of a trellis have been looked up."""
     working = torch.float64 if dtype == torch.float64 and offset is None else torch.float32
     parts = parts_of(codes, scheme).to(working, copy=True)
     parts.sub_(zero_point.to(working)[..., None]).mul_(scale.to(working)[..., None])
@@ -115,6 +149,16 @@ def parts_of(weight: Tensor, scheme: QuantScheme) -> Tensor:
 def working_dtype(weight: Tensor) -> torch.dtype:
     """Of the arithmetic: float32, or float64 for float64 weights."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _choose_trellis(
+    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows = slices(*weight.shape, scheme, _SLICE)
+    squares = [parts_of(weight[r], scheme).to(working_dtype(weight)).square().mean(-1) for r in rows]
+    exact = torch.cat(squares).sqrt_().div_(trellis.UNIT[scheme.bits])
+    scale = _round_scale(exact, exact / 2, dtype) * (exact > 0)
+    return scale, torch.zeros_like(scale, dtype=torch.uint8)
 
 
 def _round_scale(exact: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:

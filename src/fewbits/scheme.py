@@ -10,7 +10,7 @@ Granularity = Literal["tensor", "channel", "group"]
 
 BITS = (2, 3, 4, 8)
 _LABEL = re.compile(
-    r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?(?P<levels>-k)?"
+    r"w(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<name>channel|tensor))(?P<asym>-asym)?(?P<levels>-k)?(?P<trellis>-trellis)?"
     r"(?:-(?P<inputs>a8-.*))?"
 )
 LEVELS = 256  # columns that share the upper of two levels of scales
@@ -90,6 +90,8 @@ class QuantScheme:
         two_level: scales and least values of groups are themselves integers, of 6 bits, times two
             numbers that 256 columns share, as in Q4_K of llama.cpp. Goes with 4 bits in groups of 32,
             asymmetric.
+        trellis: a value is told by codes of several rows together, see `fewbits.trellis`. Goes with 2, 3
+            and 4 bits, symmetric, by group or channel.
 
     Raises:
         InputError: bits outside 2, 3, 4, 8, or what does not go together.
@@ -106,6 +108,7 @@ class QuantScheme:
     symmetric: bool = True
     inputs: InputScheme | None = None
     two_level: bool = False
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -134,13 +137,20 @@ class QuantScheme:
                 "accepted is w4-g32-asym-k"
             )
 
+        if self.trellis and (self.bits == 8 or not self.symmetric or self.granularity == "tensor"):
+            raise InputError(
+                f"a trellis does not go with {replace(self, trellis=False).label}; accepted are 2, 3 and 4 "
+                "bits, symmetric, by group or channel"
+            )
+
     @property
     def label(self) -> str:
-        """Short name, as in reports: `w4-g128`, `w4-g32-asym-k`, `w8-channel-a8-token-t6`."""
+        """Short name, as in reports: `w4-g128`, `w4-g128-trellis`, `w8-channel-a8-token-t6`."""
         shared = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         inputs = "" if self.inputs is None else f"-{self.inputs.label}"
         asymmetric = "" if self.symmetric else "-asym"
-        return f"w{self.bits}-{shared}{asymmetric}{'-k' if self.two_level else ''}{inputs}"
+        kind = "-k" if self.two_level else "-trellis" if self.trellis else ""
+        return f"w{self.bits}-{shared}{asymmetric}{kind}{inputs}"
 
     @classmethod
     def parse(cls, label: str) -> Self:
@@ -153,19 +163,25 @@ class QuantScheme:
         if match is None:
             raise InputError(
                 f"{label!r} names no scheme; accepted are labels like 'w4-g128', 'w8-channel', "
-                "'w8-tensor', each with an optional '-asym', 'w8-channel-a8-token-t6', 'w4-g32-asym-k'"
+                "'w8-tensor', each with an optional '-asym', 'w8-channel-a8-token-t6', "
+                "'w4-g32-asym-k', 'w4-g128-trellis'"
             )
         size = match["size"]
         granularity: Granularity = "group" if size else match["name"]  # type: ignore[assignment]
         group_size = int(size) if size else None
         inputs = None if match["inputs"] is None else InputScheme.parse(match["inputs"])
-        levels = match["levels"] is not None
-        return cls(int(match["bits"]), granularity, group_size, match["asym"] is None, inputs, levels)
+        symmetric, levels, trellis = (
+            match["asym"] is None,
+            match["levels"] is not None,
+            match["trellis"] is not None,
+        )
+        bits = int(match["bits"])
+        return cls(bits, granularity, group_size, symmetric, inputs, levels, trellis)
 
     @property
     def middle(self) -> int:
-        """The zero point of a symmetric grid: 8 for 4 bits."""
-        return 1 << (self.bits - 1)
+        """The zero point of a symmetric grid: 8 for 4 bits; of a trellis, whose values have signs, 0."""
+        return 0 if self.trellis else 1 << (self.bits - 1)
 
     @property
     def max_code(self) -> int:

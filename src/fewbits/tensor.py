@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from fewbits import affine
+from fewbits import affine, trellis
 from fewbits.errors import InputError
 from fewbits.scheme import LEVELS, QuantScheme
 
@@ -223,7 +223,13 @@ class QuantizedTensor:
         )
 
     def rows(self, which: slice | Tensor) -> Self:
-        """Some of its rows; with granularity "tensor" they have its one scale."""
+        """Some of its rows; with granularity "tensor" they have its one scale; of a trellis whole chains.
+
+        Raises:
+            InputError: other rows of a trellis.
+        """
+        if self.scheme.trellis:
+            trellis.check_chains(torch.arange(self.shape[0])[which])
         own = slice(None) if self.scheme.granularity == "tensor" else which
         outliers = self.outliers
         if outliers is not None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits import packing
-from fewbits.affine import dequantize
+from fewbits import packing, trellis
+from fewbits.affine import scaled
 from fewbits.tensor import QuantizedTensor
 
 _SLICE = 2**22  # weights dequantized at a time: 16 MB in float32; not tuned
@@ -63,6 +63,8 @@ class Kernel(nn.Module):
 
 def no_product(weight: QuantizedTensor, device: torch.device, where: str) -> str | None:
     """Why a kernel for one kind of device ("cpu", "cuda") that rounds no inputs cannot run; or None."""
+    if weight.scheme.trellis:
+        return "has no table for the codes of a trellis"
     if device.type != where:
         return f"is for {'the CPU' if where == 'cpu' else where.upper()}, not {device.type}"
     return None if weight.scheme.inputs is None else "takes inputs as they are, not in 8 bits"
@@ -112,10 +114,17 @@ class Reference(Kernel):
         return self._rows(which, dtype)
 
     def _rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        codes = packing.unpack(self.codes[which], self.scheme.bits, self.shape[1])
+        codes = self._values(which) if self.scheme.trellis else self._unpacked(which)
         scale, zero_point = self.scale[which], self.zero_point[which]
         offset = None if self.offset is None else self.offset[which]
-        weight = dequantize(codes, scale, zero_point, self.scheme, dtype, offset)
+        weight = scaled(codes, scale, zero_point, self.scheme, dtype, offset)
         if self.outliers is not None:
             weight[:, self.columns] = self.outliers[which].to(dtype)
         return weight
+
+    def _unpacked(self, which: slice | Tensor) -> Tensor:
+        return packing.unpack(self.codes[which], self.scheme.bits, self.shape[1])
+
+    def _values(self, which: slice | Tensor) -> Tensor:
+        bits, rows = self.scheme.bits, torch.arange(self.shape[0], device=self.codes.device)[which]
+        return trellis.look_up([self._unpacked(rows) for rows in trellis.before(rows, bits)], bits)

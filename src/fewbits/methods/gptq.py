@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewbits import affine
 from fewbits.errors import InputError
+from fewbits.methods.chains import Chains
 from fewbits.methods.grid import search_qparams
 from fewbits.methods.weighted_rtn import WeightedRTN
 from fewbits.scheme import QuantScheme
@@ -76,7 +77,8 @@ class GPTQ:
         importance = torch.empty_like(found.D)
         importance[order] = found.D
         scale, zero_point = search_qparams(weight, scheme, importance, scale_dtype)
-        columns = _Columns.of(weight, scale, zero_point, scheme, order)
+        kind = Chains if scheme.trellis else _Columns
+        columns = kind.of(weight, scale, zero_point, scheme, order)
         columns.round_all(partial(_by_factor, found.U))
         H, diagonal = found.H, found.diagonal
         del found  # its U is as large as H

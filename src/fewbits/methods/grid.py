@@ -11,13 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from fewbits.affine import choose_qparams, nearest_, parts_of, working_dtype
+from fewbits import trellis
+from fewbits.affine import choose_qparams, encode, nearest_, parts_of, slices, working_dtype
 from fewbits.scheme import QuantScheme
 
 # Of the scale that covers the range, by bits: from what clips too much to a little over the range, which
 # comes first, so that ties keep it. Not tuned, beyond seeing that the best are inside.
 _LEAST = {2: 0.2, 3: 0.4, 4: 0.55, 8: 0.85}
 _MOST, _STEPS = 1.05, 24
+_TRELLIS = (1.0, 0.9, 1.1, 1.2, 1.35, 1.5)  # larger where a few weights are far from the others
 _BLOCK = 128  # columns whose errors are weighed together, at most; not tuned
 _SLICE = 2**18  # weights at a time: they stay in the cache through all candidates; not tuned
 
@@ -43,7 +45,7 @@ def search_qparams(
     cost = _blocks(importance.to(working_dtype(weight)), columns // scheme.groups(columns))
     whole = scheme.granularity == "tensor"
     errors = []
-    for rows in _slices(*weight.shape):
+    for rows in slices(*weight.shape, scheme, _SLICE):
         own = slice(None) if whole else rows  # the scale that these rows have
         errors.append(_errors(weight[rows], scale[own], zero_point[own], scheme, cost))
     if whole:
@@ -56,13 +58,10 @@ def search_qparams(
 
 
 def candidates(scheme: QuantScheme) -> tuple[float, ...]:
-    """The fractions of the covering scale that are tried."""
+    """The fractions of the scale that `choose_qparams` gives which are tried."""
+    if scheme.trellis:
+        return _TRELLIS
     return (1.0, *torch.linspace(_LEAST[scheme.bits], _MOST, _STEPS).tolist())
-
-
-def _slices(rows: int, columns: int) -> list[slice]:
-    step = max(1, _SLICE // columns)
-    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _blocks(importance: Tensor, group: int) -> Tensor:
@@ -90,8 +89,12 @@ def _errors(
     found = []
     for shrink in candidates(scheme):
         step = _shrunk(scale, shrink).to(dtype)[..., None]
-        nearest_(error.copy_(parts), step, points, scheme)
-        error.sub_(points).mul_(step).sub_(parts)
+        if scheme.trellis:
+            codes = encode(parts, step[..., 0], scheme).reshape(len(parts), -1)
+            error.copy_(trellis.values(codes, scheme.bits).view(parts.shape))
+        else:
+            nearest_(error.copy_(parts), step, points, scheme).sub_(points)
+        error.mul_(step).sub_(parts)
         found.append(_weighted(error, cost).reshape(rows, groups, -1).sum(-1))
     return torch.stack(found)
 

@@ -223,6 +223,18 @@ extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64
   return 0;
 }
 
+extern "C" int fewbits_find_chains(const float *x, const float *scale, const float *table, int64_t chains, int bits,
+                                   uint8_t *codes, int threads, fewbits_parallel parallel) {
+  if (chains < 0 || bits < 2 || bits > 4) return 1;
+  const Isa &isa = *isa_of(fewbits_isa());
+  constexpr int64_t together = 16;
+  in_parts((chains + together - 1) / together, 1, threads, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * together; i < end * together && i < chains; i += together)
+      isa.some_chains(x, scale, table, bits, i, i + together < chains ? i + together : chains, codes);
+  });
+  return 0;
+}
+
 extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads, fewbits_parallel parallel) {
   std::atomic<uint64_t> all{0};
   in_parts(bytes / 64, PART / 64, threads, parallel, [&](int64_t begin, int64_t end) {

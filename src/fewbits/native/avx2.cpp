@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernel.h"
+#include "viterbi.h"
 
 namespace fewbits {
 namespace {
@@ -377,7 +378,7 @@ bool half_floats() {
 }  // namespace
 
 const Isa *avx2() {
-  static const Isa isa{product16, product<Eight>, round8, round16};
+  static const Isa isa{product16, product<Eight>, round8, round16, some_chains};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

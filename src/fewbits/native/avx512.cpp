@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "viterbi.h"
 
 namespace fewbits {
 namespace {
@@ -331,7 +332,7 @@ void round16(const float *x, int64_t n, int64_t together, int16_t *x16, float *s
 }  // namespace
 
 const Isa *avx512() {
-  static const Isa isa{product16, product<Eight, 1>, round8, round16};
+  static const Isa isa{product16, product<Eight, 1>, round8, round16, some_chains};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni");

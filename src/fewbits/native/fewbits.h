@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 3
+#define FEWBITS_INTERFACE 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -80,6 +80,11 @@ FEWBITS_API int fewbits_unpack(const fewbits_weight *w, int type, void *result);
 FEWBITS_API int fewbits_linear(const fewbits_weight *w, const void *x, int64_t rows, int64_t stride,
                                int type, const void *bias, void *y, int inputs, int threads,
                                fewbits_parallel parallel);
+
+// Codes (chains, 32) of the closed chains of a trellis whose squared errors against x (chains, 32) are least;
+// 2, 3 or 4 bits. scale (chains, 32) is what entries of the table (256,) are multiplied by. See trellis.py.
+FEWBITS_API int fewbits_find_chains(const float *x, const float *scale, const float *table, int64_t chains,
+                                    int bits, uint8_t *codes, int threads, fewbits_parallel parallel);
 
 // Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.
 FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,

@@ -39,6 +39,9 @@ struct Isa {
   // `n` floats of one row, a multiple of 32, at most a panel: rounded, 32 of them or `columns` together.
   void (*round8)(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals);
   void (*round16)(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals);
+  // Codes of chains from `begin` to `end`, at most 16 of them.
+  void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
+                      int64_t end, uint8_t *codes);
 };
 
 const Isa *portable();

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 3  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 4  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -132,6 +132,11 @@ class Library:
                 c_int,
                 (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
             ),
+            (
+                "find_chains",
+                c_int,
+                (*(c_void_p,) * 3, c_int64, c_int, c_void_p, c_int, c_void_p),
+            ),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -206,6 +211,31 @@ class Library:
         )
         _raise(error, f"{rows} rows of {x.dtype} times {weight.out} x {weight.in_} weights")
         return y
+
+    def find_chains(self, x: Tensor, scale: Tensor, bits: int, table: Tensor) -> Tensor:
+        """Codes (chains, 32) of a trellis, uint8: see `fewbits.trellis`.
+
+        Args:
+            x, scale: (chains, 32) float32.
+            table: (256,) of any dtype.
+        """
+        for name, tensor in (("x", x), ("scale", scale)):
+            _check(name, tensor, torch.float32, x.numel())
+        entries = table.float().contiguous()
+        _check("table", entries, torch.float32, 256)
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        error = self._c.fewbits_find_chains(
+            x.data_ptr(),
+            scale.data_ptr(),
+            entries.data_ptr(),
+            len(x),
+            bits,
+            codes.data_ptr(),
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        _raise(error, f"{len(x)} chains of {bits} bits")
+        return codes
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "kernel.h"
+#include "viterbi.h"
 
 namespace fewbits {
 namespace {
@@ -332,7 +333,7 @@ void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *sc
 }  // namespace
 
 const Isa *neon() {
-  static const Isa isa{product16, product<Eight>, round8, round16};
+  static const Isa isa{product16, product<Eight>, round8, round16, some_chains};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

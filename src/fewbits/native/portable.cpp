@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernel.h"
+#include "viterbi.h"
 
 namespace fewbits {
 namespace {
@@ -108,7 +109,7 @@ void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *sc
 }  // namespace
 
 const Isa *portable() {
-  static const Isa isa{product16, product8, round8, round16};
+  static const Isa isa{product16, product8, round8, round16, some_chains};
   return &isa;
 }
 
