@@ -151,9 +151,7 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _choose_trellis(
-    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _choose_trellis(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = slices(*weight.shape, scheme, _SLICE)
     squares = [parts_of(weight[r], scheme).to(working_dtype(weight)).square().mean(-1) for r in rows]
     exact = torch.cat(squares).sqrt_().div_(trellis.UNIT[scheme.bits])

@@ -30,6 +30,7 @@ from fewbits.plan import Plan
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.sizes import bytes_together, weight_file_bytes
 from fewbits.structure import find_head, skeleton, text_config
+from fewbits.trellis import CHAIN
 
 FLOAT = "float"
 GROUPS = (32, 64, 128)
@@ -87,13 +88,19 @@ class Allocation:
 def default_candidates(columns: int, symmetric: bool = True) -> list[QuantScheme]:
     """Schemes that are tried where nobody names any: all bits in all groups that divide the columns.
 
+    Below 8 bits also with a trellis, where there are no zero points.
+
     >>> [scheme.label for scheme in default_candidates(96)][-2:], len(default_candidates(128))
-    (['w4-g32', 'w8-g32'], 12)
+    (['w8-g32', 'w4-g32-trellis'], 21)
     """
     groups = [size for size in GROUPS if columns % size == 0]
     if not groups:  # whole rows always fit
-        return [QuantScheme(bits, symmetric=symmetric) for bits in BITS]
-    return [QuantScheme(bits, "group", size, symmetric) for bits in BITS for size in groups]
+        found = [QuantScheme(bits, symmetric=symmetric) for bits in BITS]
+    else:
+        found = [QuantScheme(bits, "group", size, symmetric) for bits in BITS for size in groups]
+    if not symmetric:
+        return found
+    return found + [replace(scheme, trellis=True) for scheme in found if scheme.bits < 8]
 
 
 def measured_schemes(columns: int) -> list[QuantScheme]:
@@ -186,6 +193,8 @@ class _Judge:
         """Whether groups divide the columns, the format holds it, and the clients load it."""
         place, matrix = self.plan.placements[name], self.plan.matrices[name]
         if matrix.kind == "embedding" and scheme.inputs is not None:
+            return False
+        if scheme.trellis and matrix.rows_columns[0] % CHAIN:
             return False
         try:
             scheme.groups(matrix.rows_columns[1])

@@ -42,6 +42,7 @@ from fewbits.statistics import (
 from fewbits.stream import CPU, TOKENS, Allocate, States, Stream
 from fewbits.structure import Matrix
 from fewbits.tensor import Note, QuantizedTensor, is_finite
+from fewbits.trellis import CHAIN
 from fewbits.wiring import Wiring, find_wiring, signature
 
 _HELD_OUT = 32  # at most one sample in so many is kept for judging; not tuned
@@ -495,7 +496,10 @@ class _Run:
         roundings = {
             name: Rounding.of(floats.pop(name), codes[name].to(device), self._scales(piece).least)
             for name, piece in named.items()
+            if not codes[name].scheme.trellis  # a step of one code would be one of many
         }
+        if not roundings:
+            return
         fisher = None
         if self.statistics is not None:
             fisher = self.statistics.fisher(number, self.plan.hidden_size)
@@ -984,7 +988,7 @@ def _errors(
     weight: Tensor, rounded: QuantizedTensor, hessian: Tensor, dtype: torch.dtype
 ) -> tuple[float | None, float | None]:
     """Squared output error over the squared output, and over that of round to nearest; some rows."""
-    rows = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS)).long()
+    rows = _compared_rows(len(weight), rounded.scheme)
     if rounded.scheme.two_level:
         nearest, _ = RTN()(weight[rows], rounded.scheme, {}, dtype)
     else:
@@ -998,6 +1002,14 @@ def _errors(
     )
     whole = _cost(weight, hessian)
     return (ours / whole if whole > 0 else None, ours / theirs if theirs > 0 else None)
+
+
+def _compared_rows(count: int, scheme: QuantScheme) -> Tensor:
+    """Numbers of rows, spread evenly; of a trellis whole chains."""
+    unit = CHAIN if scheme.trellis else 1
+    units = count // unit
+    first = torch.linspace(0, units - 1, min(units, max(1, _COMPARED_ROWS // unit))).long() * unit
+    return (first[:, None] + torch.arange(unit)).flatten()
 
 
 def _cost(error: Tensor, hessian: Tensor) -> float:

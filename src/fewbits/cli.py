@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -110,6 +111,14 @@ PerTensor = Annotated[
     ),
 ]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Store a zero point with each scale.")]
+Trellis = Annotated[
+    bool,
+    typer.Option(
+        "--trellis",
+        help="Codes of 2 to 4 bits that are looked up together with their neighbours': half the squared "
+        "error; in fewbits' own format.",
+    ),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option(
@@ -297,6 +306,7 @@ def _check_size(
     bits: int | None,
     group_size: str | None,
     per_tensor: bool,
+    trellis: bool,
 ) -> None:
     """Refuse two answers to one question: a size, and one scheme for all."""
     size = "--memory" if bits_per_weight is None else "--bits-per-weight"
@@ -308,6 +318,7 @@ def _check_size(
         "--bits": bits is not None,
         "--group-size": group_size is not None,
         "--per-tensor": per_tensor,
+        "--trellis": trellis,
         "--method int8": method == "int8",
     }
     for option, there in given.items():
@@ -329,6 +340,7 @@ def plan(
     group_size: GroupSize = None,
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
+    trellis: Trellis = False,
     threshold: Threshold = None,
     override: Override = None,
     head: Head = False,
@@ -380,6 +392,7 @@ def plan(
     named, last = method is not None, (method or "rtn").rpartition("+")[2]
     calibrated = last == "llm-int8" and calibration is not None
     scheme = _scheme(method or "rtn", bits, group_size, per_tensor, asymmetric, threshold, calibrated)
+    scheme = replace(scheme, trellis=trellis)
     found = look_ahead(
         model,
         method=method,
@@ -423,6 +436,7 @@ def quantize(
     group_size: GroupSize = None,
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
+    trellis: Trellis = False,
     threshold: Threshold = None,
     bits_per_weight: BitsPerWeight = None,
     memory: FileSize = None,
@@ -460,9 +474,10 @@ def quantize(
     from fewbits.report.page import check_page, run_page, write_page
 
     check_seed(seed)  # also where nothing is drawn
-    _check_size(bits_per_weight, memory, method, bits, group_size, per_tensor)
+    _check_size(bits_per_weight, memory, method, bits, group_size, per_tensor, trellis)
     calibrated = calibration is not None or stats is not None
     scheme = _scheme(method, bits, group_size, per_tensor, asymmetric, threshold, calibrated)
+    scheme = replace(scheme, trellis=trellis)
     overrides = tuple(map(parse_override, override or ()))
     if html is not None and html.parent != out_folder:
         check_page(html)

@@ -31,6 +31,7 @@ from fewbits.structure import (
     text_config,
 )
 from fewbits.tensor import Note
+from fewbits.trellis import CHAIN
 
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -411,6 +412,8 @@ def _check_fit(
         if size is not None and columns % size:
             what = "blocks" if scheme.two_level else "groups"
             offenders.append(f"{name} ({columns} columns, {what} of {size})")
+        if scheme.trellis and (rows := matrices[name].rows_columns[0]) % CHAIN:
+            offenders.append(f"{name} ({rows} rows, chains of {CHAIN})")
     if offenders:
         common = math.gcd(*(matrices[name].rows_columns[1] for name in placements))
         accepted = f"divisors of {common}, or --group-size none"

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.affine import dequantize, quantize
@@ -28,6 +29,7 @@ from fewbits.methods.grid import search_qparams
 from fewbits.scheme import QuantScheme
 from fewbits.stream import Stream
 from fewbits.structure import find_head
+from fewbits.trellis import CHAIN
 
 _ROWS = 512  # of a matrix that are rounded, at most; the others are taken to lose alike; not tuned
 _TOGETHER = 4096  # rows in float32 at a time; not tuned
@@ -251,8 +253,11 @@ def _squared_errors(
     weight: Tensor, scheme: QuantScheme, columns: Tensor, scale_dtype: torch.dtype
 ) -> Tensor:
     """Of rounding to nearest on the grid that is best for columns weighed so, (out, in)."""
+    rows = len(weight)
+    if scheme.trellis:  # rows of zeros fill up the last chain, and cost nothing
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % CHAIN))
     grid = search_qparams(weight, scheme, columns, scale_dtype)
-    return (weight - dequantize(quantize(weight, *grid, scheme), *grid, scheme)).square_()
+    return (weight - dequantize(quantize(weight, *grid, scheme), *grid, scheme)).square_()[:rows]
 
 
 def _share(weight: Tensor, rows: Tensor, columns: Tensor, some: Tensor) -> float:

@@ -173,5 +173,7 @@ def check_chains(rows: Tensor) -> None:
 
 def _chains(rows: int) -> int:
     if rows % CHAIN:
-        raise InputError(f"{rows} rows are no whole chains of a trellis; accepted are multiples of {CHAIN}")
+        raise InputError(
+            f"{rows} rows are no whole chains of a trellis; accepted are multiples of {CHAIN}"
+        )
     return rows // CHAIN

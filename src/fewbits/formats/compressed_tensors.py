@@ -40,6 +40,7 @@ from fewbits.errors import InputError
 from fewbits.formats.gptq import order_of, setting
 from fewbits.formats.layout import (
     FLOAT_EMBEDDINGS,
+    TRELLIS,
     TWO_LEVELS,
     Headers,
     Integers,
@@ -104,6 +105,8 @@ class CompressedTensors:
             return FLOAT_EMBEDDINGS
         if scheme.two_level:
             return TWO_LEVELS
+        if scheme.trellis:
+            return TRELLIS
         if scheme.inputs is not None and scheme.inputs.threshold:
             return "columns in 16 beside 8 bits have no layout in pack-quantized or int-quantized"
         if scheme.inputs is not None and scheme.inputs.granularity != "token":

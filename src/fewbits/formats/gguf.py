@@ -232,7 +232,9 @@ BLOCKS: tuple[Block, ...] = (Q80(), Q40(), Q41(), Q4KBlock())
 def block_of(scheme: QuantScheme) -> Block | None:
     """The block that holds a scheme's integers, whatever its groups; None if none does."""
     levels = scheme.two_level
-    wanted = QuantScheme(scheme.bits, "group", BLOCK, scheme.symmetric, two_level=levels).label
+    wanted = QuantScheme(
+        scheme.bits, "group", BLOCK, scheme.symmetric, None, levels, scheme.trellis
+    ).label
     return next((block for block in BLOCKS if block.label == wanted), None)
 
 

@@ -37,6 +37,7 @@ from fewbits import packing
 from fewbits.errors import InputError
 from fewbits.formats.layout import (
     FLOAT_EMBEDDINGS,
+    TRELLIS,
     TWO_LEVELS,
     Headers,
     Integers,
@@ -342,6 +343,8 @@ def refuses_placement(placement: Placement, scheme: QuantScheme) -> str | None:
         return FLOAT_EMBEDDINGS
     if scheme.two_level:
         return TWO_LEVELS
+    if scheme.trellis:
+        return TRELLIS
     if scheme.inputs is not None:
         return "inputs in 8 bits, and columns in 16 bits, have no layout in it"
     if placement.stacked:

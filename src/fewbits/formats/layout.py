@@ -13,6 +13,7 @@ from fewbits.scheme import QuantScheme
 from fewbits.tensor import Levels, QuantizedTensor
 
 TWO_LEVELS = "two levels of scales have a layout in gguf only"
+TRELLIS = "codes of a trellis have a layout in our own format only (--format fewbits)"
 # Of compressed-tensors tried 2026-11-26: 0.20 packs an `Embedding` that a target names, which in
 # transformers 5.23 then has no weight and cannot be called. GPTQ and AWQ have layouts for linears alone.
 FLOAT_EMBEDDINGS = "its clients look up embeddings in float; accepted are --format fewbits and gguf"

@@ -50,7 +50,7 @@ def round_held(
 def _coarse(scale: Tensor) -> list[Note]:
     """A note of scales that are no normal numbers of their dtype: their neighbours lie far off."""
     limits = torch.finfo(scale.dtype)
-    coarse = scale[scale < limits.smallest_normal]
+    coarse = scale[(scale < limits.smallest_normal) & (scale > 0)]
     if not len(coarse):
         return []
     apart = limits.smallest_normal * limits.eps
