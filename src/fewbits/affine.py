@@ -77,7 +77,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantSch
         codes (out, in), uint8.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for rows in slices(*weight.shape, scheme, _SLICE):
+    for rows in slices(len(weight), weight.shape[1], scheme, _SLICE):
         own = slice(None) if scheme.granularity == "tensor" else rows  # the scale that these rows have
         parts = parts_of(weight[rows], scheme).to(working_dtype(weight), copy=True)
         if scheme.trellis:
@@ -152,7 +152,7 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _choose_trellis(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows = slices(*weight.shape, scheme, _SLICE)
+    rows = slices(len(weight), weight.shape[1], scheme, _SLICE)
     squares = [parts_of(weight[r], scheme).to(working_dtype(weight)).square().mean(-1) for r in rows]
     exact = torch.cat(squares).sqrt_().div_(trellis.UNIT[scheme.bits])
     scale = _round_scale(exact, exact / 2, dtype) * (exact > 0)

@@ -223,7 +223,7 @@ class QuantizedTensor:
         )
 
     def rows(self, which: slice | Tensor) -> Self:
-        """Some of its rows; with granularity "tensor" they have its one scale; of a trellis whole chains.
+        """Some of its rows, of a trellis whole chains; with granularity "tensor" they have its one scale.
 
         Raises:
             InputError: other rows of a trellis.

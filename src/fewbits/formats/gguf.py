@@ -231,10 +231,10 @@ BLOCKS: tuple[Block, ...] = (Q80(), Q40(), Q41(), Q4KBlock())
 
 def block_of(scheme: QuantScheme) -> Block | None:
     """The block that holds a scheme's integers, whatever its groups; None if none does."""
+    if scheme.trellis:
+        return None
     levels = scheme.two_level
-    wanted = QuantScheme(
-        scheme.bits, "group", BLOCK, scheme.symmetric, None, levels, scheme.trellis
-    ).label
+    wanted = QuantScheme(scheme.bits, "group", BLOCK, scheme.symmetric, two_level=levels).label
     return next((block for block in BLOCKS if block.label == wanted), None)
 
 

@@ -1,4 +1,4 @@
-"""Columns of a trellis being rounded: as `gptq._Columns`, but the codes of a column are found together."""
+"""Columns of a trellis being rounded: as `gptq._Columns`, but codes of a column are found together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,8 +59,7 @@ class Chains:
             for i, k in enumerate(range(start, stop)):
                 target = taken[i].addmv_(changed.t(), share[i, start:stop]).add_(self.W[k])
                 step = self.steps[self.groups[k]]
-                chains = (part.float().view(-1, trellis.CHAIN) for part in (target, step))
-                self.codes[k] = trellis.find_chains(*chains, bits).flatten()
+                self.codes[k] = trellis.encode(target[:, None], step[:, None], bits)[:, 0]
                 rounded = trellis.values(self.codes[k][:, None], bits)[:, 0].to(step.dtype) * step
                 error = self.W[k] - rounded
                 changed[i] = error - self.E[k]

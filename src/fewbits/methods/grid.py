@@ -45,7 +45,7 @@ def search_qparams(
     cost = _blocks(importance.to(working_dtype(weight)), columns // scheme.groups(columns))
     whole = scheme.granularity == "tensor"
     errors = []
-    for rows in slices(*weight.shape, scheme, _SLICE):
+    for rows in slices(len(weight), columns, scheme, _SLICE):
         own = slice(None) if whole else rows  # the scale that these rows have
         errors.append(_errors(weight[rows], scale[own], zero_point[own], scheme, cost))
     if whole:
