@@ -139,8 +139,8 @@ class QuantScheme:
 
         if self.trellis and (self.bits == 8 or not self.symmetric or self.granularity == "tensor"):
             raise InputError(
-                f"a trellis does not go with {replace(self, trellis=False).label}; accepted are 2, 3 and "
-                "4 bits, symmetric, by group or channel"
+                f"a trellis does not go with {replace(self, trellis=False).label}; accepted are 2, 3 "
+                "and 4 bits, symmetric, by group or channel"
             )
 
     @property

@@ -223,7 +223,7 @@ class QuantizedTensor:
         )
 
     def rows(self, which: slice | Tensor) -> Self:
-        """Some of its rows, of a trellis whole chains; with granularity "tensor" they have its one scale.
+        """Some of its rows, of a trellis whole chains; of granularity "tensor" they have its one scale.
 
         Raises:
             InputError: other rows of a trellis.
