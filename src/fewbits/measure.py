@@ -7,6 +7,7 @@ matrix would cost (`sensitivity`). What lies in the folder is said in `statistic
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -80,7 +81,7 @@ from fewbits.tensor import Note, is_finite
 from fewbits.text import Text
 from fewbits.transforms import AWQ
 from fewbits.verify import Progress
-from fewbits.wiring import Wiring
+from fewbits.wiring import ScalePair, Wiring
 
 # All that may be asked of statistics later; with the memory that it would take to do it at once.
 _RECIPE = Recipe(GPTQ(), QuantScheme(8), transforms=(AWQ(),))
@@ -521,6 +522,8 @@ class Measurement:
         inputs = [one.linears for one in self.inputs(number)]
         passes = divide_inputs(block, inputs, self.limits.statistics_bytes)
         damage: dict[str, dict[str, float]] = {}
+        folded: dict[str, dict[str, float]] = {}
+        pairs = self._wiring(number).pairs
         for i, some in enumerate(passes):
             into = wanted if i == len(passes) - 1 else None
             found = pull_back(stream, number, block, some, lambda rows: states[rows], given, drawn, into)
@@ -528,6 +531,10 @@ class Measurement:
                 one = found.pop(linears)
                 self._complete(number, one)
                 self._add_damage(block, pieces, one, damage)
+                scales = _fold(block, pairs, one)
+                if scales is not None:
+                    one.hessian.div_(scales).div_(scales[:, None])
+                    self._add_damage(block, pieces, one, folded, scales)
         if wanted is not None and not is_finite(wanted):
             blame_weight(self.plan, number)
             raise InputError(
@@ -536,7 +543,7 @@ class Measurement:
             )
         if number == 0 and wanted is not None:
             self._add_embedding(stream, wanted, drawn, damage)
-        return {"damage": damage}
+        return {"damage": damage, "folded": folded}
 
     def _complete(self, number: int, found: Sensitivity) -> None:
         """Fewer tokens than columns, as of experts, are filled up by those of the forward pass."""
@@ -555,11 +562,21 @@ class Measurement:
         pieces: dict[str, list[Piece]],
         found: Sensitivity,
         damage: dict[str, dict[str, float]],
+        scales: Tensor | None = None,
     ) -> None:
-        """Of the matrices that linears which read one tensor are made of; of a stack the sum."""
+        """Of the matrices that linears which read one tensor are made of; of a stack the sum.
+
+        Args:
+            block: that they are in.
+            pieces: by linear.
+            found: what their errors cost.
+            damage: by source name and label, to be added to.
+            scales: (in,), that columns of the weights are multiplied by before.
+        """
         columns = error_weights(found.hessian)
         for path in found.linears:
             weight = float_weight(block.get_submodule(path))
+            weight = weight if scales is None else weight * scales
             # An expert that no token was sent to adds nothing to a mean over tokens.
             rows = found.rows.get(path, torch.zeros(len(weight), device=weight.device))
             for piece in pieces[path]:
@@ -598,8 +615,12 @@ class Measurement:
             nats = lookup.damage(weight, columns, schemes, dtype)
             damage[name] = {label: value + found.get(label, 0.0) for label, value in nats.items()}
 
-    def _found_damage(self) -> dict[str, dict[str, float]]:
-        return {n: d for value in self.journal.steps for n, d in value.get("damage", {}).items()}
+    def _found_damage(self, kind: str = "damage") -> dict[str, dict[str, float]]:
+        return {n: d for value in self.journal.steps for n, d in value.get(kind, {}).items()}
+
+    def _wiring(self, number: int) -> Wiring:
+        kind = self.blocks[number]["kind"]
+        return Wiring.from_json(next(v["wirings"][kind] for v in self.blocks if kind in v["wirings"]))
 
     # -- the folder --------------------------------------------------------------------------------
 
@@ -646,8 +667,23 @@ class Measurement:
             tensors,
             describe_files(journal.result),
             self._found_damage(),
+            self._found_damage("folded"),
             tuple(Note(**note) for note in journal.choices["notes"]),
         )
+
+
+def _fold(block: nn.Module, pairs: Sequence[ScalePair], found: Sensitivity) -> Tensor | None:
+    """What AWQ would multiply columns by, half way between inputs and weights; None: nothing can.
+
+    Outliers that were moved between a norm and its readers are moved back by it, whatever the exponent.
+    """
+    if not any(set(found.linears) <= set(pair.readers) for pair in pairs):
+        return None
+    x = found.hessian.diagonal().clamp(min=0).sqrt()
+    w = sum(float_weight(block.get_submodule(path)).abs().sum(0) for path in found.linears)
+    ratio = x / w
+    usable = torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()
 
 
 def _is_kept(name: str) -> bool:

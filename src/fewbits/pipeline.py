@@ -337,7 +337,7 @@ class _Request:
             )  # fmt: skip
         stats = read_statistics(own if statistics is None else statistics)
         _check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
-        fitted = self._fit(size, stats.damage)
+        fitted = self._fit(size, stats.damage_of(self.recipe))
         named = replace(self, format=fitted.format)
         result = named.take(fitted.recipe, None, stats, fitted.budget, began, memory)
         _throw_away_measured(own, statistics)  # also of an earlier process that was given none

@@ -32,6 +32,7 @@ from fewbits.structure import find_head
 from fewbits.trellis import CHAIN
 
 _ROWS = 512  # of a matrix that are rounded, at most; the others are taken to lose alike; not tuned
+_CHAINED_ROWS = 128  # alike, of a trellis, whose codes take longer to be found
 _TOGETHER = 4096  # rows in float32 at a time; not tuned
 _POSITIONS = 512  # that tokens are drawn at at a time, at least one sample; not tuned
 _DAMP = 0.01  # of each column's H_kk, as GPTQ adds it
@@ -241,11 +242,17 @@ def find_damage(
     """
     some = torch.linspace(0, len(weight) - 1, min(len(weight), _ROWS)).round().long().to(weight.device)
     share = _share(weight, rows, columns, some)
-    chosen = weight[some].float()
+    chosen, cost = weight[some].float(), rows[some]
+    few = slice(None, None, -(-len(some) // _CHAINED_ROWS))
+    chained = _share(weight, rows, columns, some[few])
     found = {}
     for scheme in schemes:
-        squares = _squared_errors(chosen, scheme, columns, scale_dtype)
-        found[scheme.label] = share * float((squares @ columns) @ rows[some])
+        if scheme.trellis:
+            squares = _squared_errors(chosen[few], scheme, columns, scale_dtype)
+            found[scheme.label] = chained * float((squares @ columns) @ cost[few])
+        else:
+            squares = _squared_errors(chosen, scheme, columns, scale_dtype)
+            found[scheme.label] = share * float((squares @ columns) @ cost)
     return found
 
 

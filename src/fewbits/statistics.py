@@ -46,6 +46,7 @@ from fewbits.ledger import plain
 from fewbits.linear import ExpertLinears, float_weight
 from fewbits.pieces import Piece
 from fewbits.ranks import ALONE, Ranks
+from fewbits.recipe import Recipe
 from fewbits.stream import CPU, Stream
 from fewbits.tensor import Note
 from fewbits.untrusted import check_file, check_types, counts, parse_json, read_bytes, shown
@@ -453,6 +454,7 @@ class Statistics:
         tensors: all that is in the weight files, by name.
         files: their sizes and hashes.
         damage: predicted KL in nats per token, by source tensor and label of a scheme; may be empty.
+        folded: the same, of matrices whose inputs AWQ can scale, after that.
         notes: on the text, and the run.
         panel: columns of a panel of a Hessian.
     """
@@ -469,6 +471,7 @@ class Statistics:
     tensors: dict[str, Written]
     files: dict[str, dict[str, Any]]
     damage: dict[str, dict[str, float]] = field(default_factory=dict)
+    folded: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     panel: int = PANEL
     _shards: Checkpoint | None = field(default=None, repr=False)
@@ -486,12 +489,22 @@ class Statistics:
             "wirings": {kind: asdict(wiring) for kind, wiring in self.wirings.items()},
             "blocks": [asdict(block) for block in self.blocks],
             "damage": self.damage,
+            "folded": self.folded,
             "notes": [asdict(note) for note in self.notes],
             "sources": self.sources,
             "tensors": {name: asdict(written) for name, written in self.tensors.items()},
             "files": self.files,
         }
         return value | {"sha256": hash_json(plain(value))}
+
+    def damage_of(self, recipe: Recipe) -> dict[str, dict[str, float]]:
+        """The damage that schemes are chosen by: after folds, where a recipe has them and they help."""
+        if not recipe.transforms:
+            return self.damage
+        return {
+            name: {label: min(cost, self.folded.get(name, nats)[label]) for label, cost in nats.items()}
+            for name, nats in self.damage.items()
+        }
 
     @property
     def sha256(self) -> str:
@@ -717,7 +730,7 @@ def _from_json(folder: Path, value: dict[str, Any]) -> Statistics:
         {kind: Wiring.from_json(wiring) for kind, wiring in value["wirings"].items()},
         tuple(blocks), value["sources"],
         {name: Written(**w | {"shape": tuple(w["shape"])}) for name, w in value["tensors"].items()},
-        value["files"], value["damage"], tuple(Note(**note) for note in value["notes"]),
+        value["files"], value["damage"], value["folded"], tuple(Note(**note) for note in value["notes"]),
         value["panel"],
     )  # fmt: skip
 
