@@ -496,7 +496,6 @@ class _Run:
         roundings = {
             name: Rounding.of(floats.pop(name), codes[name].to(device), self._scales(piece).least)
             for name, piece in named.items()
-            if not codes[name].scheme.trellis  # a step of one code would be one of many
         }
         if not roundings:
             return

@@ -7,16 +7,17 @@ each group a factor a of its step, and both follow the sign of their gradients t
 
 where rounding counts as the identity. Beyond the paper, each measured in LOG.md: the search starts from
 the codes of another method; errors of the block's output may be weighed by what they cost in the end;
-and what is kept is judged on samples that nothing was learned from, the first codes among them.
+and what is kept is judged on samples that nothing was learned from, the first codes among them. Codes of
+a trellis stay: a step of one would be one of several weights; their scales are learned alike.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fewbits import trellis
 from fewbits.affine import parts_of
 from fewbits.errors import InputError
 from fewbits.tensor import QuantizedTensor
@@ -32,25 +33,23 @@ _HOPELESS = 1.4
 
 @dataclass(slots=True)
 class Rounding:
-    """A matrix whose rounding is learned.
+    """A matrix whose rounding is learned: of this class the scales, where codes are those of a trellis.
 
     Args:
-        weight: (out, in), in float; where another method left what is nearest, moved inside of the code.
+        weight: (out, in), in float.
         first: the codes to begin with; neither outliers, nor an order, nor two levels of scales.
         least: of the scales that the format holds.
-        offsets: (out, groups, columns), added before rounding, in steps: at most half of one.
         factors: (out, groups), of the scales.
     """
 
     weight: Tensor
     first: QuantizedTensor
     least: float
-    offsets: Tensor
     factors: Tensor
     _best: QuantizedTensor = field(repr=False)
 
     @classmethod
-    def of(cls, weight: Tensor, first: QuantizedTensor, least: float = 0.0) -> Self:
+    def of(cls, weight: Tensor, first: QuantizedTensor, least: float = 0.0) -> "Rounding":
         """Nothing is learned yet: the codes are those given.
 
         Args:
@@ -58,15 +57,12 @@ class Rounding:
             first: its codes.
             least: of the scales that the format holds.
         """
-        offsets = torch.zeros_like(parts_of(weight, first.scheme))
         factors = torch.ones(first.scale.shape, dtype=weight.dtype, device=weight.device)
-        rounding = cls(weight, first, least, offsets, factors, first)
-        scale, steps, nearest = rounding._place()
-        given = parts_of(first.codes, first.scheme) - first.zero_point.to(weight.dtype)[..., None]
-        far = given - steps
-        moved = (given - far.sign() * (0.5 - _INSIDE)) * scale
-        parts = torch.where(nearest == given, parts_of(weight, first.scheme), moved)
-        weight.copy_(parts.reshape(weight.shape))
+        if first.scheme.trellis:
+            return Rounding(weight, first, least, factors, first)
+        offsets = torch.zeros_like(parts_of(weight, first.scheme))
+        rounding = _Codes(weight, first, least, factors, first, offsets)
+        rounding.move_inside()
         return rounding
 
     @property
@@ -77,43 +73,20 @@ class Rounding:
         usable = torch.isfinite(scale) & (scale >= self.least) & (scale > 0)
         return torch.where(usable, scale, first)
 
-    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, w / scale, and the multiple of the scale that it is rounded to."""
-        scale = self.scale.to(self.weight.dtype)[..., None]
-        points = self.first.zero_point.to(scale.dtype)[..., None]
-        steps = parts_of(self.weight, self.first.scheme) / scale
-        rounded = (steps + self.offsets).round_()
-        low, high = -points, self.first.scheme.max_code - points
-        return scale, steps, torch.minimum(torch.maximum(rounded, low), high)
-
     def weights(self) -> Tensor:
         """What the codes stand for, (out, in)."""
-        scale, _, rounded = self._place()
-        return (rounded * scale).reshape(self.weight.shape)
+        values = self._values()
+        return (values * self.scale.to(values.dtype)[..., None]).reshape(self.weight.shape)
 
     def quantized(self) -> QuantizedTensor:
         """The codes."""
-        _, _, rounded = self._place()
-        codes = (rounded + self.first.zero_point.to(rounded.dtype)[..., None]).to(torch.uint8)
-        first = self.first
-        return QuantizedTensor(
-            codes.reshape(self.weight.shape), self.scale, first.zero_point, first.scheme
-        )
-
-    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Of offsets and factors, from that of `weights()`, (out, in)."""
-        scale, steps, rounded = self._place()
-        inside = (steps + self.offsets).round_() == rounded  # what is clipped does not move
-        parts = parts_of(gradient.to(scale.dtype), self.first.scheme)
-        of_scale = (parts * torch.where(inside, rounded - steps, rounded)).sum(-1)
-        return parts * scale * inside, of_scale * self.first.scale.to(scale.dtype)
+        return replace(self.first, scale=self.scale)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Go against the signs, each offset and each factor by `rate`."""
-        of_offsets, of_factors = self.gradients(gradient)
-        self.offsets.sub_(of_offsets.sign_(), alpha=rate)
-        self.offsets.clamp_(-0.5, 0.5)
-        self.factors.sub_(of_factors.sign_(), alpha=rate).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
+        """Go against the signs of the gradient of `weights()`, (out, in), each factor by `rate`."""
+        values = self._values()
+        parts = parts_of(gradient.to(values.dtype), self.first.scheme)
+        self._step_factors((parts * values).sum(-1), rate)
 
     def keep(self) -> None:
         """What there is now is the best so far."""
@@ -123,6 +96,70 @@ class Rounding:
     def best(self) -> QuantizedTensor:
         """The last that was kept; at first what it began with."""
         return self._best
+
+    def _values(self) -> Tensor:
+        """The multiples of the scale that weights are rounded to, (out, groups, columns)."""
+        codes = trellis.values(self.first.codes, self.first.scheme.bits)
+        return parts_of(codes, self.first.scheme).to(self.weight.dtype)
+
+    def _step_factors(self, of_scale: Tensor, rate: float) -> None:
+        of_factors = of_scale * self.first.scale.to(of_scale.dtype)
+        self.factors.sub_(of_factors.sign_(), alpha=rate).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
+
+
+@dataclass(slots=True)
+class _Codes(Rounding):
+    """Codes that stand for themselves are learned as well.
+
+    Args:
+        weight: where another method left what is nearest, moved inside of the code.
+        offsets: (out, groups, columns), added before rounding, in steps: at most half of one.
+    """
+
+    offsets: Tensor
+
+    def move_inside(self) -> None:
+        """Put weights where what is nearest are the codes that are given."""
+        first, weight = self.first, self.weight
+        scale, steps, nearest = self._place()
+        given = parts_of(first.codes, first.scheme) - first.zero_point.to(weight.dtype)[..., None]
+        far = given - steps
+        moved = (given - far.sign() * (0.5 - _INSIDE)) * scale
+        parts = torch.where(nearest == given, parts_of(weight, first.scheme), moved)
+        weight.copy_(parts.reshape(weight.shape))
+
+    def quantized(self) -> QuantizedTensor:
+        """The codes."""
+        _, _, rounded = self._place()
+        codes = (rounded + self.first.zero_point.to(rounded.dtype)[..., None]).to(torch.uint8)
+        return replace(self.first, codes=codes.reshape(self.weight.shape), scale=self.scale)
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of offsets and scales, from that of `weights()`, (out, in)."""
+        scale, steps, rounded = self._place()
+        inside = (steps + self.offsets).round_() == rounded  # what is clipped does not move
+        parts = parts_of(gradient.to(scale.dtype), self.first.scheme)
+        of_scale = (parts * torch.where(inside, rounded - steps, rounded)).sum(-1)
+        return parts * scale * inside, of_scale
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Go against the signs, each offset and each factor by `rate`."""
+        of_offsets, of_scale = self.gradients(gradient)
+        self.offsets.sub_(of_offsets.sign_(), alpha=rate)
+        self.offsets.clamp_(-0.5, 0.5)
+        self._step_factors(of_scale, rate)
+
+    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, w / scale, and the multiple of the scale that it is rounded to."""
+        scale = self.scale.to(self.weight.dtype)[..., None]
+        points = self.first.zero_point.to(scale.dtype)[..., None]
+        steps = parts_of(self.weight, self.first.scheme) / scale
+        rounded = (steps + self.offsets).round_()
+        low, high = -points, self.first.scheme.max_code - points
+        return scale, steps, torch.minimum(torch.maximum(rounded, low), high)
+
+    def _values(self) -> Tensor:
+        return self._place()[2]
 
 
 @dataclass(frozen=True, slots=True)
