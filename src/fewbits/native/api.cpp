@@ -184,6 +184,19 @@ extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64
   return 0;
 }
 
+extern "C" int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel) {
+  const fewbits_columns &c = *columns;
+  if (c.columns < 0 || c.rows < 0 || !(c.range >= 0 && c.range < 0x1p16f)) return 1;
+  const Isa &isa = *isa_of(fewbits_isa());
+  std::atomic<bool> failed{false};
+  in_parts((c.rows + LINE - 1) / LINE, 1, threads, parallel, [&](int64_t begin, int64_t end) {
+    const auto errors = array<float>(c.columns * LINE + 1);
+    if (!errors) return failed.store(true);
+    for (int64_t line = begin; line < end; line++) isa.round_columns(c, line, errors.get());
+  });
+  return failed ? 2 : 0;
+}
+
 extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads, fewbits_parallel parallel) {
   std::atomic<uint64_t> all{0};
   in_parts(bytes / 64, PART / 64, threads, parallel, [&](int64_t begin, int64_t end) {
