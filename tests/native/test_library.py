@@ -26,14 +26,14 @@ def found(monkeypatch) -> native.Library:
     return library
 
 
-def test_the_structure_and_the_numbers_are_those_of_the_header():
-    struct = re.search(r"typedef struct \{(.*?)\} fewbits_weight", HEADER, re.DOTALL)
-    assert struct
-    c_names = {"int64_t": "c_long", "int32_t": "c_int", "*": "c_void_p"}
-    fields = re.findall(r"^  (?:const )?(\w+) (\*?)(\w+);", struct[1], re.MULTILINE)
-    expected = [(name.removesuffix("_"), c_names[star or kind]) for kind, star, name in fields]
-    mirrored = [(name.removesuffix("_"), kind.__name__) for name, kind in native.Weight._fields_]
-    assert mirrored == expected
+def test_the_structures_and_the_numbers_are_those_of_the_header():
+    c_names = {"int64_t": "c_long", "int32_t": "c_int", "float": "c_float", "*": "c_void_p"}
+    for name, mirror in (("weight", native.Weight), ("columns", native.Columns)):
+        struct = re.search(rf"typedef struct \{{([^}}]*)\}} fewbits_{name};", HEADER)
+        assert struct
+        fields = re.findall(r"^  (?:const )?(\w+) (\*?)(\w+);", struct[1], re.MULTILINE)
+        expected = [(name.removesuffix("_"), c_names[star or kind]) for kind, star, name in fields]
+        assert [(name.removesuffix("_"), kind.__name__) for name, kind in mirror._fields_] == expected
     numbers = dict(re.findall(r"FEWBITS_(\w+) = (\d+)", HEADER))
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     assert {name: str(native.TYPES[dtype]) for name, dtype in types.items()}.items() <= numbers.items()
@@ -45,7 +45,7 @@ def test_the_structure_and_the_numbers_are_those_of_the_header():
 
 def test_every_function_takes_as_many_arguments_as_its_prototype(found):
     prototypes = re.findall(r"FEWBITS_API \w+ (fewbits_\w+)\((.*?)\);", HEADER, re.DOTALL)
-    assert len(prototypes) == 8
+    assert len(prototypes) == 9
     for name, arguments in prototypes:
         if name != "fewbits_interface":  # called before anything else is believed
             count = 0 if arguments == "void" else len(arguments.split(","))

@@ -1,6 +1,5 @@
 """Columns of a trellis being rounded: as `gptq._Columns`, but codes of a column are found together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,17 +42,21 @@ class Chains:
         codes = torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
         return cls(W, torch.zeros_like(W), codes, steps, groups, scheme)
 
-    def round_all(self, shares: Callable[[int, int], Tensor]) -> None:
+    def round_all(self, shares: Tensor, upper: bool = False) -> None:
         """Round each column at the best place given the errors of others.
 
         Args:
-            shares: for columns from start to stop, (stop - start, columns): of the error of each
-                column, the share that they take up; of their own 0.
+            shares: (columns, columns), of the error of the first, what the second takes up; what lies on
+                the diagonal does not count.
+            upper: columns take up the errors of those before them alone, not of all others.
         """
         bits = self.scheme.bits
         for start in range(0, len(self.W), _BLOCK):
             stop = min(start + _BLOCK, len(self.W))
-            share = shares(start, stop)
+            share = shares[: stop if upper else None, start:stop].t().contiguous()
+            share[:, start:stop].fill_diagonal_(0)
+            if upper:
+                share[:, start:stop].tril_()
             taken = share @ self.E[: share.shape[1]]
             changed = torch.zeros_like(taken)
             for i, k in enumerate(range(start, stop)):

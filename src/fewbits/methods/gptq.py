@@ -12,15 +12,13 @@ column's own H_kk; sweeps of coordinate descent afterwards (Behdin et al. 2023, 
 arXiv 2309.01885, section 3); a ladder of fallbacks where H has no factor.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from fewbits import affine
+from fewbits import affine, native
 from fewbits.errors import InputError
 from fewbits.methods.chains import Chains
 from fewbits.methods.grid import search_qparams
@@ -79,11 +77,13 @@ class GPTQ:
         scale, zero_point = search_qparams(weight, scheme, importance, scale_dtype)
         kind = Chains if scheme.trellis else _Columns
         columns = kind.of(weight, scale, zero_point, scheme, order)
-        columns.round_all(partial(_by_factor, found.U))
-        H, diagonal = found.H, found.diagonal
-        del found  # its U is as large as H
-        for _ in range(self.sweeps):
-            columns.round_all(partial(_by_all, H, diagonal, order))
+        columns.round_all(found.U, upper=True)
+        if self.sweeps:
+            H, diagonal = found.H, found.diagonal
+            del found  # its U is as large as what follows
+            shares = H[order[:, None], order].div_(diagonal)  # then the loss cannot become larger
+            for _ in range(self.sweeps):
+                columns.round_all(shares)
         return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
 
 
@@ -154,20 +154,6 @@ def factor(H: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor] | Non
     return U.div_(root), root.square()
 
 
-def _by_factor(U: Tensor, start: int, stop: int) -> Tensor:
-    """Columns take up the errors of those before them: (stop - start, stop)."""
-    shares = U[:stop, start:stop].t().contiguous()
-    shares[:, start:].diagonal().zero_()
-    return shares
-
-
-def _by_all(H: Tensor, diagonal: Tensor, order: Tensor, start: int, stop: int) -> Tensor:
-    """Columns take up the errors of all others, after which the loss cannot be larger."""
-    shares = H[order[start:stop, None], order].div_(diagonal[start:stop, None])
-    shares[:, start:stop].diagonal().zero_()
-    return shares
-
-
 @dataclass(slots=True)
 class _Columns:
     """A matrix being rounded, (in, out): columns in the order of rounding, each in one piece of memory.
@@ -199,33 +185,21 @@ class _Columns:
             part.div_(steps[group])
         return cls(V, torch.zeros_like(V), steps, points, groups, scheme)
 
-    def round_all(self, shares: Callable[[int, int], Tensor]) -> None:
-        """Round each column at the best place given the errors of others.
+    def round_all(self, shares: Tensor, upper: bool = False) -> None:
+        """Round each column to the place nearest to where the errors of others leave it.
 
         Args:
-            shares: for columns from start to stop, (stop - start, columns): of the error of each
-                column, the share that they take up; of their own 0.
+            shares: (columns, columns): of the error of the first, what the second takes up; what is on
+                the diagonal does not count.
+            upper: there is nothing below the diagonal.
         """
-        # All views at once: a view costs as much as arithmetic on one column.
-        V, E = self.V.unbind(), self.E.unbind()
-        inverse, low = self.steps.reciprocal(), self.points.neg()
-        high = low + self.scheme.max_code
-        grids = list(zip(*(grid.unbind() for grid in (self.steps, inverse, low, high)), strict=True))
-        groups = self.groups.tolist()
-        for start in range(0, len(V), _BLOCK):
-            stop = min(start + _BLOCK, len(V))
-            share = shares(start, stop)
-            taken = share @ self.E[: share.shape[1]]
-            changed = torch.zeros_like(taken)
-            inside = share[:, start:stop].unbind()
-            for k, mine, w, change in zip(
-                range(start, stop), inside, taken.unbind(), changed.unbind(), strict=True
-            ):
-                step, per_step, least, most = grids[groups[k]]
-                w.addmv_(changed.t(), mine)  # what those not rounded again yet have changed is 0
-                nearest = torch.addcmul(V[k], w, per_step).round_().clamp_(least, most)
-                torch.neg(E[k], out=change)
-                change.add_(torch.sub(V[k], nearest, out=E[k]).mul_(step))
+        library = native.library()
+        if library is None or self.V.device.type != "cpu" or self.V.dtype != torch.float32:
+            _round_all(self, shares, upper)
+            return
+        grid = (self.steps, self.steps.reciprocal(), self.points.neg())
+        most = self.scheme.max_code
+        library.round_columns(self.V, self.E, shares.contiguous(), grid, most, self.groups, upper)
 
     def codes_in(self, order: Tensor) -> Tensor:
         """The codes (out, in), as the weight had them."""
@@ -235,3 +209,28 @@ class _Columns:
             nearest = torch.sub(self.V[rows], self.E[rows] / self.steps[group]).round_()
             result[order[rows]] = nearest.add_(self.points[group]).to(torch.uint8)
         return result.t().contiguous()
+
+
+def _round_all(columns: _Columns, shares: Tensor, upper: bool) -> None:
+    """What `round_all` means; the library does the same, up to how sums are rounded."""
+    # All views at once: a view costs as much as arithmetic on one column.
+    V, E = columns.V.unbind(), columns.E.unbind()
+    inverse, low = columns.steps.reciprocal(), columns.points.neg()
+    high = low + columns.scheme.max_code
+    grids = list(zip(*(grid.unbind() for grid in (columns.steps, inverse, low, high)), strict=True))
+    groups = columns.groups.tolist()
+    for start in range(0, len(V), _BLOCK):
+        stop = min(start + _BLOCK, len(V))
+        share = shares[: stop if upper else len(V), start:stop].t().contiguous()
+        share[:, start:stop].diagonal().zero_()
+        taken = share @ columns.E[: share.shape[1]]
+        changed = torch.zeros_like(taken)
+        inside = share[:, start:stop].unbind()
+        for k, mine, w, change in zip(
+            range(start, stop), inside, taken.unbind(), changed.unbind(), strict=True
+        ):
+            step, per_step, least, most = grids[groups[k]]
+            w.addmv_(changed.t(), mine)  # what those not rounded again yet have changed is 0
+            nearest = torch.addcmul(V[k], w, per_step).round_().clamp_(least, most)
+            torch.neg(E[k], out=change)
+            change.add_(torch.sub(V[k], nearest, out=E[k]).mul_(step))

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "kernel.h"
+#include "parts.h"
 
 namespace fewbits {
 namespace {
@@ -28,46 +29,6 @@ int best() {
 }
 
 std::atomic<int> chosen{-1};
-
-// -- threads -----------------------------------------------------------------------------------------
-
-// Parts of a job, taken by whoever is free: long ones while there is much left, short ones in the end,
-// so that no thread waits long for the last.
-class Parts {
- public:
-  Parts(int64_t count, int64_t least, int threads) : count_(count), least_(least), threads_(threads) {}
-
-  bool take(int64_t &begin, int64_t &end) {
-    begin = next_.load(std::memory_order_relaxed);
-    do {
-      if (begin >= count_) return false;
-      const int64_t share = (count_ - begin) / (2 * threads_);
-      end = begin + (share > least_ ? share : least_);
-      end = end < count_ ? end : count_;
-    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return true;
-  }
-
- private:
-  const int64_t count_, least_;
-  const int threads_;
-  std::atomic<int64_t> next_{0};
-};
-
-// `work(begin, end)` for parts of 0 to count.
-template <class Work>
-void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel parallel, const Work &work) {
-  if (threads <= 1 || count <= least) return work(int64_t(0), count);
-  struct Job {
-    Parts parts;
-    const Work &work;
-  } job{{count, least, threads}, work};
-  const auto take_all = [](void *data) {
-    Job &shared = *static_cast<Job *>(data);
-    for (int64_t begin, end; shared.parts.take(begin, end);) shared.work(begin, end);
-  };
-  (parallel ? parallel : own_threads)(take_all, &job, unsigned(threads), 0);
-}
 
 // -- a product ---------------------------------------------------------------------------------------
 
@@ -233,6 +194,19 @@ extern "C" int fewbits_find_chains(const float *x, const float *scale, const flo
       isa.some_chains(x, scale, table, bits, i, i + together < chains ? i + together : chains, codes);
   });
   return 0;
+}
+
+extern "C" int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel) {
+  const fewbits_columns &c = *columns;
+  if (c.columns < 0 || c.rows < 0 || !(c.range >= 0 && c.range < 0x1p16f)) return 1;
+  const Isa &isa = *isa_of(fewbits_isa());
+  std::atomic<bool> failed{false};
+  in_parts((c.rows + LINE - 1) / LINE, 1, threads, parallel, [&](int64_t begin, int64_t end) {
+    const auto errors = array<float>(c.columns * LINE + 1);
+    if (!errors) return failed.store(true);
+    for (int64_t line = begin; line < end; line++) isa.round_columns(c, line, errors.get());
+  });
+  return failed ? 2 : 0;
 }
 
 extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads, fewbits_parallel parallel) {

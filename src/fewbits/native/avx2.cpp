@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "columns.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -375,10 +376,19 @@ bool half_floats() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
+struct Lanes {
+  using Vector = __m256;
+  static constexpr int WIDTH = 8;
+  static Vector load(const float *x) { return _mm256_loadu_ps(x); }
+  static void store(float *x, Vector v) { _mm256_storeu_ps(x, v); }
+  static Vector all(float x) { return _mm256_set1_ps(x); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
 }  // namespace
 
 const Isa *avx2() {
-  static const Isa isa{product16, product<Eight>, round8, round16, some_chains};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

@@ -2,6 +2,7 @@
 // that a sum needs no adding across lanes: a lane is a row. A block is two such vectors wide.
 #include <immintrin.h>
 
+#include "columns.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -329,10 +330,19 @@ void round16(const float *x, int64_t n, int64_t together, int16_t *x16, float *s
   }
 }
 
+struct Lanes {
+  using Vector = __m512;
+  static constexpr int WIDTH = 16;
+  static Vector load(const float *x) { return _mm512_loadu_ps(x); }
+  static void store(float *x, Vector v) { _mm512_storeu_ps(x, v); }
+  static Vector all(float x) { return _mm512_set1_ps(x); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
 }  // namespace
 
 const Isa *avx512() {
-  static const Isa isa{product16, product<Eight, 1>, round8, round16, some_chains};
+  static const Isa isa{product16, product<Eight, 1>, round8, round16, round_columns<Lanes>, some_chains};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni");

@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 4
+#define FEWBITS_INTERFACE 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -89,6 +89,25 @@ FEWBITS_API int fewbits_find_chains(const float *x, const float *scale, const fl
 // Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.
 FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,
                                     fewbits_parallel parallel);
+
+// Columns of a matrix that are rounded one after the other, each to the place nearest to where the errors of
+// the others leave it (methods/gptq.py). Each column is in one piece of memory.
+typedef struct {
+  int64_t columns;
+  int64_t rows;
+  const float *values;    // (columns, rows), in steps of their grid, not rounded
+  float *errors;          // (columns, rows), what rounding has left of the weights; replaced
+  const float *shares;    // (columns, columns): of the error of the first, what the second takes up
+  const float *steps;     // of the grid, (groups, rows)
+  const float *inverse;   // 1 / step
+  const float *low;       // the least integer on it
+  const int64_t *groups;  // of each column, its row in these
+  float range;            // from the least integer to the largest
+  int32_t upper;          // 1: columns take up errors of those before them alone; 0: of all others
+} fewbits_columns;
+
+// The bits do not depend on threads.
+FEWBITS_API int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel);
 
 #ifdef __cplusplus
 }

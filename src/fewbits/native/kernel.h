@@ -32,6 +32,9 @@ struct Inputs {
   const int16_t *table;   // (16,), or NULL
 };
 
+constexpr int LINE = 64;                // rows of columns that are rounded at a time
+constexpr float TO_INTEGER = 0x1.8p23f;  // added and taken off it rounds to nearest, ties to even, below 2^22
+
 struct Isa {
   // One block of 32 rows of W times all rows of x: into result (rows, 32).
   void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
@@ -39,6 +42,8 @@ struct Isa {
   // `n` floats of one row, a multiple of 32, at most a panel: rounded, 32 of them or `columns` together.
   void (*round8)(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals);
   void (*round16)(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals);
+  // One line of rows of columns: see columns.h.
+  void (*round_columns)(const fewbits_columns &, int64_t line, float *errors);
   // Codes of chains from `begin` to `end`, at most 16 of them.
   void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
                       int64_t end, uint8_t *codes);

@@ -7,7 +7,7 @@ missing where fewbits was installed without a C++ compiler. `FEWBITS_NATIVE=0` t
 import ctypes
 import os
 import sys
-from ctypes import POINTER, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 4  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 5  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -51,6 +51,24 @@ class Weight(ctypes.Structure):
     group: int
     zero_type: int
     tensors: tuple[Tensor | None, ...]
+
+
+class Columns(ctypes.Structure):
+    """`fewbits_columns`."""
+
+    _fields_: ClassVar[Any] = [
+        ("columns", c_int64),
+        ("rows", c_int64),
+        ("values", c_void_p),
+        ("errors", c_void_p),
+        ("shares", c_void_p),
+        ("steps", c_void_p),
+        ("inverse", c_void_p),
+        ("low", c_void_p),
+        ("groups", c_void_p),
+        ("range", c_float),
+        ("upper", c_int32),
+    ]
 
 
 def padded(size: int, unit: int) -> int:
@@ -137,6 +155,7 @@ class Library:
                 c_int,
                 (*(c_void_p,) * 3, c_int64, c_int, c_void_p, c_int, c_void_p),
             ),
+            ("round_columns", c_int, (POINTER(Columns), c_int, c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -236,6 +255,44 @@ class Library:
         )
         _raise(error, f"{len(x)} chains of {bits} bits")
         return codes
+
+    def round_columns(
+        self,
+        values: Tensor,
+        errors: Tensor,
+        shares: Tensor,
+        grid: tuple[Tensor, Tensor, Tensor],
+        most: int,
+        groups: Tensor,
+        upper: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Round columns one after the other, each to the place nearest to where the others leave it.
+
+        Args:
+            values: (columns, rows) float32 in steps of their grid, not rounded.
+            errors: (columns, rows), what rounding has left of the weights; replaced.
+            shares: (columns, columns), of the error of the first, what the second takes up.
+            grid: steps, their inverse and the least integers: (groups, rows) each.
+            most: how far the largest integer is from the least.
+            groups: (columns,) int64, of each column its row in the grid.
+            upper: columns take up the errors of those before them alone, not of all others.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        columns, rows = values.shape
+        for name, tensor in (("values", values), ("errors", errors)):
+            _check(name, tensor, torch.float32, columns * rows)
+        for tensor in grid:
+            _check("the grid", tensor, torch.float32, len(grid[0]) * rows)
+        _check("shares", shares, torch.float32, columns * columns)
+        _check("groups", groups, torch.int64, columns)
+        if columns and not 0 <= int(groups.min()) <= int(groups.max()) < len(grid[0]):
+            raise ValueError(f"a group is none of {len(grid[0])}")
+        tensors = (values, errors, shares, *grid, groups)
+        given = Columns(columns, rows, *(tensor.data_ptr() for tensor in tensors), most, upper)
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_round_columns(ctypes.byref(given), threads, self._parallel)
+        _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""

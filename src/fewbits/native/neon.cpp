@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "columns.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -330,10 +331,19 @@ void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *sc
   }
 }
 
+struct Lanes {
+  using Vector = float32x4_t;
+  static constexpr int WIDTH = 4;
+  static Vector load(const float *x) { return vld1q_f32(x); }
+  static void store(float *x, Vector v) { vst1q_f32(x, v); }
+  static Vector all(float x) { return vdupq_n_f32(x); }
+  static Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+};
+
 }  // namespace
 
 const Isa *neon() {
-  static const Isa isa{product16, product<Eight>, round8, round16, some_chains};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

@@ -1,6 +1,7 @@
 // Plain C++: for processors without a file of their own, and what the others are compared with.
 #include <cmath>
 
+#include "columns.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -106,10 +107,24 @@ void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *sc
   round<int16_t, 16, 2, 1>(x, n, columns, x16, scales, totals);
 }
 
+// Four floats as any compiler of C++ for gcc or clang has them.
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(16)));
+  static constexpr int WIDTH = 4;
+  static Vector load(const float *x) {
+    Vector v;
+    std::memcpy(&v, x, sizeof(v));
+    return v;
+  }
+  static void store(float *x, Vector v) { std::memcpy(x, &v, sizeof(v)); }
+  static Vector all(float x) { return Vector{x, x, x, x}; }
+  static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+};
+
 }  // namespace
 
 const Isa *portable() {
-  static const Isa isa{product16, product8, round8, round16, some_chains};
+  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, some_chains};
   return &isa;
 }
 

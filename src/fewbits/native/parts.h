@@ -1,0 +1,47 @@
+// Work that several threads share.
+#pragma once
+#include <atomic>
+
+#include "kernel.h"
+
+namespace fewbits {
+
+// Parts of a job, taken by whoever is free: long ones while there is much left, short ones in the end,
+// so that no thread waits long for the last.
+class Parts {
+ public:
+  Parts(int64_t count, int64_t least, int threads) : count_(count), least_(least), threads_(threads) {}
+
+  bool take(int64_t &begin, int64_t &end) {
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= count_) return false;
+      const int64_t share = (count_ - begin) / (2 * threads_);
+      end = begin + (share > least_ ? share : least_);
+      end = end < count_ ? end : count_;
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  const int64_t count_, least_;
+  const int threads_;
+  std::atomic<int64_t> next_{0};
+};
+
+// `work(begin, end)` for parts of 0 to count.
+template <class Work>
+static void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel parallel, const Work &work) {
+  if (threads <= 1 || count <= least) return work(int64_t(0), count);
+  struct Job {
+    Parts parts;
+    const Work &work;
+  } job{{count, least, threads}, work};
+  const auto take_all = [](void *data) {
+    Job &shared = *static_cast<Job *>(data);
+    for (int64_t begin, end; shared.parts.take(begin, end);) shared.work(begin, end);
+  };
+  (parallel ? parallel : own_threads)(take_all, &job, unsigned(threads), 0);
+}
+
+}  // namespace fewbits
