@@ -349,7 +349,9 @@ def test_candidates_are_those_whose_groups_divide_the_columns(checkpoint):
         wanted = {size for size in (32, 64, 128) if columns % size == 0}
         assert {s.group_size for s in unit.candidates if s is not None} == wanted
     narrow = default_candidates(80)
-    assert [s.label for s in narrow] == ["w2-channel", "w3-channel", "w4-channel", "w8-channel"]
+    labels = ["w2-channel", "w3-channel", "w4-channel", "w8-channel"]
+    assert [s.label for s in narrow] == labels + [f"{label}-trellis" for label in labels[:3]]
+    assert [s.label for s in default_candidates(80, False)] == [f"{label}-asym" for label in labels]
     some = find_units(plan, [QuantScheme(3, "group", 64)])
     assert {len(unit.candidates) for unit in some} == {1, 2}  # 96 columns have no groups of 64
 

@@ -73,7 +73,7 @@ def test_chains_are_hardly_worse_than_the_best_of_all(bits, monkeypatch):
     found = error.square().sum(1).numpy()
     best = np.array([best_cost(a, s, bits) for a, s in zip(x.numpy(), scale.numpy(), strict=True)])
     assert (found >= best * (1 - 1e-6)).all()
-    assert found.mean() <= {2: 1.04, 3: 1.01, 4: 1.005}[bits] * best.mean()
+    assert found.mean() <= {2: 1.06, 3: 1.05, 4: 1.02}[bits] * best.mean()
     assert (found <= best * (1 + 1e-6)).mean() >= 0.5  # where it closes is mostly found
 
 

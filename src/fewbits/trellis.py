@@ -95,7 +95,7 @@ def encode(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     The best closed chain is found in two passes of Viterbi's algorithm: one, begun in the middle of the
     chain, tells what is best where the chain closes, the other holds on to that. On normal numbers that
-    leaves 2 % more than the best of all closed chains at 2 bits, 0.1 % at 3, nothing at 4.
+    leaves 4 % more than the best of all closed chains at 2 bits, 2 % at 3, 0.6 % at 4.
 
     Args:
         weight: (rows, columns), of whole chains.
