@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 4
+#define FEWBITS_INTERFACE 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -103,6 +103,13 @@ typedef struct {
 
 // The bits do not depend on threads.
 FEWBITS_API int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel);
+
+// X.T @ X, of X (rows, columns) in bfloat16 with rows `stride` apart, added to its lower panels in float:
+// panel i, (columns - i * width, width), has columns from i * width on of the rows from there on. `width` is a
+// multiple of 64. The bits do not depend on threads. Only where `fewbits_has_gram` is 1.
+FEWBITS_API int fewbits_has_gram(void);
+FEWBITS_API int fewbits_gram(const void *x, int64_t rows, int64_t columns, int64_t stride, float *const *panels,
+                             int64_t width, int threads, fewbits_parallel parallel);
 
 #ifdef __cplusplus
 }

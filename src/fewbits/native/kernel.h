@@ -46,6 +46,16 @@ struct Isa {
   void (*round_columns)(const fewbits_columns &, int64_t line, float *errors);
 };
 
+constexpr int GRAM = 64;  // columns and rows of a tile of X.T @ X
+
+// What takes instructions for bfloat16; a processor may have them or not, whatever else it has.
+struct Bf16 {
+  // result (64, 64) = the sum over `count` pairs of a (count, 64) times b.
+  void (*gram_tile)(const uint32_t *a, const uint32_t *b, int64_t count, float *result);
+};
+
+const Bf16 *bf16();
+
 const Isa *portable();
 const Isa *neon();
 const Isa *avx2();

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 4  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 5  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -151,6 +151,12 @@ class Library:
                 (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
             ),
             ("round_columns", c_int, (POINTER(Columns), c_int, c_void_p)),
+            ("has_gram", c_int, ()),
+            (
+                "gram",
+                c_int,
+                (c_void_p, c_int64, c_int64, c_int64, POINTER(c_void_p), c_int64, c_int, c_void_p),
+            ),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -263,6 +269,39 @@ class Library:
         threads = torch.get_num_threads() if threads is None else threads
         error = self._c.fewbits_round_columns(ctypes.byref(given), threads, self._parallel)
         _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether `gram` can be called: the processor has products of bfloat16."""
+        return bool(self._c.fewbits_has_gram())
+
+    def gram(self, x: Tensor, panels: list[Tensor], threads: int | None = None) -> None:
+        """Add `x.T @ x` to its lower panels.
+
+        Args:
+            x: (rows, columns) bfloat16; its rows may lie apart.
+            panels: float32; each has so many columns, a multiple of 64 but for the last, of the rows from
+                its first column on.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        rows, columns = x.shape
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            raise ValueError(f"x is {x.dtype} on {x.device}; torch.bfloat16 on the CPU would be read")
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        width = panels[0].shape[1]
+        for i, panel in enumerate(panels):
+            left = columns - i * width
+            _check(f"panel {i}", panel, torch.float32, left * min(width, left))
+        if len(panels) != -(-columns // width):
+            raise ValueError(f"{len(panels)} panels of {width} are not those of {columns} columns")
+        unit = width if len(panels) > 1 else padded(width, 64)
+        places = (c_void_p * len(panels))(*(panel.data_ptr() for panel in panels))
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_gram(
+            x.data_ptr(), rows, columns, x.stride(0), places, unit, threads, self._parallel
+        )
+        _raise(error, f"{rows} x {columns} inputs of {x.dtype}, panels of {width}")
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""
