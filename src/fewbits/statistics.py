@@ -105,7 +105,7 @@ class InputStats:
             torch.maximum(self.absmax, x.abs().amax(0).float(), out=self.absmax)
         library = native.library()
         fits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if self.panels and fits and library is not None and library.has_gram:
+        if self.panels and fits and library is not None and library.has_bf16:
             library.gram(x, self.panels)
             return
         x, start = x.float(), 0

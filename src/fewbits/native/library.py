@@ -71,6 +71,29 @@ class Columns(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """`fewbits_attention`."""
+
+    _fields_: ClassVar[Any] = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("width", c_int64),
+        ("value_width", c_int64),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("result", c_void_p),
+        ("scaling", c_float),
+        ("causal", c_int32),
+    ]
+
+
 def padded(size: int, unit: int) -> int:
     """The next multiple of a unit."""
     return size + -size % unit
@@ -151,12 +174,13 @@ class Library:
                 (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
             ),
             ("round_columns", c_int, (POINTER(Columns), c_int, c_void_p)),
-            ("has_gram", c_int, ()),
+            ("has_bf16", c_int, ()),
             (
                 "gram",
                 c_int,
                 (c_void_p, c_int64, c_int64, c_int64, POINTER(c_void_p), c_int64, c_int, c_void_p),
             ),
+            ("attend", c_int, (POINTER(Attention), c_int, c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -271,17 +295,17 @@ class Library:
         _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
 
     @property
-    def has_gram(self) -> bool:
-        """Whether `gram` can be called: the processor has products of bfloat16."""
-        return bool(self._c.fewbits_has_gram())
+    def has_bf16(self) -> bool:
+        """Whether `gram` and `attend` can be called: the processor has products of bfloat16."""
+        return bool(self._c.fewbits_has_bf16())
 
     def gram(self, x: Tensor, panels: list[Tensor], threads: int | None = None) -> None:
         """Add `x.T @ x` to its lower panels.
 
         Args:
             x: (rows, columns) bfloat16; its rows may lie apart.
-            panels: float32; each has so many columns, a multiple of 64 but for the last, of the rows from
-                its first column on.
+            panels: float32; each has so many columns, a multiple of 64 but for the last, of the rows
+                from its first column on.
             threads: as many as torch uses, if None. The bits do not depend on them.
         """
         rows, columns = x.shape
@@ -302,6 +326,44 @@ class Library:
             x.data_ptr(), rows, columns, x.stride(0), places, unit, threads, self._parallel
         )
         _raise(error, f"{rows} x {columns} inputs of {x.dtype}, panels of {width}")
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        causal: bool,
+        threads: int | None = None,
+    ) -> Tensor:
+        """softmax(scaling * Q K.T) V: (batch, queries, heads, width of values), bfloat16.
+
+        Args:
+            query: (batch, heads, queries, width) bfloat16.
+            key, value: (batch, groups, keys, width): each is shared by heads / groups neighbours.
+            scaling: of scores.
+            causal: a query sees keys up to its own number; there are as many queries as keys.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        parts = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
+        for t in parts:
+            if t.dtype != torch.bfloat16 or t.device.type != "cpu" or t.ndim != 4:
+                raise ValueError(f"{tuple(t.shape)} {t.dtype} on {t.device} is no bfloat16 on the CPU")
+        batch, heads, queries, width = query.shape
+        _, groups, keys, value_width = value.shape
+        if key.shape != (batch, groups, keys, width) or len(value) != batch:
+            shapes = [tuple(t.shape) for t in parts]
+            raise ValueError(f"queries, keys and values do not fit: {shapes}")
+        result = torch.empty(batch, queries, heads, value_width, dtype=torch.bfloat16)
+        strides = ((c_int64 * 3)(*t.stride()[:3]) for t in parts)
+        given = Attention(
+            batch, heads, groups, queries, keys, width, value_width, *(t.data_ptr() for t in parts),
+            *strides, result.data_ptr(), scaling, causal,
+        )  # fmt: skip
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_attend(ctypes.byref(given), threads, self._parallel)
+        _raise(error, f"{queries} queries of {heads} heads to {keys} keys of {groups}")
+        return result
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""
