@@ -117,8 +117,8 @@ def test_the_library_attends_in_texts(library, tokens, width, groups, values, ca
     found = library.attend(query, key, value, 0.3, causal)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else None
     wanted = exact(query, key, value, None if mask is None else mask[None, None], 0.3)
-    # A weight is off by 2^-9, as bfloat16 rounds it, and by what the score in its exponent is: products are
-    # exact, and summed, scaled and subtracted to 2^-24 of their size. The result is rounded once.
+    # A weight is off by 2^-9, as bfloat16 rounds it, and by what the score in its exponent is: products
+    # are exact, and summed, scaled and subtracted to 2^-24 of their size. The result is rounded once.
     size = 0.3 * width * query.abs().max().double() * key.abs().max()
     weight = 2**-9 + 2**-18 + (width + 8) * 2**-24 * size + tokens * 2**-24
     bound = 2 * weight * value.abs().max() + 2**-9 * wanted.abs()

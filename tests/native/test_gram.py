@@ -1,4 +1,4 @@
-"""X.T @ X of bfloat16 inputs: as exact as sums in float32, symmetric, alike for all numbers of threads."""
+"""X.T @ X of bfloat16 inputs: as exact as sums in float32, symmetric, alike for all threads."""
 
 import importlib
 
