@@ -1,10 +1,11 @@
-"""Attention of few queries on a CPU."""
+"""Attention on a CPU: of few queries, and of whole texts in bfloat16."""
 
 import copy
 
 import pytest
 import torch
 
+from fewbits import native
 from fewbits.attention import FEW, NAME, attend, grouped_attention, use_grouped_attention
 from models import VOCABULARY, tiny_model
 
@@ -85,3 +86,81 @@ def test_models_write_the_same_words(kind):
     for a, b in zip(plain.logits, ours.logits, strict=True):
         assert (a - b).abs().max() <= 1e-4 * a.abs().max()
     assert torch.equal(plain.sequences, ours.sequences)
+
+
+# -- whole texts in bfloat16 ---------------------------------------------------------------------------
+
+
+def text(tokens: int, width: int = 16, groups: int = 2, values: int = 16):
+    query = torch.randn(2, tokens, 4, width).bfloat16().transpose(1, 2)
+    key = torch.randn(2, tokens, groups, width).bfloat16().transpose(1, 2)
+    value = torch.randn(2, groups, tokens, values).bfloat16()
+    return query, key, value
+
+
+@pytest.fixture
+def library(monkeypatch):
+    monkeypatch.delenv("FEWBITS_NATIVE", raising=False)
+    found = native.library()
+    if found is None or not found.has_bf16:
+        pytest.skip("the native library has no products of bfloat16 here")
+    return found
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "width", "groups", "values"),
+    [(1, 16, 2, 16), (63, 15, 4, 7), (64, 64, 1, 64), (65, 80, 2, 130), (200, 64, 4, 32)],
+)
+def test_the_library_attends_in_texts(library, tokens, width, groups, values, causal):
+    query, key, value = text(tokens, width, groups, values)
+    found = library.attend(query, key, value, 0.3, causal)
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else None
+    wanted = exact(query, key, value, None if mask is None else mask[None, None], 0.3)
+    # A weight is off by 2^-9, as bfloat16 rounds it, and by what the score in its exponent is: products
+    # are exact, and summed, scaled and subtracted to 2^-24 of their size. The result is rounded once.
+    size = 0.3 * width * query.abs().max().double() * key.abs().max()
+    weight = 2**-9 + 2**-18 + (width + 8) * 2**-24 * size + tokens * 2**-24
+    bound = 2 * weight * value.abs().max() + 2**-9 * wanted.abs()
+    assert ((found.transpose(1, 2).double() - wanted).abs() <= bound).all()
+
+
+def test_the_bits_of_texts_do_not_depend_on_threads_or_neighbours(library):
+    query, key, value = text(150, 64)
+    whole = library.attend(query, key, value, 0.2, True, threads=1)
+    assert torch.equal(library.attend(query, key, value, 0.2, True, threads=5), whole)
+    assert torch.equal(library.attend(query[1:], key[1:], value[1:], 0.2, True), whole[1:])
+
+
+def test_rows_of_large_scores_and_of_what_is_not_finite(library):
+    query, key, value = text(130)
+    large = library.attend(100 * query, 100 * key, value, 1.0, True).transpose(1, 2)
+    wanted = exact(
+        100 * query, 100 * key, value, torch.ones(1, 1, 130, 130, dtype=torch.bool).tril(), 1.0
+    )
+    assert ((large.double() - wanted).abs() <= 0.02 * value.abs().max()).all()  # scores of 10^5 to 2^-8
+    key[0, 0, 100] = torch.nan
+    found = library.attend(query, key, value, 1.0, True)
+    assert bool(found[0, 100:, :2].isnan().all())
+    assert bool(found[0, :100].isfinite().all())
+    assert bool(found[1].isfinite().all())
+
+
+def test_texts_in_bfloat16_without_mask_and_gradient_are_the_librarys(library, monkeypatch):
+    calls = []
+    taken = type(library).attend
+    monkeypatch.setattr(type(library), "attend", lambda *a, **o: calls.append(a[-1]) or taken(*a, **o))
+    module = torch.nn.Module()
+    parts = text(20)
+    for given, mask, more in (
+        (parts, None, {}),
+        (parts, None, {"is_causal": False}),
+        (parts, torch.ones(2, 1, 20, 20, dtype=torch.bool).tril(), {}),
+        (tuple(t.float() for t in parts), None, {}),
+        (tuple(t.clone().requires_grad_() for t in parts), None, {}),
+        ((parts[0][:, :, :10], *parts[1:]), None, {}),
+    ):
+        module.num_key_value_groups = 2
+        found, _ = attend(module, *given, mask, scaling=0.25, **more)
+        assert found.shape == (2, given[0].shape[2], 4, 16)
+    assert calls == [True, False]

@@ -32,6 +32,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fewbits import native
 from fewbits.checkpoint import (
     Checkpoint,
     Written,
@@ -96,11 +97,19 @@ class InputStats:
         return {name: value for name, value in both.items() if value is not None}
 
     def add(self, x: Tensor) -> None:
-        """Inputs (tokens, in)."""
+        """Inputs (tokens, in).
+
+        Products of bfloat16 are exact in float32, in which they are summed.
+        """
         self.tokens += len(x)
         if self.absmax is not None and len(x):
-            torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
-        start = 0
+            torch.maximum(self.absmax, x.abs().amax(0).float(), out=self.absmax)
+        library = native.library()
+        fits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if self.panels and fits and library is not None and library.has_bf16:
+            library.gram(x, self.panels)
+            return
+        x, start = x.float(), 0
         for panel in self.panels or []:  # below the diagonal only: it is symmetric
             panel.addmm_(x[:, start:].t(), x[:, start : start + panel.shape[1]])
             start += panel.shape[1]
@@ -350,7 +359,7 @@ def _hooks(block: nn.Module, stats: dict[str, InputStats], stop: bool) -> Iterat
 
     def watch(path: str, stat: InputStats) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stat.add(args[0].reshape(-1, args[0].shape[-1]).float())
+            stat.add(args[0].reshape(-1, args[0].shape[-1]))
             pending.discard(path)
             if stop and not pending and not experts:  # an expert may be called again, or later
                 pending.update(needed)

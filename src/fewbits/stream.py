@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.attention import use_grouped_attention
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import InputError
 from fewbits.linear import split_experts
@@ -236,6 +237,7 @@ class Stream:
         names = [name for name, target in self.located.items() if target.parameter not in absent]
         tensors = {name: self.checkpoint.read(name) for name in names}
         model = build(self.network, tensors, absent, torch.float32, self.checkpoint.folder)
+        use_grouped_attention(model)
         return model.eval()
 
     def _reach(self, ids: Tensor) -> Tensor:

@@ -28,11 +28,15 @@ def found(monkeypatch) -> native.Library:
 
 def test_the_structures_and_the_numbers_are_those_of_the_header():
     c_names = {"int64_t": "c_long", "int32_t": "c_int", "float": "c_float", "*": "c_void_p"}
-    for name, mirror in (("weight", native.Weight), ("columns", native.Columns)):
+    mirrors = {"weight": native.Weight, "columns": native.Columns, "attention": native.Attention}
+    for name, mirror in mirrors.items():
         struct = re.search(rf"typedef struct \{{([^}}]*)\}} fewbits_{name};", HEADER)
         assert struct
-        fields = re.findall(r"^  (?:const )?(\w+) (\*?)(\w+);", struct[1], re.MULTILINE)
-        expected = [(name.removesuffix("_"), c_names[star or kind]) for kind, star, name in fields]
+        fields = re.findall(r"^  (?:const )?(\w+) (\*?)(\w+)(\[3\])?;", struct[1], re.MULTILINE)
+        expected = [
+            (name, c_names[star or kind] + ("_Array_3" if three else ""))
+            for kind, star, name, three in fields
+        ]
         assert [(name.removesuffix("_"), kind.__name__) for name, kind in mirror._fields_] == expected
     numbers = dict(re.findall(r"FEWBITS_(\w+) = (\d+)", HEADER))
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -45,7 +49,7 @@ def test_the_structures_and_the_numbers_are_those_of_the_header():
 
 def test_every_function_takes_as_many_arguments_as_its_prototype(found):
     prototypes = re.findall(r"FEWBITS_API \w+ (fewbits_\w+)\((.*?)\);", HEADER, re.DOTALL)
-    assert len(prototypes) == 10
+    assert len(prototypes) == 13
     for name, arguments in prototypes:
         if name != "fewbits_interface":  # called before anything else is believed
             count = 0 if arguments == "void" else len(arguments.split(","))

@@ -1,8 +1,6 @@
 // The entry: which instruction set, which thread does what, and all that does not depend on either.
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 
 #include "kernel.h"
 #include "parts.h"
@@ -35,18 +33,6 @@ std::atomic<int> chosen{-1};
 constexpr int64_t FEW_ROWS = 8;        // are rounded by the caller alone
 constexpr int64_t PART = 32 * 1024;    // bytes of codes that are worth a part
 constexpr int64_t SLICE = 256;         // rows of x at a time: their results stay in the cache
-
-struct Freed {
-  void operator()(void *memory) const { std::free(memory); }
-};
-
-template <class T>
-using Array = std::unique_ptr<T[], Freed>;
-
-template <class T>
-Array<T> array(int64_t n) {
-  return Array<T>(static_cast<T *>(std::malloc(n * sizeof(T))));
-}
 
 // Rows of x as integers. With INPUTS_32 there are twice as many: what was rounded off follows.
 class Rounded {

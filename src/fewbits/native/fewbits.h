@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 5
+#define FEWBITS_INTERFACE 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -108,6 +108,37 @@ typedef struct {
 
 // The bits do not depend on threads.
 FEWBITS_API int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel);
+
+// X.T @ X, of X (rows, columns) in bfloat16 with rows `stride` apart, added to its lower panels in float:
+// panel i, (columns - i * width, width), has columns from i * width on of the rows from there on. `width` is a
+// multiple of 64. The bits do not depend on threads. Only where `fewbits_has_bf16` is 1.
+FEWBITS_API int fewbits_has_bf16(void);
+FEWBITS_API int fewbits_gram(const void *x, int64_t rows, int64_t columns, int64_t stride, float *const *panels,
+                             int64_t width, int threads, fewbits_parallel parallel);
+
+// softmax(scaling * Q K.T) V in bfloat16, sums in float. Strides, in values, are those of samples, heads and
+// tokens; a token of a head is in one piece.
+typedef struct {
+  int64_t batch;
+  int64_t heads;
+  int64_t groups;       // heads of keys, each shared by heads / groups neighbours
+  int64_t queries;
+  int64_t keys;
+  int64_t width;        // of queries and keys
+  int64_t value_width;
+  const void *q;        // (batch, heads, queries, width)
+  const void *k;        // (batch, groups, keys, width)
+  const void *v;        // (batch, groups, keys, value_width)
+  int64_t q_strides[3];
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  void *result;         // (batch, queries, heads, value_width)
+  float scaling;
+  int32_t causal;       // a query sees keys up to its own number; there are as many queries as keys
+} fewbits_attention;
+
+// The bits do not depend on threads. Only where `fewbits_has_bf16` is 1.
+FEWBITS_API int fewbits_attend(const fewbits_attention *attention, int threads, fewbits_parallel parallel);
 
 #ifdef __cplusplus
 }

@@ -49,6 +49,28 @@ struct Isa {
                       int64_t end, uint8_t *codes);
 };
 
+constexpr int SQUARE = 64;  // rows and columns of a product of bfloat16
+
+// Keys and values of one head, in blocks of 64 keys; in pairs along what is summed.
+struct Keys {
+  int64_t pairs;           // of a query or a key
+  int64_t strips;          // of 64 of a value
+  const uint32_t *keys;    // (blocks, pairs, 64)
+  const uint32_t *values;  // (blocks, strips, 32, 64)
+};
+
+// What takes instructions for bfloat16; a processor may have them or not, whatever else it has.
+struct Bf16 {
+  // result (64, 64) = the sum over `count` pairs of a (count, 64) times b.
+  void (*gram_tile)(const uint32_t *a, const uint32_t *b, int64_t count, float *result);
+  // Of 64 queries (64, pairs), the first of which is number `first`, to the first `seen` keys, or, causal,
+  // those up to themselves: the sum of values weighted by 2^(factor * score) over the largest, and of weights.
+  void (*attend)(const uint32_t *queries, const Keys &keys, float factor, int64_t first, int64_t seen,
+                 bool causal, float *result, float *sums);
+};
+
+const Bf16 *bf16();
+
 const Isa *portable();
 const Isa *neon();
 const Isa *avx2();

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 5  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 6  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -68,6 +68,29 @@ class Columns(ctypes.Structure):
         ("groups", c_void_p),
         ("range", c_float),
         ("upper", c_int32),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """`fewbits_attention`."""
+
+    _fields_: ClassVar[Any] = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("width", c_int64),
+        ("value_width", c_int64),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("result", c_void_p),
+        ("scaling", c_float),
+        ("causal", c_int32),
     ]
 
 
@@ -156,6 +179,13 @@ class Library:
                 (*(c_void_p,) * 3, c_int64, c_int, c_void_p, c_int, c_void_p),
             ),
             ("round_columns", c_int, (POINTER(Columns), c_int, c_void_p)),
+            ("has_bf16", c_int, ()),
+            (
+                "gram",
+                c_int,
+                (c_void_p, c_int64, c_int64, c_int64, POINTER(c_void_p), c_int64, c_int, c_void_p),
+            ),
+            ("attend", c_int, (POINTER(Attention), c_int, c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -293,6 +323,77 @@ class Library:
         threads = torch.get_num_threads() if threads is None else threads
         error = self._c.fewbits_round_columns(ctypes.byref(given), threads, self._parallel)
         _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether `gram` and `attend` can be called: the processor has products of bfloat16."""
+        return bool(self._c.fewbits_has_bf16())
+
+    def gram(self, x: Tensor, panels: list[Tensor], threads: int | None = None) -> None:
+        """Add `x.T @ x` to its lower panels.
+
+        Args:
+            x: (rows, columns) bfloat16; its rows may lie apart.
+            panels: float32; each has so many columns, a multiple of 64 but for the last, of the rows
+                from its first column on.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        rows, columns = x.shape
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            raise ValueError(f"x is {x.dtype} on {x.device}; torch.bfloat16 on the CPU would be read")
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        width = panels[0].shape[1]
+        for i, panel in enumerate(panels):
+            left = columns - i * width
+            _check(f"panel {i}", panel, torch.float32, left * min(width, left))
+        if len(panels) != -(-columns // width):
+            raise ValueError(f"{len(panels)} panels of {width} are not those of {columns} columns")
+        unit = width if len(panels) > 1 else padded(width, 64)
+        places = (c_void_p * len(panels))(*(panel.data_ptr() for panel in panels))
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_gram(
+            x.data_ptr(), rows, columns, x.stride(0), places, unit, threads, self._parallel
+        )
+        _raise(error, f"{rows} x {columns} inputs of {x.dtype}, panels of {width}")
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        causal: bool,
+        threads: int | None = None,
+    ) -> Tensor:
+        """softmax(scaling * Q K.T) V: (batch, queries, heads, width of values), bfloat16.
+
+        Args:
+            query: (batch, heads, queries, width) bfloat16.
+            key, value: (batch, groups, keys, width): each is shared by heads / groups neighbours.
+            scaling: of scores.
+            causal: a query sees keys up to its own number; there are as many queries as keys.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        parts = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
+        for t in parts:
+            if t.dtype != torch.bfloat16 or t.device.type != "cpu" or t.ndim != 4:
+                raise ValueError(f"{tuple(t.shape)} {t.dtype} on {t.device} is no bfloat16 on the CPU")
+        batch, heads, queries, width = query.shape
+        _, groups, keys, value_width = value.shape
+        if key.shape != (batch, groups, keys, width) or len(value) != batch:
+            shapes = [tuple(t.shape) for t in parts]
+            raise ValueError(f"queries, keys and values do not fit: {shapes}")
+        result = torch.empty(batch, queries, heads, value_width, dtype=torch.bfloat16)
+        strides = ((c_int64 * 3)(*t.stride()[:3]) for t in parts)
+        given = Attention(
+            batch, heads, groups, queries, keys, width, value_width, *(t.data_ptr() for t in parts),
+            *strides, result.data_ptr(), scaling, causal,
+        )  # fmt: skip
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_attend(ctypes.byref(given), threads, self._parallel)
+        _raise(error, f"{queries} queries of {heads} heads to {keys} keys of {groups}")
+        return result
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""

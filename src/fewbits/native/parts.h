@@ -1,6 +1,8 @@
-// Work that several threads share.
+// Work that several threads share, and memory for it.
 #pragma once
 #include <atomic>
+#include <cstdlib>
+#include <memory>
 
 #include "kernel.h"
 
@@ -42,6 +44,19 @@ static void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel
     for (int64_t begin, end; shared.parts.take(begin, end);) shared.work(begin, end);
   };
   (parallel ? parallel : own_threads)(take_all, &job, unsigned(threads), 0);
+}
+
+struct Freed {
+  void operator()(void *memory) const { std::free(memory); }
+};
+
+template <class T>
+using Array = std::unique_ptr<T[], Freed>;
+
+// At the beginning of a line of the cache: no vector lies in two.
+template <class T>
+static Array<T> array(int64_t n) {
+  return Array<T>(static_cast<T *>(std::aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64)));
 }
 
 }  // namespace fewbits
