@@ -11,7 +11,7 @@ and the outcome judged, by the output of the whole block; the paper's clipping i
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -191,7 +191,9 @@ class _Trial:
         for pair, s in zip(self.pairs, scales, strict=True):
             importance = (self.means.of(pair.readers) / s).square()
             for reader in self._rounded(pair):
-                module, scheme = self.block.get_submodule(reader), self.schemes[reader]
+                module = self.block.get_submodule(reader)
+                # Chains of a trellis take long to be found, and lose where plain codes do.
+                scheme = replace(self.schemes[reader], trellis=False)
                 weight = float_weight(module) * s
                 scale, zero_point = search_qparams(weight, scheme, importance, self.dtype)
                 codes = quantize(weight, scale, zero_point, scheme)
