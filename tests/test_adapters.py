@@ -74,8 +74,8 @@ def test_an_adapter_is_trained_saved_and_loaded(folder, tmp_path):
         assert torch.equal(again.eval()(ids).logits, logits)
         with model.disable_adapter():
             plain = model(ids).logits
-    assert not torch.equal(plain, logits)
-    assert torch.equal(plain, fewbits.load(folder)(ids).logits)
+        assert not torch.equal(plain, logits)
+        assert torch.equal(plain, fewbits.load(folder)(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])

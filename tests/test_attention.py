@@ -32,7 +32,10 @@ def exact(query, key, value, mask, scaling):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [1, 3, 6])
 @pytest.mark.parametrize("kind", ["none", "bool", "heads", "added"])
-def test_it_is_attention(dtype, groups, kind):
+@pytest.mark.parametrize("native", [True, False])
+def test_it_is_attention(dtype, groups, kind, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fewbits.attention.native.library", lambda: None)
     query, key = torch.randn(2, 6, 3, 16).to(dtype), torch.randn(2, groups, 20, 16).to(dtype)
     value = torch.randn(2, groups, 20, 8).to(dtype)
     mask = None

@@ -19,7 +19,7 @@ from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
 from fewbits.gguf_file import GgufCheckpoint, open_gguf
-from fewbits.linear import QuantizedEmbedding, QuantizedLinear, replace_experts
+from fewbits.linear import FloatLinear, QuantizedEmbedding, QuantizedLinear, replace_experts
 from fewbits.memory import hand_back_memory
 from fewbits.structure import (
     Matrix,
@@ -169,6 +169,11 @@ def _load(
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
     use_grouped_attention(loaded)
+    if weights and loaded.device.type == "cpu":
+        from fewbits.cache import use_growing_cache
+
+        use_growing_cache(loaded)
+        stream_floats(loaded)
     return loaded.eval()
 
 
@@ -372,6 +377,13 @@ def put(
     else:
         bias = owner.bias.data if isinstance(owner.bias, Tensor) else None
         model.set_submodule(module, QuantizedLinear(pieces[0], bias, dtype, device, int8_inputs))
+
+
+def stream_floats(model: nn.Module) -> None:
+    """Let what stayed in float multiply few rows as fast as memory is read: the head, above all."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            model.set_submodule(name, FloatLinear.around(module))
 
 
 # -- the rest of the model, by transformers -------------------------------------------------------

@@ -12,7 +12,7 @@ from fewbits.errors import InputError
 from fewbits.kernels import Native, NativeInt8, choose_kernel
 from fewbits.linear import QuantizedLinear
 from fewbits.native import library, why_absent
-from fewbits.native.library import ISAS
+from fewbits.native.library import INPUTS_8, INPUTS_16, INPUTS_32, ISAS
 from fewbits.scheme import QuantScheme
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -151,6 +151,80 @@ def test_how_many_threads_work_does_not_change_a_bit():
             assert all(torch.equal(y, results[0]) for y in results)
     finally:
         torch.set_num_threads(before)
+
+
+def on_every_isa(call):
+    """What each instruction set, and the portable code, gives, in one thread and in three."""
+    results = []
+    for name in ISAS:
+        if library().use(name):
+            results += [call(threads) for threads in (1, 3)]
+    library().use(None)
+    assert len(results) > 2
+    return results
+
+
+@pytest.mark.parametrize("inputs", [INPUTS_16, INPUTS_8, INPUTS_32])
+def test_several_weights_give_the_bits_of_each_alone(inputs):
+    labels = ("w4-g32", "w8-channel-asym", "w3-g64", "w4-g32-asym-k")
+    shapes = ((300, 768), (33, 768), (1, 768), (64, 768))
+    weights = [
+        Native(random_weight(QuantScheme.parse(label), shape), BF16, CPU)._weight
+        for label, shape in zip(labels, shapes, strict=True)
+    ]
+    biases = [torch.randn(300).bfloat16(), None, None, torch.randn(64).bfloat16()]
+    for rows in (1, 5, 20):
+        x = torch.randn(rows, 768).bfloat16()
+        alone = [library().linear(w, x, b, inputs) for w, b in zip(weights, biases, strict=True)]
+        for found in on_every_isa(lambda n, x=x: library().linears(weights, x, biases, inputs, n)):
+            assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_weights_of_other_columns_are_not_multiplied_together():
+    kernels = [Native(random_weight(QuantScheme(4), (8, n)), BF16, CPU) for n in (64, 96)]
+    assert not kernels[0].goes_with(kernels[1])
+    with pytest.raises(ValueError, match="64 columns"):
+        library().linears([k._weight for k in kernels], torch.ones(1, 64).bfloat16(), [None, None])
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+def test_a_float_weight_is_summed_in_float32_and_rounded_once(columns):
+    weight, bias = torch.randn(300, columns).bfloat16(), torch.randn(300).bfloat16()
+    for rows in (1, 2, 3, 7):
+        x = torch.randn(rows, 2 * columns).bfloat16()[:, columns:]
+        exact = x.double() @ weight.double().T + bias.double()
+        sizes = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        results = on_every_isa(lambda n, x=x: library().float_linear(weight, x, bias, n))
+        assert all(torch.equal(y, results[0]) for y in results)
+        before = (columns / 16 + 10) * 2**-24 * sizes  # a product, and sums in 16 lanes of 4 vectors
+        assert ((results[0].double() - exact).abs() <= before + 2**-8 * (exact.abs() + before)).all()
+    x = torch.randn(2, columns).bfloat16()
+    x[0, -1] = torch.nan
+    y = library().float_linear(weight, x, None)
+    assert y[0].isnan().all()
+    assert torch.equal(y[1:], library().float_linear(weight, x[1:], None))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("keys", [1, 255, 256, 513])
+def test_attention_is_the_same_bits_on_every_processor_and_for_any_threads(dtype, keys):
+    for heads, groups, queries, width, values in (
+        (8, 2, 1, 64, 64),
+        (6, 6, 3, 20, 72),
+        (5, 1, 1, 80, 7),
+    ):
+        query = torch.randn(2, queries, heads, width).to(dtype).transpose(1, 2)
+        key = torch.randn(2, groups, keys + 3, width).to(dtype)[:, :, :keys]
+        value = torch.randn(2, groups, keys, values).to(dtype)
+        mask = (torch.rand(2, 1, queries, keys) < 0.5).expand(2, heads, queries, keys)
+        for seen in (None, mask):
+            given = (query, key, value, seen, 0.3)
+            results = on_every_isa(lambda n, given=given: library().attend_few(*given, n))
+            assert all(torch.equal(y, results[0]) for y in results)
+        key[1, 0, keys // 2] = torch.nan
+        spoiled = library().attend_few(query, key, value, None, 0.3)
+        assert spoiled[1, :, : heads // groups].isnan().all()
+        assert not spoiled[0].isnan().any()
 
 
 @pytest.mark.parametrize("label", ["w4-g32-asym", "w8-channel"])

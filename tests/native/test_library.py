@@ -28,7 +28,12 @@ def found(monkeypatch) -> native.Library:
 
 def test_the_structures_and_the_numbers_are_those_of_the_header():
     c_names = {"int64_t": "c_long", "int32_t": "c_int", "float": "c_float", "*": "c_void_p"}
-    mirrors = {"weight": native.Weight, "columns": native.Columns, "attention": native.Attention}
+    mirrors = {
+        "weight": native.Weight,
+        "columns": native.Columns,
+        "attention": native.Attention,
+        "few": native.Few,
+    }
     for name, mirror in mirrors.items():
         struct = re.search(rf"typedef struct \{{([^}}]*)\}} fewbits_{name};", HEADER)
         assert struct
@@ -49,7 +54,7 @@ def test_the_structures_and_the_numbers_are_those_of_the_header():
 
 def test_every_function_takes_as_many_arguments_as_its_prototype(found):
     prototypes = re.findall(r"FEWBITS_API \w+ (fewbits_\w+)\((.*?)\);", HEADER, re.DOTALL)
-    assert len(prototypes) == 13
+    assert len(prototypes) == 16
     for name, arguments in prototypes:
         if name != "fewbits_interface":  # called before anything else is believed
             count = 0 if arguments == "void" else len(arguments.split(","))

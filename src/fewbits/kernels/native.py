@@ -6,6 +6,7 @@ the same bits on every processor, for any number of rows and threads. With `Nati
 are divided by their own absmax / 127 and rounded, as llama.cpp does with its own formats: half the work.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,24 @@ class Native(Kernel):
             y = self._library.linear(self._weight, rows, fused, self.inputs)
         y = y.view(*x.shape[:-1], self.shape[0])
         return y if bias is None or fused is not None else y + bias
+
+    def goes_with(self, other: Kernel) -> bool:
+        """Whether both take x rounded alike, in as many columns."""
+        return (
+            isinstance(other, Native)
+            and (self.inputs, self._weight.in_, self._weight.columns)
+            == (other.inputs, other._weight.in_, other._weight.columns)
+            and all(each.zero_type in (MIDDLE, ZERO_POINT, OFFSET) for each in (self, other))
+        )
+
+    def together(
+        self, others: Sequence[Kernel], x: Tensor, biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """One call of `fewbits_linears`."""
+        weights = [each._weight for each in (self, *others) if isinstance(each, Native)]
+        shape = x.shape
+        found = self._library.linears(weights, x.reshape(-1, shape[-1]), biases, self.inputs)
+        return [y.view(*shape[:-1], y.shape[1]) for y in found]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""

@@ -51,10 +51,10 @@ class Rounded {
 
   bool made() const { return scales_ && totals_ && (x8_ || x16_); }
 
-  Inputs all(int64_t rows) const {
-    const bool table = w_.zero_type == FEWBITS_TABLE;
+  Inputs of(const fewbits_weight &w, int64_t rows) const {
+    const bool table = w.zero_type == FEWBITS_TABLE;
     return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(),
-            table ? 0 : 1 << (w_.bits - 1), table ? table_ : nullptr};
+            table ? 0 : 1 << (w.bits - 1), table ? table_ : nullptr};
   }
 
   // One row of `rows` (or of twice as many); `line` has w.columns floats, which may be changed.
@@ -128,41 +128,59 @@ extern "C" int fewbits_use(int which) {
 extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64_t rows, int64_t stride,
                               int type, const void *bias, void *y, int inputs, int threads,
                               fewbits_parallel parallel) {
-  const fewbits_weight &w = *weight;
-  if (!right(w, inputs, type) || rows < 0) return 1;
+  return fewbits_linears(1, &weight, x, rows, stride, type, &bias, &y, inputs, threads, parallel);
+}
+
+extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, const void *x, int64_t rows,
+                               int64_t stride, int type, const void *const *bias, void *const *y, int inputs,
+                               int threads, fewbits_parallel parallel) {
+  if (count < 1 || rows < 0) return 1;
+  const fewbits_weight &first = *weights[0];
+  int64_t all_blocks = 0, bytes = 0;
+  for (int i = 0; i < count; i++) {
+    const fewbits_weight &w = *weights[i];
+    if (!right(w, inputs, type)) return 1;
+    if (count > 1 && (w.in != first.in || w.columns != first.columns || w.zero_type == FEWBITS_TABLE)) return 1;
+    all_blocks += (w.out + ROWS - 1) / ROWS;
+    bytes += w.columns / CHUNK * chunk_bytes(w.bits);
+  }
   const Isa &isa = *isa_of(fewbits_isa());
-  const int64_t blocks = (w.out + ROWS - 1) / ROWS;
-  const int64_t least = 1 + PART / (w.columns / CHUNK * chunk_bytes(w.bits) + 1);
+  const int64_t least = 1 + PART * count / (bytes + count);
   const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
   const int64_t slice = rows < SLICE / parts ? rows : SLICE / parts;
-  const Rounded rounded(w, isa, inputs, slice * parts);
+  const Rounded rounded(first, isa, inputs, slice * parts);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
-  for (int64_t first = 0; first < rows; first += slice) {
-    const int64_t count = rows - first < slice ? rows - first : slice;
-    in_parts(count, FEW_ROWS, threads, parallel, [&](int64_t begin, int64_t end) {
-      const auto line = array<float>(w.columns);
+  for (int64_t begun = 0; begun < rows; begun += slice) {
+    const int64_t some = rows - begun < slice ? rows - begun : slice;
+    in_parts(some, FEW_ROWS, threads, parallel, [&](int64_t begin, int64_t end) {
+      const auto line = array<float>(first.columns);
       if (!line) return failed.store(true);
       for (int64_t row = begin; row < end; row++) {
-        const int64_t from = (first + row) * stride;
-        for (int64_t i = 0; i < w.in; i++) line[i] = load(x, type, from + i);
-        std::memset(line.get() + w.in, 0, (w.columns - w.in) * sizeof(float));
-        rounded.round(line.get(), row, count);
+        const int64_t from = (begun + row) * stride;
+        for (int64_t i = 0; i < first.in; i++) line[i] = load(x, type, from + i);
+        std::memset(line.get() + first.in, 0, (first.columns - first.in) * sizeof(float));
+        rounded.round(line.get(), row, some);
       }
     });
     if (failed) return 2;
-    const Inputs in = rounded.all(count * parts);
-    in_parts(blocks, least, threads, parallel, [&](int64_t begin, int64_t end) {
+    in_parts(all_blocks, least, threads, parallel, [&](int64_t begin, int64_t end) {
       alignas(64) float result[SLICE * ROWS];
-      for (int64_t block = begin; block < end; block++) {
+      int which = 0;
+      int64_t before = 0;  // blocks of the weights before
+      for (int64_t at = begin; at < end; at++) {
+        for (int64_t own; at - before >= (own = (weights[which]->out + ROWS - 1) / ROWS); which++) before += own;
+        const fewbits_weight &w = *weights[which];
+        const Inputs in = rounded.of(w, some * parts);
+        const int64_t block = at - before;
         (inputs == FEWBITS_INPUTS_8 ? isa.product8 : isa.product16)(w, block, in, result);
         const int64_t from = block * ROWS, filled = w.out - from < ROWS ? w.out - from : ROWS;
-        for (int64_t row = 0; row < count; row++)
+        for (int64_t row = 0; row < some; row++)
           for (int64_t i = 0; i < filled; i++) {
             float sum = result[row * ROWS + i];
-            if (parts == 2) sum += result[(count + row) * ROWS + i];
-            if (bias) sum += load(bias, type, from + i);
-            store(sum, type, y, (first + row) * w.out + from + i);
+            if (parts == 2) sum += result[(some + row) * ROWS + i];
+            if (bias[which]) sum += load(bias[which], type, from + i);
+            store(sum, type, y[which], (begun + row) * w.out + from + i);
           }
       }
     });

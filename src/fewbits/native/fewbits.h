@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 6
+#define FEWBITS_INTERFACE 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -80,6 +80,43 @@ FEWBITS_API int fewbits_unpack(const fewbits_weight *w, int type, void *result);
 FEWBITS_API int fewbits_linear(const fewbits_weight *w, const void *x, int64_t rows, int64_t stride,
                                int type, const void *bias, void *y, int inputs, int threads,
                                fewbits_parallel parallel);
+
+// `count` such products of one x, in which it is rounded once and threads are woken once: the same bits as
+// alone. Weights must have the same `in` and `columns`, and no table.
+FEWBITS_API int fewbits_linears(int count, const fewbits_weight *const *w, const void *x, int64_t rows,
+                                int64_t stride, int type, const void *const *bias, void *const *y, int inputs,
+                                int threads, fewbits_parallel parallel);
+
+// The same with a weight (out, in) in `type`, which is FEWBITS_BF16: few rows as fast as it can be read, summed
+// in float32.
+FEWBITS_API int fewbits_float_linear(const void *weight, int64_t out, int64_t in, const void *x, int64_t rows,
+                                     int64_t stride, int type, const void *bias, void *y, int threads,
+                                     fewbits_parallel parallel);
+
+// softmax(scaling * Q K.T) V of few queries, in float32, rounded once. Strides are in numbers, of all dimensions
+// but the last, which lies together.
+typedef struct {
+  int64_t batch;
+  int64_t heads;
+  int64_t groups;      // heads / groups neighbours share keys and values
+  int64_t queries;
+  int64_t keys;
+  int64_t width;
+  int64_t value_width;
+  const void *q;        // (batch, heads, queries, width)
+  const void *k;        // (batch, groups, keys, width)
+  const void *v;        // (batch, groups, keys, value_width)
+  const uint8_t *mask;  // (batch, heads, queries, keys): 1 where a query sees a key; NULL: it sees all
+  int64_t q_strides[3];
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  int64_t mask_strides[3];
+  void *result;         // (batch, queries, heads, value_width) in one piece; zeros where no key is seen
+  float scaling;
+  int32_t type;         // FEWBITS_BF16 or FEWBITS_F32
+} fewbits_few;
+
+FEWBITS_API int fewbits_attend_few(const fewbits_few *few, int threads, fewbits_parallel parallel);
 
 // Codes (chains, 32) of the closed chains of a trellis whose squared errors against x (chains, 32) are least;
 // 2, 3 or 4 bits. scale (chains, 32) is what entries of the table (256,) are multiplied by. See trellis.py.

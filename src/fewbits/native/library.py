@@ -7,6 +7,7 @@ missing where fewbits was installed without a C++ compiler. `FEWBITS_NATIVE=0` t
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 6  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 7  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
@@ -91,6 +92,31 @@ class Attention(ctypes.Structure):
         ("result", c_void_p),
         ("scaling", c_float),
         ("causal", c_int32),
+    ]
+
+
+class Few(ctypes.Structure):
+    """`fewbits_few`."""
+
+    _fields_: ClassVar[Any] = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("width", c_int64),
+        ("value_width", c_int64),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("mask", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("mask_strides", c_int64 * 3),
+        ("result", c_void_p),
+        ("scaling", c_float),
+        ("type", c_int32),
     ]
 
 
@@ -186,6 +212,23 @@ class Library:
                 (c_void_p, c_int64, c_int64, c_int64, POINTER(c_void_p), c_int64, c_int, c_void_p),
             ),
             ("attend", c_int, (POINTER(Attention), c_int, c_void_p)),
+            (
+                "linears",
+                c_int,
+                (
+                    *(c_int, c_void_p, c_void_p, c_int64, c_int64, c_int),
+                    *(c_void_p, c_void_p, c_int, c_int, c_void_p),
+                ),
+            ),
+            (
+                "float_linear",
+                c_int,
+                (
+                    *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),
+                    *(c_void_p, c_void_p, c_int, c_void_p),
+                ),
+            ),
+            ("attend_few", c_int, (POINTER(Few), c_int, c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -393,6 +436,123 @@ class Library:
         threads = torch.get_num_threads() if threads is None else threads
         error = self._c.fewbits_attend(ctypes.byref(given), threads, self._parallel)
         _raise(error, f"{queries} queries of {heads} heads to {keys} keys of {groups}")
+        return result
+
+    def linears(
+        self,
+        weights: Sequence[Weight],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        inputs: int = INPUTS_16,
+        threads: int | None = None,
+    ) -> list[Tensor]:
+        """As many products of one x as `linear` gives, the same bits, in one call.
+
+        Args:
+            weights: of as many columns, padded alike; without a table.
+            x: see `linear`.
+            biases: one for each weight.
+            inputs, threads: see `linear`.
+        """
+        rows, columns = x.shape
+        count = len(weights)
+        for weight, bias in zip(weights, biases, strict=True):
+            if columns != weight.in_ or x.dtype not in TYPES or x.device.type != "cpu":
+                raise ValueError(
+                    f"x is {columns} columns of {x.dtype} on {x.device}; W has {weight.in_}"
+                )
+            if bias is not None:
+                _check("bias", bias, x.dtype, weight.out)
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        ys = [torch.empty(rows, weight.out, dtype=x.dtype) for weight in weights]
+        pointers = c_void_p * count
+        error = self._c.fewbits_linears(
+            count,
+            pointers(*map(ctypes.addressof, weights)),
+            x.data_ptr(),
+            rows,
+            x.stride(0),
+            TYPES[x.dtype],
+            pointers(*(None if bias is None else bias.data_ptr() for bias in biases)),
+            pointers(*(y.data_ptr() for y in ys)),
+            inputs,
+            torch.get_num_threads() if threads is None else threads,
+            self._parallel,
+        )
+        _raise(error, f"{rows} rows of {x.dtype} times {count} weights of {columns} columns")
+        return ys
+
+    def float_linear(
+        self, weight: Tensor, x: Tensor, bias: Tensor | None = None, threads: int | None = None
+    ) -> Tensor:
+        """`x @ W.T + bias`, (rows, in) -> (rows, out), summed in float32 and rounded once; for few rows.
+
+        Args:
+            weight: (out, in), in bfloat16.
+            x, bias, threads: see `linear`; in bfloat16.
+        """
+        rows, columns = x.shape
+        out = weight.shape[0]
+        _check("weight", weight, torch.bfloat16, out * columns)
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            raise ValueError(f"x is {x.dtype} on {x.device}; bfloat16 on the CPU would be read")
+        if bias is not None:
+            _check("bias", bias, x.dtype, out)
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        y = torch.empty(rows, out, dtype=x.dtype)
+        error = self._c.fewbits_float_linear(
+            weight.data_ptr(),
+            out,
+            columns,
+            x.data_ptr(),
+            rows,
+            x.stride(0),
+            TYPES[x.dtype],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads() if threads is None else threads,
+            self._parallel,
+        )
+        _raise(error, f"{rows} rows of {x.dtype} times {out} x {columns} floats")
+        return y
+
+    def attend_few(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        threads: int | None = None,
+    ) -> Tensor:
+        """softmax(scaling * Q K.T) V in float32, rounded once; for few queries.
+
+        Args:
+            query: (batch, heads, queries, width), in bfloat16 or float32.
+            key, value: (batch, groups, keys, width), in the same dtype; each is shared by heads / groups
+                neighbours. Their last dimension lies together.
+            mask: (batch, heads, queries, keys), bool, True where a query sees a key; or None.
+            scaling: of scores.
+            threads: as many as torch uses, if None.
+
+        Returns:
+            (batch, queries, heads, width of values). A query that sees no key gets zeros.
+        """
+        batch, heads, queries, width = query.shape
+        groups, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
+        result = torch.empty(batch, queries, heads, value_width, dtype=query.dtype)
+        parts = (query, key, value)
+        strides = [(c_int64 * 3)(*t.stride()[:3]) for t in parts]
+        seen = (None, (0, 0, 0)) if mask is None else (mask.data_ptr(), mask.stride()[:3])
+        described = Few(
+            batch, heads, groups, queries, keys, width, value_width, *(t.data_ptr() for t in parts),
+            seen[0], *strides, (c_int64 * 3)(*seen[1]), result.data_ptr(), scaling, TYPES[query.dtype],
+        )  # fmt: skip
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_attend_few(ctypes.byref(described), threads, self._parallel)
+        _raise(error, f"attention of {queries} queries of {query.dtype} to {keys} keys")
         return result
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
