@@ -1,5 +1,6 @@
 """A whole model, token by token: ours against transformers' bfloat16, and against llama.cpp on the same
-weights in its own file.
+weights in its own file: it reads the very GGUF file that ours does, so its head and its embedding are in
+bfloat16 too, and both read as many bytes for a token.
 
 The model is random, in the shape of 1B models. Runs alternate, each in a process of its own; asserted
 are medians of ratios. Nothing else may run on the machine. llama.cpp is asked in an environment that has
