@@ -30,6 +30,7 @@ from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
 from fewbits.tensor import Levels, Note, Outliers, QuantizedTensor
 from fewbits.transforms import Transform
+from fewbits.trellis import CHAIN, table
 from fewbits.wiring import Wiring, find_wiring
 from oracles import half_step
 
@@ -64,7 +65,7 @@ def random_weight(
         return _random_two_level(codes, small=scales is not None)
     scale = torch.rand(grid) + 0.5 if scales is None else scales[torch.randint(len(scales), grid)]
     if scheme.symmetric:
-        zero_point = torch.full(grid, 2 ** (scheme.bits - 1), dtype=torch.uint8)
+        zero_point = torch.full(grid, scheme.middle, dtype=torch.uint8)
     else:
         zero_point = torch.randint(0, 2**scheme.bits, grid, dtype=torch.uint8)
     return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme)
@@ -429,6 +430,11 @@ def _mixtures() -> list[dict[str, Placement]]:
 
 KERNEL_SHAPES = ((7, 172), (33, 96), (1, 32), (130, 1024))  # ragged in rows, in columns, in both
 KERNEL_SCHEMES = (*schemes("tensor", "channel", 4, 32, 96, 256, 512), TWO_LEVEL)
+TRELLIS_SHAPES = ((32, 172), (96, 96), (64, 1024))
+TRELLIS_SCHEMES = tuple(
+    QuantScheme.parse(f"w{bits}-{shared}-trellis")
+    for bits, shared in product((2, 3, 4), ("channel", "g4", "g32", "g96", "g256"))
+)
 BATCHES = ((1,), (2,), (5,), (33,), (2, 3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -496,8 +502,18 @@ def _check_exact_product(
 
 def weights(weight: QuantizedTensor) -> Tensor:
     """`oracles.dequantized`, for the larger shapes of the kernels."""
-    codes = weight.codes.double() - _spread(weight.zero_point, weight)
-    return _spread(weight.scale, weight) * codes - _offset(weight)
+    levels = _levels(weight) - _spread(weight.zero_point, weight)
+    return _spread(weight.scale, weight) * levels - _offset(weight)
+
+
+def _levels(weight: QuantizedTensor) -> Tensor:
+    """Codes, or what a trellis has for them, from the definition."""
+    codes, bits = weight.codes.long(), weight.scheme.bits
+    if not weight.scheme.trellis:
+        return codes.double()
+    chains = codes.view(-1, CHAIN, codes.shape[1])
+    window = sum(chains.roll(back, 1) << back * bits for back in range(4)) & 255
+    return table(bits)[window].view(codes.shape).double()
 
 
 def _offset(weight: QuantizedTensor) -> Tensor:
@@ -526,7 +542,7 @@ def product_and_bound(
     dtype, columns = x.dtype, weight.shape[1]
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     scale, point = _spread(weight.scale, weight), _spread(weight.zero_point, weight)
-    codes, middle, w = weight.codes.double(), weight.scheme.middle, weights(weight)
+    codes, middle, w = _levels(weight), weight.scheme.middle, weights(weight)
     exact, size = x.double() @ w.t(), x.double().abs()
     # `terms` are the magnitudes that are summed, `operands` how far rounding moves each weight.
     zero = scale * (middle - point) - _offset(weight)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from checks import check_kernel, random_weight
+from checks import TRELLIS_SCHEMES, TRELLIS_SHAPES, check_kernel, random_weight
 from fewbits.errors import InputError
 from fewbits.kernels import Native, NativeInt8, choose_kernel
 from fewbits.linear import QuantizedLinear
@@ -32,6 +32,11 @@ def test_every_instruction_set_passes_the_suite(isa, kernel_class):
     check_kernel(kernel_class)
 
 
+@pytest.mark.parametrize("kernel_class", [Native, NativeInt8])
+def test_every_instruction_set_passes_the_suite_with_a_trellis(isa, kernel_class):
+    check_kernel(kernel_class, tried=TRELLIS_SCHEMES, shapes=TRELLIS_SHAPES)
+
+
 def test_the_portable_code_passes_the_suite(monkeypatch):
     library().use("portable")
     try:
@@ -40,6 +45,7 @@ def test_the_portable_code_passes_the_suite(monkeypatch):
         monkeypatch.setattr(type(library()), "isa", "avx2")  # the code that runs stays the portable one
         for kernel_class in (Native, NativeInt8):
             check_kernel(kernel_class)
+            check_kernel(kernel_class, tried=TRELLIS_SCHEMES, shapes=TRELLIS_SHAPES)
     finally:
         library().use(None)
 
@@ -57,9 +63,15 @@ def test_what_is_not_finite_stays_in_its_row(isa, kernel_class, rows, value):
     assert torch.equal(y[1:], expected[1:])
 
 
-@pytest.mark.parametrize("scheme", ["w2-g32-asym", "w3-g64", "w4-channel-asym", "w8-tensor"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w2-g32-asym", "w3-g64", "w4-channel-asym", "w8-tensor",
+        "w2-g64-trellis", "w3-channel-trellis", "w4-g32-trellis",
+    ],
+)  # fmt: skip
 def test_the_weight_comes_back(scheme):
-    weight = random_weight(QuantScheme.parse(scheme), (45, 192))
+    weight = random_weight(QuantScheme.parse(scheme), (64 if scheme.endswith("trellis") else 45, 192))
     kernel = Native(weight, BF16, CPU)
     codes, scale, zero_point = kernel.numbers()
     assert torch.equal(codes, weight.codes)
@@ -68,6 +80,8 @@ def test_the_weight_comes_back(scheme):
     assert torch.equal(zero_point, per_row.zero_point)
     for dtype in (torch.float32, BF16, torch.float16):
         assert torch.equal(kernel.weight(dtype), weight.dequantize(dtype))
+        which = torch.tensor([3, 0, 33, 31, 3])
+        assert torch.equal(kernel.rows(which, dtype), weight.dequantize(dtype)[which])
 
 
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "half", "to"])
@@ -96,10 +110,14 @@ def test_a_bias_is_added_before_rounding():
 
 
 @pytest.mark.parametrize(
-    "label", ["w2-g32-asym", "w3-g64", "w4-g96", "w4-g32-asym-k", "w8-channel-asym"]
-)
+    "label",
+    [
+        "w2-g32-asym", "w3-g64", "w4-g96", "w4-g32-asym-k", "w8-channel-asym",
+        "w2-g64-trellis", "w3-g96-trellis", "w4-g32-trellis", "w4-channel-trellis",
+    ],
+)  # fmt: skip
 def test_a_product_is_the_same_bits_on_every_processor_and_among_any_rows(label):
-    weight = random_weight(QuantScheme.parse(label), (70, 768))
+    weight = random_weight(QuantScheme.parse(label), (96 if label.endswith("trellis") else 70, 768))
     for kernel_class, dtype in ((Native, BF16), (Native, torch.float32), (NativeInt8, BF16)):
         kernel, x = kernel_class(weight, dtype, CPU), torch.randn(37, 768).to(dtype)
         results = []
@@ -166,8 +184,8 @@ def on_every_isa(call):
 
 @pytest.mark.parametrize("inputs", [INPUTS_16, INPUTS_8, INPUTS_32])
 def test_several_weights_give_the_bits_of_each_alone(inputs):
-    labels = ("w4-g32", "w8-channel-asym", "w3-g64", "w4-g32-asym-k")
-    shapes = ((300, 768), (33, 768), (1, 768), (64, 768))
+    labels = ("w4-g32", "w8-channel-asym", "w3-g64-trellis", "w4-g32-trellis")
+    shapes = ((300, 768), (33, 768), (32, 768), (64, 768))
     weights = [
         Native(random_weight(QuantScheme.parse(label), shape), BF16, CPU)._weight
         for label, shape in zip(labels, shapes, strict=True)
@@ -227,9 +245,9 @@ def test_attention_is_the_same_bits_on_every_processor_and_for_any_threads(dtype
         assert not spoiled[0].isnan().any()
 
 
-@pytest.mark.parametrize("label", ["w4-g32-asym", "w8-channel"])
+@pytest.mark.parametrize("label", ["w4-g32-asym", "w8-channel", "w3-g32-trellis"])
 def test_a_compiled_graph_holds_it_as_one_operation(label):
-    weight, bias = random_weight(QuantScheme.parse(label), (40, 96), BF16), torch.randn(40).bfloat16()
+    weight, bias = random_weight(QuantScheme.parse(label), (64, 96), BF16), torch.randn(64).bfloat16()
     linear = QuantizedLinear(weight, bias)
     assert linear.kernel_name == "native"
     found = []

@@ -60,6 +60,7 @@ struct Case {
   fewbits_weight w{};
   std::vector<uint8_t> codes, packed, scales, zeros;
   std::vector<float> table;
+  std::vector<int8_t> values;  // of a trellis
   std::vector<double> value, size;  // (out, in): the weight, and what its parts add up to at most
 
   Case(int64_t out, int64_t in, int bits, int group, int scale_type, int zero_type) {
@@ -77,16 +78,21 @@ struct Case {
     if (zero_type == FEWBITS_OFFSET) zeros = numbers(count, FEWBITS_F32, -6, 2, false);
     if (zero_type == FEWBITS_TABLE)
       for (int i = 0; i < 16; i++) table.push_back(float(i ? pick(-2047, 2047) : 2047) / 512);  // 11 bits
+    if (zero_type == FEWBITS_TRELLIS)
+      for (int i = 0; i < 256; i++) values.push_back(int8_t(pick(-128, 127)));
+    const void *looked_up = zero_type == FEWBITS_TABLE ? static_cast<const void *>(table.data()) : values.data();
     w = {out, in, columns, bits, group, scale_type, zero_type, packed.data(), scales.data(),
-         zeros.empty() ? nullptr : zeros.data(), table.empty() ? nullptr : table.data()};
+         zeros.empty() ? nullptr : zeros.data(), looked_up};
     for (int64_t row = 0; row < out; row++)
       for (int64_t column = 0; column < in; column++) {
         const int64_t at = (row / 32 * groups + column / group) * 32 + row % 32;
         const int code = codes[row * in + column], level = code - (1 << (bits - 1));
         const double scale = number(scales.data(), scale_type, at);
         double steps = zero_type == FEWBITS_TABLE ? table[code] : level, less = 0;
+        if (zero_type == FEWBITS_TRELLIS) steps = values[window(row, column)];
         // A product may be summed of codes from 0, of their middle, and of high and low halves of 8 bits.
         double parts = zero_type == FEWBITS_TABLE ? std::fabs(steps) : code + (1 << (bits - 1)) + (bits == 8 ? 16 : 0);
+        if (zero_type == FEWBITS_TRELLIS) parts = 256;
         if (zero_type == FEWBITS_ZERO_POINT) {
           steps -= int8_t(zeros[at]);
           parts += std::abs(int8_t(zeros[at]));
@@ -95,6 +101,14 @@ struct Case {
         value.push_back(scale * steps - less);
         size.push_back(scale * parts + std::fabs(less));
       }
+  }
+
+  // The last 8 bits of a column of 32 rows, which is closed.
+  int window(int64_t row, int64_t column) const {
+    int bits = 0;
+    for (int64_t back = 3; back >= 0; back--)
+      bits = bits << w.bits | codes[(row / 32 * 32 + (row + 32 - back) % 32) * w.in + column];
+    return bits & 255;
   }
 };
 
@@ -216,8 +230,13 @@ void check_product(const Case &c, int type, int inputs, int64_t rows, int64_t ap
 
 Case any_case(int64_t out, int64_t in, int inputs) {
   static const int all_bits[4] = {2, 3, 4, 8};
-  const int zero_type = int(pick(0, inputs == FEWBITS_INPUTS_8 ? 2 : 3));
-  const int bits = zero_type == FEWBITS_TABLE ? 4 : all_bits[pick(0, 3)];
+  int zero_type = int(pick(0, 5));
+  if (zero_type == FEWBITS_TABLE && inputs == FEWBITS_INPUTS_8) zero_type = FEWBITS_MIDDLE;
+  if (zero_type >= FEWBITS_TRELLIS) {  // of whole chains
+    zero_type = FEWBITS_TRELLIS;
+    out = (out + 31) / 32 * 32;
+  }
+  const int bits = zero_type == FEWBITS_TABLE ? 4 : all_bits[pick(0, zero_type == FEWBITS_TRELLIS ? 2 : 3)];
   const int group = pick(0, 3) ? 32 << pick(0, 3) : int((in + 31) / 32 * 32);  // or whole rows
   return Case(out, in, bits, group, int(pick(0, 2)), zero_type);
 }
@@ -319,7 +338,9 @@ void check_refusals() {
   with([](auto &w) { w.group = 48; });
   with([](auto &w) { w.out = -1; });
   with([](auto &w) { w.scale_type = 3; });
-  with([](auto &w) { w.zero_type = 4; });
+  with([](auto &w) { w.zero_type = 5; });
+  with([](auto &w) { w.zero_type = FEWBITS_TRELLIS; });
+  with([](auto &w) { w.zero_type = FEWBITS_TRELLIS, w.out = 32, w.bits = 8; });
   linear(c.w, -1, FEWBITS_F32, FEWBITS_INPUTS_16);
   linear(c.w, 1, 3, FEWBITS_INPUTS_16);
   linear(c.w, 1, FEWBITS_F32, 3);
@@ -327,8 +348,8 @@ void check_refusals() {
   for (int bits : {0, 1, 5, 6, 7, 9}) refused += fewbits_pack(nullptr, 1, 32, 32, bits, nullptr) != 0;
   refused += fewbits_pack(nullptr, 1, 33, 32, 4, nullptr) != 0;
   refused += fewbits_use(4) != 0;
-  if (refused != 16 + 3 + 1 + 6 + 1 + 1) {
-    std::printf("of 28 wrong arguments %d were refused\n", refused);
+  if (refused != 20 + 3 + 1 + 6 + 1 + 1) {
+    std::printf("of 32 wrong arguments %d were refused\n", refused);
     std::exit(1);
   }
 }

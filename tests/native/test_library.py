@@ -46,7 +46,7 @@ def test_the_structures_and_the_numbers_are_those_of_the_header():
     numbers = dict(re.findall(r"FEWBITS_(\w+) = (\d+)", HEADER))
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     assert {name: str(native.TYPES[dtype]) for name, dtype in types.items()}.items() <= numbers.items()
-    others = ("MIDDLE", "ZERO_POINT", "OFFSET", "TABLE", "INPUTS_16", "INPUTS_8", "INPUTS_32")
+    others = ("MIDDLE", "ZERO_POINT", "OFFSET", "TABLE", "TRELLIS", "INPUTS_16", "INPUTS_8", "INPUTS_32")
     assert {name: str(getattr(native, name)) for name in others}.items() <= numbers.items()
     assert {isa.upper(): str(i) for i, isa in enumerate(native.ISAS)}.items() <= numbers.items()
     assert f"#define FEWBITS_INTERFACE {native.INTERFACE}\n" in HEADER

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits import trellis
 from fewbits.kernels.reference import Kernel, no_product
 from fewbits.native.library import (
     COLUMNS,
@@ -22,6 +23,7 @@ from fewbits.native.library import (
     MIDDLE,
     OFFSET,
     ROWS,
+    TRELLIS,
     ZERO_POINT,
     Library,
     Weight,
@@ -46,7 +48,7 @@ class Native(Kernel):
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Another device or dtype, rounded inputs, groups of no multiple of 32, or no library."""
-        reason = no_product(weight, device, "cpu")
+        reason = no_product(weight, device, "cpu", trellis=True)
         if reason is not None:
             return reason
         if dtype not in _INPUTS:
@@ -113,9 +115,8 @@ class Native(Kernel):
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of it, (n, in), each value rounded once."""
         block, row = which // ROWS, which % ROWS
-        codes = _codes_of_rows(self.codes.view(len(self.scales), -1), block, row, self.bits)
         scale = self.scales[block, :, row].float()[..., None]
-        parts = (codes.float() - 2 ** (self.bits - 1)).view(*scale.shape[:2], -1)
+        parts = self._levels_of_rows(which).view(*scale.shape[:2], -1)
         if self.zeros is not None:
             zeros = self.zeros[block, :, row].float()[..., None]
             parts = parts * scale - zeros if self.zero_type == OFFSET else (parts - zeros) * scale
@@ -123,6 +124,16 @@ class Native(Kernel):
             parts = parts * scale
         weight: Tensor = parts.flatten(1)[:, : self.shape[1]].to(dtype)
         return weight
+
+    def _levels_of_rows(self, which: Tensor) -> Tensor:
+        """What is scaled, zero points aside, (n, columns) in float32."""
+        blocks, bits = self.codes.view(len(self.scales), -1), self.bits
+        if self.zero_type == TRELLIS:
+            before = trellis.before(which, bits)
+            codes = [_codes_of_rows(blocks, row // ROWS, row % ROWS, bits) for row in before]
+            return trellis.look_up(codes, bits).float()
+        levels: Tensor = _codes_of_rows(blocks, which // ROWS, which % ROWS, bits).float()
+        return levels.sub_(2 ** (bits - 1))
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, in) and zero points (out, groups), uint8, and scales, as they were given.
@@ -135,11 +146,12 @@ class Native(Kernel):
         codes = self._library.unpack(levels, torch.float32) + middle
         scale = _out_of_blocks(self.scales, out)
         zero = torch.zeros_like(scale) if self.zeros is None else _out_of_blocks(self.zeros, out)
-        return codes.to(torch.uint8), scale, (zero.to(torch.int16) + middle).to(torch.uint8)
+        point = 0 if self.zero_type == TRELLIS else middle
+        return codes.to(torch.uint8), scale, (zero.to(torch.int16) + point).to(torch.uint8)
 
     def _describe(self) -> None:
         self._library = _library()
-        self._weight: Weight = describe(
+        self._weight: Weight = _described(
             self.shape, self.bits, self.group, self.codes, self.scales, self.zero_type, self.zeros
         )
 
@@ -187,7 +199,7 @@ def _native_linear(
     zero_type: int,
     inputs: int,
 ) -> Tensor:
-    weight = describe((out, x.shape[1]), bits, group, codes, scales, zero_type, zeros)
+    weight = _described((out, x.shape[1]), bits, group, codes, scales, zero_type, zeros)
     return _library().linear(weight, x, bias, inputs)
 
 
@@ -197,6 +209,20 @@ def _like_native_linear(x: Tensor, *others: Any) -> Tensor:
 
 _OPS.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]
 _OPS.impl("native_linear", _like_native_linear, "Meta")  # type: ignore[no-untyped-call]
+
+
+def _described(
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    codes: Tensor,
+    scales: Tensor,
+    zero_type: int,
+    zeros: Tensor | None,
+) -> Weight:
+    """As `describe`, with the table of a trellis."""
+    table = trellis.table(bits) if zero_type == TRELLIS else None
+    return describe(shape, bits, group, codes, scales, zero_type, zeros, table)
 
 
 def _library() -> Library:
@@ -231,7 +257,12 @@ def _codes_of_rows(codes: Tensor, block: Tensor, row: Tensor, bits: int) -> Tens
 
 
 def _zeros(weight: QuantizedTensor) -> tuple[int, Tensor | None]:
-    """What is taken off a code beyond the middle of its grid: nothing, an integer, or a float."""
+    """What is taken off a code beyond the middle of its grid: nothing, an integer, or a float.
+
+    Nothing is taken off what a trellis says.
+    """
+    if weight.scheme.trellis:
+        return TRELLIS, None
     distance = weight.zero_point.to(torch.int16) - weight.scheme.middle
     if weight.offset is not None:
         return OFFSET, weight.scale.float() * distance + weight.offset.float()

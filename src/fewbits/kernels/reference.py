@@ -72,9 +72,15 @@ class Kernel(nn.Module):
         return self.weight(dtype)[which]
 
 
-def no_product(weight: QuantizedTensor, device: torch.device, where: str) -> str | None:
-    """Why a kernel for one kind of device ("cpu", "cuda") that rounds no inputs cannot run; or None."""
-    if weight.scheme.trellis:
+def no_product(
+    weight: QuantizedTensor, device: torch.device, where: str, *, trellis: bool = False
+) -> str | None:
+    """Why a kernel for one kind of device ("cpu", "cuda") that rounds no inputs cannot run; or None.
+
+    Args:
+        trellis: whether it takes the codes of one.
+    """
+    if weight.scheme.trellis and not trellis:
         return "has no table for the codes of a trellis"
     if device.type != where:
         return f"is for {'the CPU' if where == 'cpu' else where.upper()}, not {device.type}"

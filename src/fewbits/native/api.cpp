@@ -45,16 +45,18 @@ class Rounded {
     else
       x16_ = array<int16_t>(rows * width_);
     if (w.zero_type != FEWBITS_TABLE) return;
-    for (int i = 0; i < 16; i++) largest_ = std::fmax(largest_, std::fabs(w.table[i]));
-    for (int i = 0; largest_ > 0 && i < 16; i++) table_[i] = int16_t(std::nearbyint(w.table[i] / largest_ * TABLE));
+    const auto *table = static_cast<const float *>(w.table);
+    for (int i = 0; i < 16; i++) largest_ = std::fmax(largest_, std::fabs(table[i]));
+    for (int i = 0; largest_ > 0 && i < 16; i++) table_[i] = int16_t(std::nearbyint(table[i] / largest_ * TABLE));
   }
 
   bool made() const { return scales_ && totals_ && (x8_ || x16_); }
 
   Inputs of(const fewbits_weight &w, int64_t rows) const {
-    const bool table = w.zero_type == FEWBITS_TABLE;
-    return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(),
-            table ? 0 : 1 << (w.bits - 1), table ? table_ : nullptr};
+    const bool table = w.zero_type == FEWBITS_TABLE, trellis = w.zero_type == FEWBITS_TRELLIS;
+    const int32_t middle = trellis ? MIDDLE_8 : table ? 0 : 1 << (w.bits - 1);
+    return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(), middle, table ? table_ : nullptr,
+            trellis ? isa_.look_up : nullptr};
   }
 
   // One row of `rows` (or of twice as many); `line` has w.columns floats, which may be changed.
@@ -102,9 +104,10 @@ bool right(const fewbits_weight &w, int inputs, int type) {
   return w.out >= 0 && w.in >= 0 && w.group > 0 && w.group % CHUNK == 0 && w.columns >= w.in &&
          w.columns % w.group == 0 && (w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8) &&
          w.scale_type >= FEWBITS_BF16 && w.scale_type <= FEWBITS_F32 && type >= FEWBITS_BF16 &&
-         type <= FEWBITS_F32 && w.zero_type >= FEWBITS_MIDDLE && w.zero_type <= FEWBITS_TABLE &&
+         type <= FEWBITS_F32 && w.zero_type >= FEWBITS_MIDDLE && w.zero_type <= FEWBITS_TRELLIS &&
          inputs >= FEWBITS_INPUTS_16 && inputs <= FEWBITS_INPUTS_32 &&
-         (w.zero_type != FEWBITS_TABLE || (w.bits == 4 && inputs != FEWBITS_INPUTS_8));
+         (w.zero_type != FEWBITS_TABLE || (w.bits == 4 && inputs != FEWBITS_INPUTS_8)) &&
+         (w.zero_type != FEWBITS_TRELLIS || (w.bits != 8 && w.out % ROWS == 0));
 }
 
 }  // namespace

@@ -176,6 +176,12 @@ struct Stored {
   }
 };
 
+// A panel of a trellis that was looked up.
+template <class Mode>
+struct LookedUp : Stored<Mode, 8> {
+  void fetch(int) const {}
+};
+
 // A panel that was unpacked, since many rows of x go through it.
 template <class Mode>
 struct Panel {
@@ -195,6 +201,82 @@ struct Panel {
                              source(c, h, unit));
   }
 };
+
+// -- a trellis ---------------------------------------------------------------------------------------
+
+// 256 bytes in tables of 16, each twice in a vector.
+struct Values {
+  Ints part[16];
+
+  explicit Values(const int8_t *table) {
+    for (int i = 0; i < 16; i++) {
+      const __m128i own = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table + 16 * i));
+      part[i] = _mm256_broadcastsi128_si256(_mm_xor_si128(own, _mm_set1_epi8(char(MIDDLE_8))));
+    }
+  }
+
+  // A lookup goes by the lowest four bits, and gives 0 where the highest is set: one of two is not.
+  struct Window {
+    Ints low, high, bit4, bit5, bit6;  // each highest in its byte
+  };
+  Ints pair(const Window &w, int i) const {
+    return _mm256_or_si256(_mm256_shuffle_epi8(part[i], w.low), _mm256_shuffle_epi8(part[i + 8], w.high));
+  }
+  Ints four(const Window &w, int i) const { return _mm256_blendv_epi8(pair(w, i), pair(w, i + 1), w.bit4); }
+  Ints eight(const Window &w, int i) const { return _mm256_blendv_epi8(four(w, i), four(w, i + 2), w.bit5); }
+
+  Ints operator()(Ints window) const {
+    const Ints low = _mm256_and_si256(window, _mm256_set1_epi8(char(0x8F)));
+    const Ints high = _mm256_xor_si256(low, _mm256_set1_epi8(char(0x80)));
+    const Window w{low, high, _mm256_slli_epi16(window, 3), _mm256_slli_epi16(window, 2),
+                   _mm256_slli_epi16(window, 1)};
+    return _mm256_blendv_epi8(eight(w, 0), eight(w, 4), w.bit6);
+  }
+};
+
+// Codes of the rows N before, times 2^(N * BITS), as far as that fits 8 bits, are added to a window.
+template <int BITS, int N>
+inline void add_before(const Ints *codes, Ints *windows) {
+  if constexpr (N * BITS < 8) {
+    const Ints order = _mm256_and_si256(_mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                                         _mm256_set1_epi32(8 - N)), _mm256_set1_epi32(7));
+    Ints turned[PARTS];
+    for (int h = 0; h < PARTS; h++) {
+      const Ints kept = _mm256_and_si256(codes[h], _mm256_set1_epi8(char(255 >> N * BITS)));
+      turned[h] = _mm256_permutevar8x32_epi32(_mm256_slli_epi16(kept, N * BITS), order);
+    }
+    for (int h = 0; h < PARTS; h++) {
+      const Ints before = _mm256_blend_epi32(turned[h], turned[(h + PARTS - 1) % PARTS], (1 << N) - 1);
+      windows[h] = _mm256_or_si256(windows[h], before);
+    }
+    add_before<BITS, N + 1>(codes, windows);
+  }
+}
+
+template <int BITS>
+void look_up_of(const uint8_t *codes, int chunks, const Values &values, uint8_t *result) {
+  for (int c = 0; c < chunks; c++, codes += chunk_bytes(BITS)) {
+    for (int i = 0; i < chunk_bytes(BITS); i += 64)
+      _mm_prefetch(reinterpret_cast<const char *>(codes + AHEAD + i), _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; q++) {
+      Ints own[PARTS], windows[PARTS];
+      for (int h = 0; h < PARTS; h++) windows[h] = own[h] = quad<BITS>(codes, h, q);
+      add_before<BITS, 1>(own, windows);
+      for (int h = 0; h < PARTS; h++, result += 32)
+        _mm256_store_si256(reinterpret_cast<Ints *>(result), values(windows[h]));
+    }
+  }
+}
+
+void look_up(const uint8_t *codes, int bits, int chunks, const int8_t *table, uint8_t *result) {
+  const Values values(table);
+  switch (bits) {
+    case 2: return look_up_of<2>(codes, chunks, values, result);
+    case 3: return look_up_of<3>(codes, chunks, values, result);
+    default: return look_up_of<4>(codes, chunks, values, result);
+  }
+}
 
 // -- products ----------------------------------------------------------------------------------------
 
@@ -257,13 +339,14 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
 // Rows of x at a time: their sums fill 12 of the 16 registers.
 constexpr int MOST = 3;
 
-template <class Mode, int BITS>
+template <class Source, class Mode>
 void product_of(const Mode &mode, const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   const int64_t chunks = w.columns / CHUNK;
-  Stored<Mode, BITS> stored{mode, w.codes + block * chunks * chunk_bytes(BITS)};
+  BlockCodes panels(w, block, x);
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
-  for (int64_t panel = 0; panel * PANEL < chunks; panel++, stored.from += PANEL * chunk_bytes(BITS)) {
+  for (int64_t panel = 0; panel * PANEL < chunks; panel++) {
     const Segments<Mode::summed> part(w, block, panel);
+    const Source stored{mode, panels.next(part.count)};
     const auto some = [&](auto number, const auto &source, int64_t row) {
       rows<Mode, decltype(number)::value>(w, source, panel, part, x, row, result + row * ROWS);
     };
@@ -285,16 +368,17 @@ void product_of(const Mode &mode, const fewbits_weight &w, int64_t block, const 
 
 template <template <int> class Mode>
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (x.look_up) return product_of<LookedUp<Mode<8>>, Mode<8>>({}, w, block, x, result);
   switch (w.bits) {
-    case 2: return product_of<Mode<2>, 2>({}, w, block, x, result);
-    case 3: return product_of<Mode<3>, 3>({}, w, block, x, result);
-    case 4: return product_of<Mode<4>, 4>({}, w, block, x, result);
-    default: return product_of<Mode<8>, 8>({}, w, block, x, result);
+    case 2: return product_of<Stored<Mode<2>, 2>, Mode<2>>({}, w, block, x, result);
+    case 3: return product_of<Stored<Mode<3>, 3>, Mode<3>>({}, w, block, x, result);
+    case 4: return product_of<Stored<Mode<4>, 4>, Mode<4>>({}, w, block, x, result);
+    default: return product_of<Stored<Mode<8>, 8>, Mode<8>>({}, w, block, x, result);
   }
 }
 
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  if (x.table) return product_of<Table, 4>(Table(x.table), w, block, x, result);
+  if (x.table) return product_of<Stored<Table, 4>>(Table(x.table), w, block, x, result);
   product<Sixteen>(w, block, x, result);
 }
 
@@ -388,7 +472,7 @@ struct Lanes {
 }  // namespace
 
 const Isa *avx2() {
-  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains, look_up};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

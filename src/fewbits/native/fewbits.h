@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 7
+#define FEWBITS_INTERFACE 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +29,7 @@ enum {
   FEWBITS_ZERO_POINT = 1,  // `zeros` is int8, distances from it: scale * (code - middle - zero)
   FEWBITS_OFFSET = 2,      // `zeros` is float: scale * (code - middle) - zero
   FEWBITS_TABLE = 3,       // a code is looked up: scale * table[code], which has 11 bits; not with INPUTS_8
+  FEWBITS_TRELLIS = 4,     // 8 bits are looked up, of codes of the row and of those before it: pack.cpp
 };
 
 // How exactly x is taken: as integers times a step that neighbours in a row share. What shares a step and
@@ -45,7 +46,7 @@ enum { FEWBITS_PORTABLE = 0, FEWBITS_NEON = 1, FEWBITS_AVX2 = 2, FEWBITS_AVX512 
 // A weight in the layout that kernels stream. Rows are in blocks of 32, columns padded to `columns`,
 // a multiple of 32; see pack.cpp for the order of the bytes.
 typedef struct {
-  int64_t out;      // rows of W
+  int64_t out;      // rows of W; of a trellis a multiple of 32
   int64_t in;       // columns of W
   int64_t columns;  // `in`, padded: a multiple of `group`
   int32_t bits;     // 2, 3, 4 or 8
@@ -54,8 +55,8 @@ typedef struct {
   int32_t zero_type;
   const uint8_t *codes;  // (blocks of 32 rows, columns), 4 * bits bytes a column of a block
   const void *scales;    // (blocks, groups, 32)
-  const void *zeros;     // (blocks, groups, 32) int8 or float; NULL for a middle or a table
-  const float *table;    // (16,), for a table of 4-bit codes
+  const void *zeros;     // (blocks, groups, 32) int8 or float; NULL where there is a middle or a table
+  const void *table;     // float (16,) of 4-bit codes; int8 (256,) of a trellis, which has up to 4 bits
 } fewbits_weight;
 
 // Runs `work(data)` in `threads` threads at once, the caller among them. GOMP_parallel is such a

@@ -12,11 +12,17 @@ constexpr int ROWS = 32;   // of W in a block
 constexpr int CHUNK = 32;  // columns: the inputs that share a scale when they are rounded to int8
 constexpr int PANEL = 8;   // chunks that are gone through for all rows of x before the next
 constexpr int WIDE = PANEL * CHUNK;
+constexpr int VALUES = 256;  // that windows of a trellis stand for
 
 static constexpr int64_t chunk_bytes(int bits) { return CHUNK * ROWS * bits / 8; }
 
 constexpr int SUMMED_16 = 4;  // chunks that are rounded together to 16 bit: 128 * 255 * 32768 fits int32
+constexpr int MIDDLE_8 = 128;  // of codes of 8 bits, as which values of a trellis are multiplied
 constexpr int TABLE = 2047;   // what the largest entry of a table becomes; there a chunk is rounded alone
+
+// Values of a trellis for some chunks of a block, from `codes` on: in the layout of codes of 8 bits, at `result`,
+// which is aligned to 64 bytes.
+using LookUp = void (*)(const uint8_t *codes, int bits, int chunks, const int8_t *table, uint8_t *result);
 
 // Rows of x as kernels read them: integers (panels, rows, 256), so that rows side by side lie side by
 // side, and (panels, rows, 8) for what belongs to a chunk. The last panel is filled up with whatever is
@@ -30,6 +36,7 @@ struct Inputs {
   const int32_t *totals;  // of a chunk: the sum of the integers
   int32_t middle;         // what is taken off a code, zero points aside
   const int16_t *table;   // (16,), or NULL
+  LookUp look_up;         // of a trellis, or NULL
 };
 
 constexpr int LINE = 64;                // rows of columns that are rounded at a time
@@ -47,6 +54,7 @@ struct Isa {
   // Codes of chains from `begin` to `end`, at most 16 of them.
   void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
                       int64_t end, uint8_t *codes);
+  LookUp look_up;
 };
 
 constexpr int SQUARE = 64;  // rows and columns of a product of bfloat16
@@ -76,6 +84,15 @@ const Isa *neon();
 const Isa *avx2();
 const Isa *avx512();
 
+// What AVX-512 does better with VBMI: products of a trellis. NULL where that is not known.
+struct Trellis {
+  void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
+  void (*product8)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
+  LookUp look_up;
+};
+
+const Trellis *avx512vbmi();
+
 // How inputs that are rounded together become integers: times `factor`; times `step` they are what they were.
 struct Step {
   float factor, step;
@@ -97,6 +114,8 @@ static inline Step step_of(float largest, bool finite, int bits) {
   std::memcpy(&step, &exponent, 4);
   return {1 / step, step};
 }
+
+namespace {  // nor may the linker choose among these
 
 // The chunks of a panel in segments that are summed before they are scaled: they share the scale of the
 // weights and that of x, of which at most SUMMED chunks
@@ -128,6 +147,8 @@ struct Segments {
 
   int64_t scales() const { return group * ROWS; }  // where those of the weights lie
 };
+
+}  // namespace
 
 static inline float from_bf16(uint16_t bits) {
   uint32_t wide = uint32_t(bits) << 16;
@@ -187,6 +208,31 @@ static inline void store(float value, int type, void *data, int64_t i) {
   else
     static_cast<uint16_t *>(data)[i] = type == FEWBITS_F16 ? to_f16(value) : to_bf16(value);
 }
+
+namespace {
+
+// The chunks of a block, a panel at a time: of a trellis what was looked up, else its codes as they lie.
+class BlockCodes {
+ public:
+  BlockCodes(const fewbits_weight &w, int64_t block, const Inputs &x)
+      : w_(w), x_(x), codes_(w.codes + block * (w.columns / CHUNK) * chunk_bytes(w.bits)) {}
+
+  const uint8_t *next(int chunks) {
+    const uint8_t *codes = codes_;
+    codes_ += PANEL * chunk_bytes(w_.bits);
+    if (!x_.look_up) return codes;
+    x_.look_up(codes, w_.bits, chunks, static_cast<const int8_t *>(w_.table), looked_up_);
+    return looked_up_;
+  }
+
+ private:
+  const fewbits_weight &w_;
+  const Inputs &x_;
+  const uint8_t *codes_;
+  alignas(64) uint8_t looked_up_[PANEL * CHUNK * ROWS];
+};
+
+}  // namespace
 
 // One code of the layout, and what it stands for.
 int code_at(const fewbits_weight &w, int64_t row, int64_t column);

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 7  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 8  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-MIDDLE, ZERO_POINT, OFFSET, TABLE = range(4)
+MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
 INPUTS_16, INPUTS_8, INPUTS_32 = range(3)
-_ZEROS = {MIDDLE: None, ZERO_POINT: torch.int8, OFFSET: torch.float32, TABLE: None}
+_ZEROS = {ZERO_POINT: torch.int8, OFFSET: torch.float32}
+_TABLES = {TABLE: (torch.float32, 16), TRELLIS: (torch.int8, 256)}
 ROWS, COLUMNS = 32, 32  # of a block; what a group is a multiple of
 _SWITCH = "FEWBITS_NATIVE"
 _FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
@@ -143,9 +144,9 @@ def describe(
         group: columns that share a scale, a multiple of 32. Columns are padded to whole groups.
         codes: what `Library.pack` gave for as many columns.
         scales: (blocks of 32 rows, groups, 32), in bfloat16, float16 or float32.
-        zero_type: what is taken off a code: MIDDLE, ZERO_POINT, OFFSET or TABLE of fewbits.h.
+        zero_type: what is taken off a code: MIDDLE, ... TRELLIS of fewbits.h.
         zeros: as `scales`, in int8 for ZERO_POINT, in float32 for OFFSET, else None.
-        table: (16,) float32, for TABLE.
+        table: (16,) float32 for TABLE, (256,) int8 for TRELLIS, else None.
 
     Raises:
         ValueError: a tensor has another dtype, size or device, or is not contiguous.
@@ -157,8 +158,8 @@ def describe(
         raise ValueError(f"scales are {scales.dtype}; bfloat16, float16 or float32 would be read")
     _check("codes", codes, torch.uint8, blocks * columns * ROWS * bits // 8)
     _check("scales", scales, scales.dtype, count)
-    _check("zeros", zeros, _ZEROS[zero_type], count)
-    _check("table", table, torch.float32 if zero_type == TABLE else None, 16)
+    _check("zeros", zeros, _ZEROS.get(zero_type), count)
+    _check("table", table, *_TABLES.get(zero_type, (None, 0)))
     tensors = (codes, scales, zeros, table)
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     weight = Weight(out, inputs, columns, bits, group, TYPES[scales.dtype], zero_type, *places)

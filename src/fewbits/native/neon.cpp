@@ -186,6 +186,59 @@ struct Panel {
   }
 };
 
+// -- a trellis ---------------------------------------------------------------------------------------
+
+// 256 bytes; what lies outside of the 64 that a lookup knows stays as it was.
+struct Values {
+  uint8x16x4_t part[4];
+
+  explicit Values(const int8_t *table) {
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++) 
+        part[i].val[j] = veorq_u8(vreinterpretq_u8_s8(vld1q_s8(table + 64 * i + 16 * j)), vdupq_n_u8(MIDDLE_8));
+  }
+  Bytes operator()(Bytes window) const {
+    Bytes result = vqtbl4q_u8(part[0], window);
+    result = vqtbx4q_u8(result, part[1], vsubq_u8(window, vdupq_n_u8(64)));
+    result = vqtbx4q_u8(result, part[2], vsubq_u8(window, vdupq_n_u8(128)));
+    return vqtbx4q_u8(result, part[3], vsubq_u8(window, vdupq_n_u8(192)));
+  }
+};
+
+// Codes of the rows N before, times 2^(N * BITS), as far as that fits 8 bits, are added to a window.
+template <int BITS, int N>
+inline Bytes with_before(Bytes window, Bytes own, Bytes last) {
+  if constexpr (N * BITS < 8) {
+    const Bytes before = vextq_u8(last, own, 16 - 4 * N);
+    return with_before<BITS, N + 1>(vorrq_u8(window, vshlq_n_u8(before, N * BITS)), own, last);
+  } else {
+    return window;
+  }
+}
+
+template <int BITS>
+void look_up_of(const uint8_t *codes, int chunks, const Values &values, uint8_t *result) {
+  for (int c = 0; c < chunks; c++, codes += chunk_bytes(BITS))
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; q++) {
+      Bytes last = quad<BITS>(codes, PARTS - 1, q);
+      for (int h = 0; h < PARTS; h++, result += 16) {
+        const Bytes own = quad<BITS>(codes, h, q);
+        vst1q_u8(result, values(with_before<BITS, 1>(own, own, last)));
+        last = own;
+      }
+    }
+}
+
+void look_up(const uint8_t *codes, int bits, int chunks, const int8_t *table, uint8_t *result) {
+  const Values values(table);
+  switch (bits) {
+    case 2: return look_up_of<2>(codes, chunks, values, result);
+    case 3: return look_up_of<3>(codes, chunks, values, result);
+    default: return look_up_of<4>(codes, chunks, values, result);
+  }
+}
+
 // -- products ----------------------------------------------------------------------------------------
 
 // M rows of x from `row` on times one panel of a block, added to result (M, 32). (Loops that a compiler
@@ -242,13 +295,14 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
 // Rows of x at a time: their sums fill 24 of the 32 registers, in 16 bit.
 constexpr int MOST = 3;
 
-template <class Mode, int BITS>
+template <class Source, class Mode>
 void product_of(const Mode &mode, const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   const int64_t chunks = w.columns / CHUNK;
-  Stored<Mode, BITS> stored{mode, w.codes + block * chunks * chunk_bytes(BITS)};
+  BlockCodes panels(w, block, x);
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
-  for (int64_t panel = 0; panel * PANEL < chunks; panel++, stored.from += PANEL * chunk_bytes(BITS)) {
+  for (int64_t panel = 0; panel * PANEL < chunks; panel++) {
     const Segments<Mode::summed> part(w, block, panel);
+    const Source stored{mode, panels.next(part.count)};
     const auto some = [&](auto number, const auto &source, int64_t row) {
       rows<Mode, decltype(number)::value>(w, source, panel, part, x, row, result + row * ROWS);
     };
@@ -270,16 +324,17 @@ void product_of(const Mode &mode, const fewbits_weight &w, int64_t block, const 
 
 template <template <int> class Mode>
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (x.look_up) return product_of<Stored<Mode<8>, 8>, Mode<8>>({}, w, block, x, result);
   switch (w.bits) {
-    case 2: return product_of<Mode<2>, 2>({}, w, block, x, result);
-    case 3: return product_of<Mode<3>, 3>({}, w, block, x, result);
-    case 4: return product_of<Mode<4>, 4>({}, w, block, x, result);
-    default: return product_of<Mode<8>, 8>({}, w, block, x, result);
+    case 2: return product_of<Stored<Mode<2>, 2>, Mode<2>>({}, w, block, x, result);
+    case 3: return product_of<Stored<Mode<3>, 3>, Mode<3>>({}, w, block, x, result);
+    case 4: return product_of<Stored<Mode<4>, 4>, Mode<4>>({}, w, block, x, result);
+    default: return product_of<Stored<Mode<8>, 8>, Mode<8>>({}, w, block, x, result);
   }
 }
 
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  if (x.table) return product_of<Table, 4>(Table(x.table), w, block, x, result);
+  if (x.table) return product_of<Stored<Table, 4>>(Table(x.table), w, block, x, result);
   product<Sixteen>(w, block, x, result);
 }
 
@@ -343,7 +398,7 @@ struct Lanes {
 }  // namespace
 
 const Isa *neon() {
-  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains, look_up};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

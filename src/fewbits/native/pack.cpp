@@ -9,6 +9,9 @@
 //   2 bits   four quads a vector: quad s in bits 2s, 2s + 1     columns 16:  64 + 64
 //   3 bits   as 2 bits; then bit 2 of all, a bit for a byte:    columns 16:  64 + 64 + 32 + 32
 //            quad s in bytes 8s to 8s + 7
+//
+// The blocks of a trellis are its chains: what is looked up for a code are the last 8 bits of the codes of its
+// column down to its row, before whose first row comes the last of the block.
 #include <vector>
 
 #include "kernel.h"
@@ -82,6 +85,15 @@ int code_at(const fewbits_weight &w, int64_t row, int64_t column) {
   return block[p.byte] >> p.bit & ((1 << w.bits) - 1);
 }
 
+// What is looked up.
+static int window_at(const fewbits_weight &w, int64_t row, int64_t column) {
+  const int64_t start = row / ROWS * ROWS;
+  int window = 0;
+  for (int back = 7 / w.bits; back >= 0; back--)
+    window = window << w.bits | code_at(w, start + (row - start + ROWS - back) % ROWS, column);
+  return window % VALUES;
+}
+
 float value_at(const fewbits_weight &w, int64_t row, int64_t column) {
   const int code = code_at(w, row, column), level = code - (1 << (w.bits - 1));
   const int64_t at = (row / ROWS * (w.columns / w.group) + column / w.group) * ROWS + row % ROWS;
@@ -89,7 +101,8 @@ float value_at(const fewbits_weight &w, int64_t row, int64_t column) {
   switch (w.zero_type) {
     case FEWBITS_ZERO_POINT: return scale * float(level - static_cast<const int8_t *>(w.zeros)[at]);
     case FEWBITS_OFFSET: return scale * float(level) - static_cast<const float *>(w.zeros)[at];
-    case FEWBITS_TABLE: return scale * w.table[code];
+    case FEWBITS_TABLE: return scale * static_cast<const float *>(w.table)[code];
+    case FEWBITS_TRELLIS: return scale * float(static_cast<const int8_t *>(w.table)[window_at(w, row, column)]);
     default: return scale * float(level);
   }
 }
@@ -100,8 +113,9 @@ extern "C" int fewbits_unpack(const fewbits_weight *w, int type, void *result) {
   if (!fits(w->out, w->in, w->columns, w->bits) || type < FEWBITS_BF16 || type > FEWBITS_F32) return 1;
   if (w->group <= 0 || w->group % CHUNK || w->columns % w->group) return 1;
   if (w->scale_type < FEWBITS_BF16 || w->scale_type > FEWBITS_F32) return 1;
-  if (w->zero_type < FEWBITS_MIDDLE || w->zero_type > FEWBITS_TABLE) return 1;
+  if (w->zero_type < FEWBITS_MIDDLE || w->zero_type > FEWBITS_TRELLIS) return 1;
   if (w->zero_type == FEWBITS_TABLE && w->bits != 4) return 1;
+  if (w->zero_type == FEWBITS_TRELLIS && (w->bits == 8 || w->out % ROWS)) return 1;
   for (int64_t row = 0; row < w->out; row++)
     for (int64_t column = 0; column < w->in; column++)
       store(value_at(*w, row, column), type, result, row * w->in + column);

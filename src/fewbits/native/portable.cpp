@@ -9,19 +9,33 @@ namespace fewbits {
 namespace {
 
 // A quad of 16 rows, a byte each: as avx512.cpp.
-void quad(const fewbits_weight &w, const uint8_t *chunk, int tile, int q, uint8_t *codes) {
-  if (w.bits == 8) {
+void quad(int bits, const uint8_t *chunk, int tile, int q, uint8_t *codes) {
+  if (bits == 8) {
     std::memcpy(codes, chunk + q * 128 + tile * 64, 64);
-  } else if (w.bits == 4) {
+  } else if (bits == 4) {
     const uint8_t *v = chunk + q / 2 * 128 + tile * 64;
     for (int i = 0; i < 64; i++) codes[i] = v[i] >> (q % 2 * 4) & 15;
   } else {
-    const uint8_t *half = chunk + q / 4 * (w.bits == 2 ? 128 : 192), *v = half + tile * 64;
+    const uint8_t *half = chunk + q / 4 * (bits == 2 ? 128 : 192), *v = half + tile * 64;
     const uint8_t *high = half + 128 + tile * 32 + q % 4 * 8;
     for (int i = 0; i < 64; i++) codes[i] = v[i] >> (q % 4 * 2) & 3;
-    if (w.bits == 3)
+    if (bits == 3)
       for (int i = 0; i < 64; i++) codes[i] |= (high[i / 8] >> (i % 8) & 1) << 2;
   }
+}
+
+// Both tiles of a quad are 32 rows of four bytes: what belongs to the row before lies four bytes before.
+void look_up(const uint8_t *codes, int bits, int chunks, const int8_t *table, uint8_t *result) {
+  constexpr int bytes = ROWS * 4;
+  for (int c = 0; c < chunks; c++, codes += chunk_bytes(bits))
+    for (int q = 0; q < 8; q++, result += bytes) {
+      uint8_t own[bytes], window[bytes] = {};
+      quad(bits, codes, 0, q, own);
+      quad(bits, codes, 1, q, own + 64);
+      for (int back = 7 / bits; back >= 0; back--)
+        for (int i = 0; i < bytes; i++) window[i] = uint8_t(window[i] << bits | own[(i - back * 4 + bytes) % bytes]);
+      for (int i = 0; i < bytes; i++) result[i] = uint8_t(table[window[i]] + MIDDLE_8);
+    }
 }
 
 // What the sums of one segment are, and what comes of it: sums of integers are exact in any order.
@@ -29,16 +43,19 @@ template <class Input, int SUMMED, int A, int B>  // where the second and the th
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, const Input *inputs, float *result) {
   const int64_t chunks = w.columns / CHUNK;
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
-  const uint8_t *codes = w.codes + block * chunks * chunk_bytes(w.bits);
-  for (int64_t panel = 0; panel * PANEL < chunks; panel++, codes += PANEL * chunk_bytes(w.bits)) {
-    for (Segments<SUMMED> part(w, block, panel); part.next();) {
+  const int bits = x.look_up ? 8 : w.bits;
+  BlockCodes panels(w, block, x);
+  for (int64_t panel = 0; panel * PANEL < chunks; panel++) {
+    Segments<SUMMED> part(w, block, panel);
+    const uint8_t *codes = panels.next(part.count);
+    while (part.next()) {
       const int c = part.begin, end = part.end;
       for (int tile = 0; tile < 2; tile++) {
         int16_t levels[SUMMED][8][64];
         for (int i = c; i < end; i++)
           for (int q = 0; q < 8; q++) {
             uint8_t own[64];
-            quad(w, codes + i * chunk_bytes(w.bits), tile, q, own);
+            quad(bits, codes + i * chunk_bytes(bits), tile, q, own);
             for (int j = 0; j < 64; j++) levels[i - c][q][j] = x.table ? x.table[own[j]] : int16_t(own[j]);
           }
         for (int64_t row = 0; row < x.rows; row++) {
@@ -124,7 +141,7 @@ struct Lanes {
 }  // namespace
 
 const Isa *portable() {
-  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, some_chains};
+  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, some_chains, look_up};
   return &isa;
 }
 
@@ -136,6 +153,9 @@ const Isa *avx2() { return nullptr; }
 #endif
 #ifndef FEWBITS_WITH_AVX512
 const Isa *avx512() { return nullptr; }
+#endif
+#ifndef FEWBITS_WITH_AVX512VBMI
+const Trellis *avx512vbmi() { return nullptr; }
 #endif
 
 }  // namespace fewbits
