@@ -94,9 +94,10 @@ def measure_matrix(repeats: int) -> dict[str, float]:
     x *= torch.logspace(-1, 1, WIDTH)  # so that columns differ in what they cost
     hessian = x.T @ x / ROWS
     square = weight.float()
-    # A Cholesky factor takes n^3 / 3; correcting each column by the errors before it rows * n^2, and by
-    # those of all others, once a sweep, twice that.
-    operations = WIDTH**3 / 3 + WIDTH**3 + GPTQ().sweeps * 2 * WIDTH**3
+    # A Cholesky factor takes n^3 / 3; correcting each column by the errors before it rows * n^2, once
+    # for each grid that is tried, and by those of all others, once a sweep, twice that.
+    passes = 1 + GPTQ().tries + 2 * GPTQ().sweeps
+    operations = WIDTH**3 / 3 + passes * WIDTH**3
     calls: dict[str, Callable[[], object]] = {
         "product": lambda: square @ square,
         "search": lambda: search_qparams(weight, scheme, hessian.diagonal()),

@@ -56,7 +56,7 @@ _WRITES = 3  # of 16 MiB
 _ROWS = 512  # of probed inputs; a run's are longer, which changes little. Not tuned.
 _WIDTH = 512  # of probed matrices, at most; wider ones run at the same rate. Not tuned.
 _HELD_OUT, _JUDGED, _LENS = 32, 4096, 256  # as in blockwise
-_SWEEPS, _POINTS = GPTQ().sweeps, 11  # as GPTQ and AWQ have them by default
+_SWEEPS, _TRIES, _POINTS = GPTQ().sweeps, GPTQ().tries, 11  # as GPTQ and AWQ have them by default
 _COMPARED_ROWS = 128  # as in blockwise
 _PULLED_TIMES = 3  # a pass there and back, of a pass there
 _JUDGED_TIMES = 11  # that learned rounding asks held-out samples
@@ -637,7 +637,7 @@ def _gptq(work: Work, rates: Rates) -> float:
     for (rows, n), count in work.inputs.items():
         factor = rates.cholesky * n**3 / 3 + rates.stream * _FACTOR_PASSES * n * n
         columns = n * (rates.column + rates.column_row * rows)
-        products = rates.multiply * rows * n * n * (0.5 + _SWEEPS)
+        products = rates.multiply * rows * n * n * (0.5 * (1 + _TRIES) + _SWEEPS)
         total += count * (factor + columns + products + rates.stream * _SWEEPS * _SWEEP_PASSES * n * n)
     return total
 

@@ -68,7 +68,7 @@ def test_each_sweep_lowers_the_error_or_leaves_it(seed):
 
 def test_its_grid_is_the_search_weighted_by_what_is_left_of_each_column():
     weight, hessian = problem()
-    quantized, _ = GPTQ()(weight, W4, {"hessian": hessian})
+    quantized, _ = GPTQ(tries=0)(weight, W4, {"hessian": hessian})
     order = hessian.diagonal().argsort(descending=True)
     damped = hessian + 0.01 * hessian.diagonal().diag()
     left = torch.empty(48, dtype=torch.float64)
@@ -79,6 +79,23 @@ def test_its_grid_is_the_search_weighted_by_what_is_left_of_each_column():
     scale, zero_point = search_qparams(weight, W4, left)
     assert torch.equal(quantized.scale, scale)
     assert torch.equal(quantized.zero_point, zero_point)
+
+
+@pytest.mark.parametrize("scheme", schemes("tensor", "channel", 16)[::3], ids=lambda s: s.label)
+def test_of_grids_that_are_tried_each_row_takes_one_that_loses_no_more(scheme):
+    weight, hessian = problem(rows=16, columns=96)
+    damped, stats = hessian + 0.01 * hessian.diagonal().diag(), {"hessian": hessian}
+
+    def losses(tries: int) -> Tensor:
+        quantized, _ = GPTQ(sweeps=0, tries=tries)(weight, scheme, stats)
+        error = weight - quantized.dequantize(torch.float64)
+        lost = ((error @ damped) * error).sum(1)
+        return lost.sum(0, keepdim=True) if scheme.granularity == "tensor" else lost
+
+    none, few, many = losses(0), losses(3), losses(12)
+    assert bool((few <= none * (1 + 1e-9)).all())
+    assert bool((many <= few * (1 + 1e-9)).all())  # the first three are the same
+    assert float(many.sum()) < float(none.sum())
 
 
 def test_uncorrelated_inputs_reduce_it_to_round_to_nearest():

@@ -42,7 +42,9 @@ def problem(rows: int, columns: int = 150, groups: int = 3) -> dict[str, Tensor]
 
 def round_columns(library, p: dict[str, Tensor], upper: bool = False, threads: int = 1) -> Tensor:
     errors, grid = p["errors"].clone(), (p["steps"], p["inverse"], p["low"])
-    library.round_columns(p["values"], errors, p["shares"], grid, 15, p["groups"], upper, threads)
+    library.round_columns(
+        p["values"], errors, p["shares"], grid, 15, p["groups"], upper, threads=threads
+    )
     return errors
 
 
@@ -67,6 +69,16 @@ def test_each_column_is_rounded_to_the_point_nearest_to_where_the_others_leave_i
     assert bool(((chosen.round() - wanted).abs() <= 0.5 + bound).all())
     assert bool((chosen.round() >= low).all())
     assert bool((chosen.round() <= low + 15).all())
+
+
+@pytest.mark.parametrize("rows", [3, 130])
+def test_costs_are_those_of_the_distances_from_where_the_others_leave_columns(found, rows):
+    p = problem(rows)
+    costs, errors = torch.rand(150), torch.zeros_like(p["errors"])
+    grid = (p["steps"], p["inverse"], p["low"])
+    lost = found.round_columns(p["values"], errors, p["shares"], grid, 15, p["groups"], True, costs)
+    left = errors.double() + p["shares"].triu(1).T.double() @ errors.double()
+    assert torch.allclose(lost.double(), costs.double() @ left.square(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [5, 64, 300])

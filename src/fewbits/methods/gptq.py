@@ -7,11 +7,13 @@ D_k (w_k + sum_{j<k} e_j U_jk - q_k)^2 for the errors e = w - q: each column is 
 with the errors made so far, and nothing has to be inverted.
 
 Beyond the paper, each measured in LOG.md: columns in order of falling H_kk on grids that were chosen
-before (so files need no `g_idx`); the grid of least error weighted by D; damping in proportion to each
-column's own H_kk; sweeps of coordinate descent afterwards (Behdin et al. 2023, QuantEase,
-arXiv 2309.01885, section 3); a ladder of fallbacks where H has no factor.
+before (so files need no `g_idx`); the grid of least error weighted by D, or of several near it the one
+with which a row loses least; damping in proportion to each column's own H_kk; sweeps of coordinate descent
+afterwards (Behdin et al. 2023, QuantEase, arXiv 2309.01885, section 3); a ladder of fallbacks where H has
+no factor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,12 +23,13 @@ from torch import Tensor
 from fewbits import affine, native
 from fewbits.errors import InputError
 from fewbits.methods.chains import Chains
-from fewbits.methods.grid import search_qparams
+from fewbits.methods.grid import search_qparams, shrunk
 from fewbits.methods.weighted_rtn import WeightedRTN
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor
 
 _BLOCK = 64  # columns corrected by one product; not tuned
+_OFF = 0.03  # by which scales that are tried differ; 0.02 and 0.05 gave less
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,22 @@ class GPTQ:
         damp: of each column's H_kk, added to it; the paper's 1 %, there of their mean.
         act_order: round the columns with the largest inputs first.
         sweeps: how often each column is rounded again afterwards, given all the others.
+        tries: how many grids are tried beside the one of least error, with scales 3 % off by chance: of
+            each row the one with which least is lost. None for trellis codes.
     """
 
     damp: float = 0.01
     act_order: bool = True
     sweeps: int = 2
+    tries: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
             raise InputError(f"damp is {self.damp}; accepted are numbers between 0 and 1")
         if self.sweeps < 0:
             raise InputError(f"sweeps is {self.sweeps}; accepted are numbers from 0")
+        if self.tries < 0:
+            raise InputError(f"tries is {self.tries}; accepted are numbers from 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,9 +83,13 @@ class GPTQ:
         importance = torch.empty_like(found.D)
         importance[order] = found.D
         scale, zero_point = search_qparams(weight, scheme, importance, scale_dtype)
-        kind = Chains if scheme.trellis else _Columns
-        columns = kind.of(weight, scale, zero_point, scheme, order)
-        columns.round_all(found.U, upper=True)
+        columns: Chains | _Columns
+        if scheme.trellis:  # each try takes as long as all of the others' work
+            columns = Chains.of(weight, scale, zero_point, scheme, order)
+            columns.round_all(found.U, upper=True)
+        else:
+            near = _near(scale, self.tries)
+            scale, columns = _best_of(near, weight, zero_point, scheme, order, found)
         if self.sweeps:
             H, diagonal = found.H, found.diagonal
             del found  # its U is as large as what follows
@@ -85,6 +97,44 @@ class GPTQ:
             for _ in range(self.sweeps):
                 columns.round_all(shares)
         return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
+
+
+def _near(scale: Tensor, tries: int) -> Iterator[Tensor]:
+    """The scale, and so many others, each of which is a little off."""
+    yield scale
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(tries):
+        off = torch.randn(scale.shape, generator=generator, dtype=torch.float64)
+        yield shrunk(scale, (1 + _OFF * off).to(scale.device))
+
+
+def _best_of(
+    scales: Iterator[Tensor],
+    weight: Tensor,
+    zero_point: Tensor,
+    scheme: QuantScheme,
+    order: Tensor,
+    found: "_Factored",
+) -> tuple[Tensor, "_Columns"]:
+    """Of each row the scale with which least is lost; and the columns, rounded with it."""
+    best = next(scales)
+    columns = _Columns.of(weight, best, zero_point, scheme, order)
+    E, least = columns.E, _together(columns.round_all(found.U, upper=True, costs=found.D), best)
+    for scale in scales:
+        columns = _Columns.of(weight, scale, zero_point, scheme, order)
+        lost = _together(columns.round_all(found.U, upper=True, costs=found.D), scale)
+        better = lost < least
+        least, best = torch.where(better, lost, least), torch.where(better[:, None], scale, best)
+        torch.where(better, columns.E, E, out=E)
+    if E is not columns.E:
+        columns = _Columns.of(weight, best, zero_point, scheme, order)
+        columns.E = E
+    return best, columns
+
+
+def _together(lost: Tensor, scale: Tensor) -> Tensor:
+    """Of rows that share their scale what all lose."""
+    return lost.sum(0, keepdim=True) if len(scale) == 1 else lost
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor:
@@ -185,21 +235,29 @@ class _Columns:
             part.div_(steps[group])
         return cls(V, torch.zeros_like(V), steps, points, groups, scheme)
 
-    def round_all(self, shares: Tensor, upper: bool = False) -> None:
+    def round_all(self, shares: Tensor, upper: bool = False, costs: Tensor | None = None) -> Tensor:
         """Round each column to the place nearest to where the errors of others leave it.
 
         Args:
             shares: (columns, columns): of the error of the first, what the second takes up; what is on
                 the diagonal does not count.
             upper: there is nothing below the diagonal.
+            costs: (columns,), of the squared distance of a column from that place; by default 1.
+
+        Returns:
+            (rows,), the sum of these costs.
         """
+        costs = torch.ones_like(self.V[:, 0]) if costs is None else costs
         library = native.library()
         if library is None or self.V.device.type != "cpu" or self.V.dtype != torch.float32:
-            _round_all(self, shares, upper)
-            return
+            return _round_all(self, shares, upper, costs)
         grid = (self.steps, self.steps.reciprocal(), self.points.neg())
         most = self.scheme.max_code
-        library.round_columns(self.V, self.E, shares.contiguous(), grid, most, self.groups, upper)
+        lost = library.round_columns(
+            self.V, self.E, shares.contiguous(), grid, most, self.groups, upper, costs
+        )
+        assert lost is not None
+        return lost
 
     def codes_in(self, order: Tensor) -> Tensor:
         """The codes (out, in), as the weight had them."""
@@ -211,14 +269,14 @@ class _Columns:
         return result.t().contiguous()
 
 
-def _round_all(columns: _Columns, shares: Tensor, upper: bool) -> None:
+def _round_all(columns: _Columns, shares: Tensor, upper: bool, costs: Tensor) -> Tensor:
     """What `round_all` means; the library does the same, up to how sums are rounded."""
     # All views at once: a view costs as much as arithmetic on one column.
     V, E = columns.V.unbind(), columns.E.unbind()
     inverse, low = columns.steps.reciprocal(), columns.points.neg()
     high = low + columns.scheme.max_code
     grids = list(zip(*(grid.unbind() for grid in (columns.steps, inverse, low, high)), strict=True))
-    groups = columns.groups.tolist()
+    groups, lost = columns.groups.tolist(), torch.zeros_like(columns.V[0])
     for start in range(0, len(V), _BLOCK):
         stop = min(start + _BLOCK, len(V))
         share = shares[: stop if upper else len(V), start:stop].t().contiguous()
@@ -231,6 +289,9 @@ def _round_all(columns: _Columns, shares: Tensor, upper: bool) -> None:
         ):
             step, per_step, least, most = grids[groups[k]]
             w.addmv_(changed.t(), mine)  # what those not rounded again yet have changed is 0
-            nearest = torch.addcmul(V[k], w, per_step).round_().clamp_(least, most)
+            wanted = torch.addcmul(V[k], w, per_step)
+            nearest = wanted.round().clamp_(least, most)
+            lost.addcmul_(wanted.sub_(nearest).mul_(step).square_(), costs[k])
             torch.neg(E[k], out=change)
             change.add_(torch.sub(V[k], nearest, out=E[k]).mul_(step))
+    return lost

@@ -54,7 +54,7 @@ def search_qparams(
         total = torch.cat(errors, 1)
     best = total.argmin(0)
     shrinks = torch.tensor(candidates(scheme), dtype=torch.float64, device=weight.device)
-    return _shrunk(scale, shrinks[best]), zero_point
+    return shrunk(scale, shrinks[best]), zero_point
 
 
 def candidates(scheme: QuantScheme) -> tuple[float, ...]:
@@ -88,7 +88,7 @@ def _errors(
     error = torch.empty_like(parts)
     found = []
     for shrink in candidates(scheme):
-        step = _shrunk(scale, shrink).to(dtype)[..., None]
+        step = shrunk(scale, shrink).to(dtype)[..., None]
         if scheme.trellis:
             codes = encode(parts, step[..., 0], scheme).reshape(len(parts), -1)
             error.copy_(trellis.values(codes, scheme.bits).view(parts.shape))
@@ -107,7 +107,7 @@ def _weighted(error: Tensor, cost: Tensor) -> Tensor:
     return (torch.matmul(split.transpose(0, 1), cost).transpose(0, 1) * split).sum(-1)
 
 
-def _shrunk(scale: Tensor, shrink: float | Tensor) -> Tensor:
+def shrunk(scale: Tensor, shrink: float | Tensor) -> Tensor:
     """The scale times a fraction, rounded to its dtype; as it is where that would leave nothing."""
     smaller = (scale.double() * shrink).to(scale.dtype)
     return torch.where(torch.isfinite(smaller) & (smaller > 0), smaller, scale)

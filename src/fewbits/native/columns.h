@@ -30,17 +30,20 @@ static void add_shares(const fewbits_columns &c, int64_t k, int64_t j, int64_t e
 // One column of a line, at the place nearest to where the others leave it. `values` and the grid are at its
 // first row; of the `n` rows.
 static inline void round_column(const fewbits_columns &c, int64_t k, int64_t at, int64_t n, const float *moved,
-                                float *errors) {
+                                float *errors, float *losses) {
   const float *value = c.values + k * c.rows + at;
   const int64_t grid = c.groups[k] * c.rows + at;
   const float *step = c.steps + grid, *inverse = c.inverse + grid, *low = c.low + grid;
+  const float cost = losses ? c.costs[k] : 0;
+  float unused[LINE] = {}, *lost = losses ? losses : unused;
   for (int64_t r = 0; r < n; r++) {
-    const float least = low[r], most = least + c.range;
-    float nearest = value[r] + moved[r] * inverse[r];
-    nearest = nearest < least ? least : nearest;
+    const float least = low[r], most = least + c.range, wanted = value[r] + moved[r] * inverse[r];
+    float nearest = wanted < least ? least : wanted;
     nearest = nearest > most ? most : nearest;
     nearest = (nearest + TO_INTEGER) - TO_INTEGER;
     errors[r] = (value[r] - nearest) * step[r];
+    const float left = (wanted - nearest) * step[r];
+    lost[r] += cost * left * left;
   }
 }
 
@@ -53,6 +56,8 @@ static void round_columns(const fewbits_columns &c, int64_t line, float *errors)
     std::memcpy(errors + j * LINE, c.errors + j * c.rows + at, n * sizeof(float));
     std::memset(errors + j * LINE + n, 0, (LINE - n) * sizeof(float));
   }
+  float *losses = c.losses ? c.losses + at : nullptr;
+  for (int64_t r = 0; losses && r < n; r++) losses[r] = 0;
   alignas(64) float moved[BLOCK * LINE];
   for (int64_t start = 0; start < c.columns; start += BLOCK) {
     const int64_t stop = start + BLOCK < c.columns ? start + BLOCK : c.columns;
@@ -69,7 +74,7 @@ static void round_columns(const fewbits_columns &c, int64_t line, float *errors)
       float *own = moved + (k - start) * LINE;
       add_shares<F, 1>(c, k, start, k, errors, own);
       if (!c.upper) add_shares<F, 1>(c, k, k + 1, stop, errors, own);
-      round_column(c, k, at, n, own, errors + k * LINE);
+      round_column(c, k, at, n, own, errors + k * LINE, losses);
     }
   }
   for (int64_t j = 0; j < c.columns; j++)

@@ -140,6 +140,8 @@ typedef struct {
   const float *inverse;   // 1 / step
   const float *low;       // the least integer on it
   const int64_t *groups;  // of each column, its row in these
+  const float *costs;     // (columns,) of a squared distance from that place; NULL
+  float *losses;          // (rows,), what rounding has cost; NULL if there are no costs
   float range;            // from the least integer to the largest
   int32_t upper;          // 1: columns take up errors of those before them alone; 0: of all others
 } fewbits_columns;

@@ -68,6 +68,8 @@ class Columns(ctypes.Structure):
         ("inverse", c_void_p),
         ("low", c_void_p),
         ("groups", c_void_p),
+        ("costs", c_void_p),
+        ("losses", c_void_p),
         ("range", c_float),
         ("upper", c_int32),
     ]
@@ -339,8 +341,9 @@ class Library:
         most: int,
         groups: Tensor,
         upper: bool = False,
+        costs: Tensor | None = None,
         threads: int | None = None,
-    ) -> None:
+    ) -> Tensor | None:
         """Round columns one after the other, each to the place nearest to where the others leave it.
 
         Args:
@@ -351,7 +354,11 @@ class Library:
             most: how far the largest integer is from the least.
             groups: (columns,) int64, of each column its row in the grid.
             upper: columns take up the errors of those before them alone, not of all others.
+            costs: (columns,), of the squared distance of a column from that place.
             threads: as many as torch uses, if None. The bits do not depend on them.
+
+        Returns:
+            (rows,), the sum of these costs; None without them.
         """
         columns, rows = values.shape
         for name, tensor in (("values", values), ("errors", errors)):
@@ -362,11 +369,15 @@ class Library:
         _check("groups", groups, torch.int64, columns)
         if columns and not 0 <= int(groups.min()) <= int(groups.max()) < len(grid[0]):
             raise ValueError(f"a group is none of {len(grid[0])}")
-        tensors = (values, errors, shares, *grid, groups)
-        given = Columns(columns, rows, *(tensor.data_ptr() for tensor in tensors), most, upper)
+        _check("costs", costs, None if costs is None else torch.float32, columns)
+        losses = None if costs is None else torch.empty(rows)
+        tensors = (values, errors, shares, *grid, groups, costs, losses)
+        places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        given = Columns(columns, rows, *places, most, upper)
         threads = torch.get_num_threads() if threads is None else threads
         error = self._c.fewbits_round_columns(ctypes.byref(given), threads, self._parallel)
         _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
+        return losses
 
     @property
     def has_bf16(self) -> bool:
