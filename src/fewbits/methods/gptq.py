@@ -8,9 +8,9 @@ with the errors made so far, and nothing has to be inverted.
 
 Beyond the paper, each measured in LOG.md: columns in order of falling H_kk on grids that were chosen
 before (so files need no `g_idx`); the grid of least error weighted by D, or of several near it the one
-with which a row loses least; damping in proportion to each column's own H_kk; sweeps of coordinate descent
-afterwards (Behdin et al. 2023, QuantEase, arXiv 2309.01885, section 3); a ladder of fallbacks where H has
-no factor.
+with which a row loses least; damping in proportion to each column's own H_kk; sweeps of coordinate
+descent afterwards (Behdin et al. 2023, QuantEase, arXiv 2309.01885, section 3); a ladder of fallbacks
+where H has no factor.
 """
 
 from collections.abc import Iterator
