@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 8
+#define FEWBITS_INTERFACE 9
 
 #ifdef __cplusplus
 extern "C" {
