@@ -25,7 +25,10 @@ from fewbits.scheme import QuantScheme
 from fewbits.tensor import quantize_tensor
 
 SHAPES = ((4096, 4096), (2048, 8192))
-SCHEMES = ("w4-g128", "w4-g128-asym", "w4-g32", "w8-channel", "w3-g128", "w2-g128")
+SCHEMES = (
+    "w4-g128", "w4-g128-asym", "w4-g32", "w8-channel", "w3-g128", "w2-g128",
+    "w4-g128-trellis", "w3-g128-trellis", "w2-g128-trellis",
+)  # fmt: skip
 ROWS = (2, 4, 8, 16, 32, 64, 512)
 KERNELS = {"16-bit inputs": Native, "int8 inputs": NativeInt8}
 CACHES = 200e6  # bytes of weights that are gone through; the largest cache seen has 32 MB
@@ -37,6 +40,7 @@ LEAST_SHARE = {
     "w8-channel": (0.9, 0.8),
     "w3-g128": (0.7, 0.7),
     "w2-g128": (0.7, 0.7),
+    "w4-g128-trellis": (0.85, 0.7),
 }
 LEAST_SPEED = {
     2: (4, 4),
