@@ -453,7 +453,9 @@ def test_a_budget_is_never_below_what_is_expected(tmp_path, monkeypatch, model_t
 def test_the_probe_gives_rates_that_are_times(checkpoint):
     found = look_ahead(checkpoint("llama"), samples=8, length=16)
     rates = found.forecast.rates
-    assert all(value > 0 for name, value in rates.items() if name not in ("tokenize", "column_row"))
+    none = ("tokenize", "column", "column_row")  # of the last two one may be too short to be seen
+    assert all(value > 0 for name, value in rates.items() if name not in none)
+    assert rates["column"] + rates["column_row"] > 0
     assert all(row.cost.elapsed_s > 0 for row in found.forecast.rows[1:])
     assert found.forecast.rows[0].cost is None
     assert look_ahead(checkpoint("llama"), measure=False).forecast.rates == {}

@@ -9,6 +9,7 @@ Of texts, as calibration and the first step of `generate()` run them, the native
 to 0.4 of the time of PyTorch's kernel, as exactly, where the processor has products of bfloat16.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from fewbits import native
 
 FEW = 8  # queries, at most; not tuned
-NAME = "fewbits"  # under which transformers finds it
+NAME, FEW_NAME = "fewbits", "fewbits-few"  # under which transformers finds it; for few queries alone
 _MORE = ("position_bias", "cache", "softcap")  # of all that models hand over, what changes the result
 
 
-def use_grouped_attention(model: Any) -> bool:
+def use_grouped_attention(model: Any, texts: bool = True) -> bool:
     """Let a transformers model that runs PyTorch's attention on a CPU attend so.
+
+    Args:
+        model: of transformers.
+        texts: whether whole texts do too, whose last bits are then not those of PyTorch's kernel.
 
     Returns:
         Whether it does: others, and those that choose their attention by name, stay as they are.
@@ -34,9 +39,10 @@ def use_grouped_attention(model: Any) -> bool:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(NAME, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation(NAME)
+    name = NAME if texts else FEW_NAME
+    AttentionInterface.register(name, attend if texts else partial(attend, texts=False))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(name)
     return True
 
 
@@ -48,6 +54,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    texts: bool = True,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it; what nobody here does better goes to PyTorch's attention.
@@ -60,6 +67,7 @@ def attend(
             added to its score; None: all, or, of several queries, those before it.
         dropout: of weights.
         scaling: of scores; by default 1 / sqrt(width).
+        texts: whether whole texts are attended to here, or by PyTorch.
         others: what else models hand over.
 
     Returns:
@@ -71,7 +79,7 @@ def attend(
     if query.device.type == "cpu" and plain and few:
         result = grouped_attention(query, key, value, attention_mask, scaling)
         return result.transpose(1, 2).contiguous(), None
-    library = native.library()
+    library = native.library() if texts else None
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if library is not None and plain and attention_mask is None and _fits(library, query, key, value):

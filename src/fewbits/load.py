@@ -168,7 +168,7 @@ def _load(
             share_codes(loaded, module, tied)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
-    use_grouped_attention(loaded)
+    use_grouped_attention(loaded, texts=bool(weights))  # in float it computes what transformers' does
     if weights and loaded.device.type == "cpu":
         from fewbits.cache import use_growing_cache
 
