@@ -398,6 +398,21 @@ def test_parts_add_up_and_only_the_rates_that_a_method_needs_count(checkpoint):
             assert (found.elapsed_s > none.elapsed_s) == needed[name], (choice.name, name)
 
 
+def test_chains_of_a_trellis_are_counted_as_often_as_they_are_found(checkpoint):
+    groups, work, _ = work_of(checkpoint("llama"))
+    scheme = QuantScheme.parse("w4-g32-trellis")
+    rates = machine.Rates(**UNIT | {"chains": 1.0})
+    weights = sum(n * rows * columns for (rows, columns), n in work.inputs.items())
+    for method, times in {
+        "rtn": 1,
+        "awq": 7,
+        "gptq": 9,
+        "awq+gptq": 9,
+    }.items():  # of 6 grids, then codes
+        found = estimate_cost(Choice(method, scheme), groups, work, rates, FORMATS["fewbits"])
+        assert found.parts_s["rounding"] == pytest.approx(times * weights)
+
+
 def test_hessians_are_counted_by_tokens_and_width(checkpoint):
     groups, work, _ = work_of(checkpoint("llama"), samples=64, length=16)
     rates = machine.Rates(**UNIT | {"hessian": 1.0})

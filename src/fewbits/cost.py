@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits import trellis
 from fewbits.budget import (
     collecting_bytes,
     factor_bytes,
@@ -38,7 +39,7 @@ from fewbits.formats import Format
 from fewbits.learning import LEARNED_TOKENS, STEP_TOKENS
 from fewbits.memory import available_bytes, hand_back_memory
 from fewbits.methods import GPTQ, Learned
-from fewbits.methods.grid import search_qparams
+from fewbits.methods.grid import candidates, search_qparams
 from fewbits.native import library
 from fewbits.packing import pack, unpack
 from fewbits.plan import Plan
@@ -99,6 +100,7 @@ class Rates:
         stream: one float32 read and one written.
         search, search_blocks: one weight, all candidates; costs by column and by block.
         round: one weight to the nearest, range included.
+        chains: one weight of a trellis, its chain found once.
         pack, unpack: one code.
         column, column_row: of GPTQ, all sweeps: one column, and each row of it.
         hash, write: one byte; the second includes its way to the disk.
@@ -118,6 +120,7 @@ class Rates:
     search: float
     search_blocks: float
     round: float
+    chains: float
     pack: float
     unpack: float
     column: float
@@ -217,6 +220,8 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
     part, importance = w[: max(64, 2**17 // width)], torch.rand(width) + 0.1
     codes = torch.randint(16, (256, width), dtype=torch.uint8)
     packed = pack(codes, 4)
+    chained = part[: len(part) // trellis.CHAIN * trellis.CHAIN]
+    steps = torch.full_like(chained, 1 / trellis.UNIT[4])
     column, column_row = _columns()
     raw = x.numpy().data.cast("B")[: 2**20]
     return Rates(
@@ -231,6 +236,7 @@ def probe(plan: Plan, length: int, text: Path | None, survey_s: float, baseline_
         search=_time(lambda: search_qparams(part, scheme, importance)) / part.numel(),
         search_blocks=_time(lambda: search_qparams(part, scheme, gram)) / part.numel(),
         round=_time(lambda: quantize_tensor(part, scheme)) / part.numel(),
+        chains=_time(lambda: trellis.encode(chained, steps, 4)) / chained.numel(),
         pack=_time(lambda: pack(codes, 4)) / codes.numel(),
         unpack=_time(lambda: unpack(packed, 4, width)) / codes.numel(),
         column=column,
@@ -494,7 +500,8 @@ def estimate_cost(
     if calibrated:
         parts |= _before(work, rates) | _blocks(choice, work, rates) | _states(work, rates)
     else:
-        parts["rounding"] = rates.round * _weights(groups)
+        once = rates.chains if scheme.trellis else rates.round
+        parts["rounding"] = once * _weights(groups)
         parts["forward pass"] = _build(work) + (rates.pack + rates.unpack) * _weights(groups)
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     codes = sum(n * tensor_bytes(k, scheme, layout) for k, n in groups.items() if k.rounded)
@@ -604,14 +611,19 @@ def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
         parts["learning"] += _JUDGED_TIMES * _forward(held * length, work, rates, fast=False)
     if method.startswith("awq"):
         parts["search for scales"] = _awq(work, rates, held)
-    if method.endswith("gptq"):
-        parts["rounding"] = _gptq(work, rates) + rates.search * weights
-    else:
-        parts["rounding"] = (rates.search_blocks + rates.round) * weights
+    parts["rounding"] = _rounding(choice.scheme, method.endswith("gptq"), rates) * weights
+    parts["rounding"] += _gptq(work, rates) if method.endswith("gptq") else 0.0
     parts["errors"] = rates.round * weights + sum(
         n * 3 * _COMPARED_ROWS * columns**2 * rates.multiply for (_, columns), n in work.inputs.items()
     )
     return parts
+
+
+def _rounding(scheme: QuantScheme, gptq: bool, rates: Rates) -> float:
+    """Of one weight: the search for its grid, and codes, but for what GPTQ's columns take."""
+    if scheme.trellis:
+        return rates.chains * (len(candidates(scheme)) + 1 + (_SWEEPS if gptq else 0))
+    return rates.search if gptq else rates.search_blocks + rates.round
 
 
 def _tokens(columns: int, fitted: int, work: Work) -> float:

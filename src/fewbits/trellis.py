@@ -26,6 +26,7 @@ from fewbits.native import library
 
 CHAIN = 32  # rows
 WINDOW = 8  # bits
+_SLICE = 2**22  # values looked up at a time, by numbers of 4 bytes; not tuned
 # Found by Lloyd's iteration on normal numbers (benchmarks/trellis.py), as int8.
 _TABLES = {
     2: (
@@ -72,8 +73,11 @@ def values(codes: Tensor, bits: int) -> Tensor:
         InputError: rows are no whole chains.
     """
     chains = codes.view(_chains(len(codes)), CHAIN, -1)
-    before = [chains.roll(back, 1) for back in range(-(-WINDOW // bits))]
-    return look_up(before, bits).view(codes.shape)
+    found = torch.empty(chains.shape, dtype=torch.int8, device=codes.device)
+    some = max(1, _SLICE // (CHAIN * max(1, codes.shape[1])))
+    for into, part in zip(found.split(some), chains.split(some), strict=True):
+        into.copy_(look_up([part.roll(back, 1) for back in range(-(-WINDOW // bits))], bits))
+    return found.view(codes.shape)
 
 
 def look_up(codes: list[Tensor], bits: int) -> Tensor:
