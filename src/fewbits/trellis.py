@@ -75,7 +75,7 @@ def values(codes: Tensor, bits: int) -> Tensor:
     chains = codes.view(_chains(len(codes)), CHAIN, -1)
     found = torch.empty(chains.shape, dtype=torch.int8, device=codes.device)
     some = max(1, _SLICE // (CHAIN * max(1, codes.shape[1])))
-    for into, part in zip(found.split(some), chains.split(some), strict=True):
+    for into, part in zip(torch.split(found, some), torch.split(chains, some), strict=True):
         into.copy_(look_up([part.roll(back, 1) for back in range(-(-WINDOW // bits))], bits))
     return found.view(codes.shape)
 
