@@ -13,7 +13,6 @@ descent afterwards (Behdin et al. 2023, QuantEase, arXiv 2309.01885, section 3);
 where H has no factor.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,6 +28,7 @@ from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor
 
 _BLOCK = 64  # columns corrected by one product; not tuned
+_TRIED = 2**21  # weights whose grids are tried at a time: few copies of large matrices; not tuned
 _OFF = 0.03  # by which scales that are tried differ; 0.02 and 0.05 gave less
 
 
@@ -99,17 +99,17 @@ class GPTQ:
         return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
 
 
-def _near(scale: Tensor, tries: int) -> Iterator[Tensor]:
+def _near(scale: Tensor, tries: int) -> list[Tensor]:
     """The scale, and so many others, each of which is a little off."""
-    yield scale
-    generator = torch.Generator().manual_seed(0)
+    generator, near = torch.Generator().manual_seed(0), [scale]
     for _ in range(tries):
         off = torch.randn(scale.shape, generator=generator, dtype=torch.float64)
-        yield shrunk(scale, (1 + _OFF * off).to(scale.device))
+        near.append(shrunk(scale, (1 + _OFF * off).to(scale.device)))
+    return near
 
 
 def _best_of(
-    scales: Iterator[Tensor],
+    scales: list[Tensor],
     weight: Tensor,
     zero_point: Tensor,
     scheme: QuantScheme,
@@ -117,19 +117,24 @@ def _best_of(
     found: "_Factored",
 ) -> tuple[Tensor, "_Columns"]:
     """Of each row the scale with which least is lost; and the columns, rounded with it."""
-    best = next(scales)
-    columns = _Columns.of(weight, best, zero_point, scheme, order)
-    E, least = columns.E, _together(columns.round_all(found.U, upper=True, costs=found.D), best)
-    for scale in scales:
-        columns = _Columns.of(weight, scale, zero_point, scheme, order)
-        lost = _together(columns.round_all(found.U, upper=True, costs=found.D), scale)
-        better = lost < least
-        least, best = torch.where(better, lost, least), torch.where(better[:, None], scale, best)
-        torch.where(better, columns.E, E, out=E)
-    if E is not columns.E:
-        columns = _Columns.of(weight, best, zero_point, scheme, order)
-        columns.E = E
-    return best, columns
+    E = torch.empty(weight.t().shape, dtype=affine.working_dtype(weight), device=weight.device)
+    best, whole = torch.empty_like(scales[0]), scheme.granularity == "tensor"
+    step = len(weight) if whole else max(64, _TRIED // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        own = slice(None) if whole else rows  # the scale that these rows have
+        least = None
+        for scale in scales:
+            columns = _Columns.of(weight[rows], scale[own], zero_point[own], scheme, order)
+            lost = _together(columns.round_all(found.U, upper=True, costs=found.D), scale)
+            if least is None:
+                least, best[own], E[:, rows] = lost, scale[own], columns.E
+                continue
+            better = lost < least
+            least = torch.where(better, lost, least)
+            best[own] = torch.where(better[:, None], scale[own], best[own])
+            E[:, rows] = torch.where(better, columns.E, E[:, rows])
+    return best, _Columns.of(weight, best, zero_point, scheme, order, E)
 
 
 def _together(lost: Tensor, scale: Tensor) -> Tensor:
@@ -224,16 +229,22 @@ class _Columns:
 
     @classmethod
     def of(
-        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, order: Tensor
+        cls,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        scheme: QuantScheme,
+        order: Tensor,
+        E: Tensor | None = None,
     ) -> Self:
-        """Nothing is rounded yet."""
+        """Nothing is rounded yet, or all is, and E was left."""
         V = weight.t()[order].to(affine.working_dtype(weight))
         expanded = (q.t().to(V.dtype).expand(-1, V.shape[1]) for q in (scale, zero_point))
         steps, points = (q.contiguous() for q in expanded)
         groups = order // (len(V) // scale.shape[1])
         for part, group in zip(torch.split(V, _BLOCK), torch.split(groups, _BLOCK), strict=True):
             part.div_(steps[group])
-        return cls(V, torch.zeros_like(V), steps, points, groups, scheme)
+        return cls(V, torch.zeros_like(V) if E is None else E, steps, points, groups, scheme)
 
     def round_all(self, shares: Tensor, upper: bool = False, costs: Tensor | None = None) -> Tensor:
         """Round each column to the place nearest to where the errors of others leave it.
