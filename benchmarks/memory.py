@@ -36,6 +36,8 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
 
 def run(model: Path, out: Path, method: str, samples: int, length: int) -> dict[str, int]:
     """Quantize in this process, which should be a new one."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  # libraries are part of what is there before
+
     import fewbits
 
     ids = torch.randint(VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(0))

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 import fewbits
 import fewbits.plan
 from fewbits import InputError, QuantizedLinear, QuantScheme
+from fewbits.attention import use_grouped_attention
 from fewbits.convert import convert
 from fewbits.formats.layout import FLOAT_EMBEDDINGS
 from fewbits.gguf_file import open_gguf
 from fewbits.integration import give_back
 from fewbits.ledger import read_ledger
 from fewbits.linear import QuantizedEmbedding
-from fewbits.load import open_model
+from fewbits.load import open_model, stream_floats
 from fewbits.plan import make_plan, survey
 from fewbits.recipe import EMBEDDING_SCHEME, Recipe
 from fewbits.structure import find_embedding, find_matrices, find_tied_head, row_factor, skeleton
@@ -47,8 +48,13 @@ def only_embeddings(folder, out, label="w8-channel", **more):
 
 
 def float_model(folder, scheme):
-    """The source as transformers loads it, its embedding replaced by what the codes stand for."""
+    """The source as transformers loads it, its embedding replaced by what the codes stand for.
+
+    It attends, and multiplies by what is in float, as quantized models do: PyTorch's last bits are others.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    use_grouped_attention(model)
+    stream_floats(model)
     weight = model.get_input_embeddings().weight
     weight.data = quantize_tensor(weight.data, scheme).dequantize()
     return model

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewbits import affine, native
 from fewbits.errors import InputError
+from fewbits.memory import hand_back_memory
 from fewbits.methods.chains import Chains
 from fewbits.methods.grid import search_qparams, shrunk
 from fewbits.methods.weighted_rtn import WeightedRTN
@@ -134,6 +135,8 @@ def _best_of(
             least = torch.where(better, lost, least)
             best[own] = torch.where(better[:, None], scale[own], best[own])
             E[:, rows] = torch.where(better, columns.E, E[:, rows])
+    if step < len(weight):
+        hand_back_memory()  # of copies of some rows, which the allocator keeps
     return best, _Columns.of(weight, best, zero_point, scheme, order, E)
 
 
