@@ -50,7 +50,7 @@ def only_embeddings(folder, out, label="w8-channel", **more):
 def float_model(folder, scheme):
     """The source as transformers loads it, its embedding replaced by what the codes stand for.
 
-    It attends, and multiplies by what is in float, as quantized models do: PyTorch's last bits are others.
+    It attends, and multiplies by floats, as quantized models do: PyTorch's last bits are others.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     use_grouped_attention(model)
