@@ -91,7 +91,7 @@ def default_candidates(columns: int, symmetric: bool = True) -> list[QuantScheme
     Below 8 bits also with a trellis, where there are no zero points.
 
     >>> [scheme.label for scheme in default_candidates(96)][-2:], len(default_candidates(128))
-    (['w8-g32', 'w4-g32-trellis'], 21)
+    (['w3-g32-trellis', 'w4-g32-trellis'], 21)
     """
     groups = [size for size in GROUPS if columns % size == 0]
     if not groups:  # whole rows always fit
