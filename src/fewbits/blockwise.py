@@ -497,8 +497,6 @@ class _Run:
             name: Rounding.of(floats.pop(name), codes[name].to(device), self._scales(piece).least)
             for name, piece in named.items()
         }
-        if not roundings:
-            return
         fisher = None
         if self.statistics is not None:
             fisher = self.statistics.fisher(number, self.plan.hidden_size)
