@@ -23,8 +23,9 @@ demo: $(INSTALLED)
 	@echo; echo "The 4-bit model goes on from 'def read_file(path):'"; echo
 	@$(BIN)/fewbits generate $(DEMO)/gptq "def read_file(path):" --max-new-tokens 96 --temperature 0.7
 
+# A process per core, each on one thread: most models of the tests are too small for two.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # A thousand inputs for every reader of files; a number in FEWBITS_SEED gives others.
 fuzz: $(INSTALLED)
