@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import fewbits
+from fewbits.checkpoint import hash_file
 from fewbits.compare import Candidate, block_errors, compare
 from fewbits.comparison import FLOAT, read_comparison
 from fewbits.errors import InputError
@@ -27,6 +28,7 @@ TEXT = Text(
     "letters", ["abcdefghijklmnopqrstuvwxyz" * 6, "def_f(x):return_x+1", "zyxwvutsrqponmlkji" * 4]
 )
 OTHER = Text("figures", ["0123456789" * 20, "3.14159265358979"])
+W4_G32 = QuantScheme(4, "group", 32)
 METHODS = ["int8", "rtn=w4-g32", "awq+gptq=w4-g32"]
 NAMES = [FLOAT, "int8", "rtn-w4-g32", "awq+gptq-w4-g32"]
 OPTIONS = {"text": TEXT, "calibration": TEXT, "samples": 6, "sample_length": 32, "speed": False}
@@ -302,6 +304,68 @@ def test_no_text_measures_no_quality(model, tmp_path):
     assert found.differences() == []
 
 
+# -- sizes, and statistics ---------------------------------------------------------------------------
+
+SIZES = ["best=8bpw", "gptq=6bpw", "gptq=w4-g32"]
+
+
+@pytest.fixture(scope="module")
+def measured(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured") / "stats"
+    fewbits.measure(model, folder, calibration=TEXT, samples=6, length=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def front(model, measured, tmp_path_factory):
+    work = tmp_path_factory.mktemp("front") / "work"
+    return study(model, work, SIZES, calibration=None, statistics=measured, format="fewbits")
+
+
+def test_rows_of_a_size_are_no_larger_and_their_schemes_were_chosen(front):
+    best, small, plain = front.rows[1:]
+    assert [row.name for row in front.rows[1:]] == ["best-8bpw", "gptq-6bpw", "gptq-w4-g32"]
+    assert 6 < best.bits_per_weight <= 8
+    assert 4 < small.bits_per_weight <= 6
+    assert best.ledger["request"]["budget"]["bits_per_weight"] == 8
+    assert (best.method, small.method) == ("awq+gptq+learned", "gptq")
+    assert plain.ledger["request"].get("budget") is None
+    assert 0 < best.evaluation.kl.value < small.evaluation.kl.value
+
+
+def test_rows_from_statistics_are_what_quantize_makes_of_them(model, measured, front, tmp_path):
+    for row in front.rows[2:]:
+        size = {"bits_per_weight": 6.0} if row.name.endswith("bpw") else {"scheme": W4_G32}
+        again = fewbits.quantize(
+            model, tmp_path / row.name, method="gptq", statistics=measured, format="fewbits", **size
+        )
+        assert hash_file(again.out / "fewbits.json") == row.ledger["sha256"]
+        assert front.calibration == row.ledger["calibration"]
+
+
+def test_without_statistics_a_size_is_measured_once_in_the_work_folder(model, tmp_path, monkeypatch):
+    calls = []
+
+    def counting(*arguments, **options):
+        calls.append(arguments)
+        return fewbits.measure(*arguments, **options)
+
+    monkeypatch.setattr(module, "measure", counting)
+    first = study(model, tmp_path / "work", ["gptq=8bpw", "gptq=6bpw", "gptq=w4-g32"])
+    again = study(model, tmp_path / "work", ["gptq=8bpw", "gptq=6bpw", "gptq=w4-g32"])
+    assert len(calls) == 1
+    assert len(list((tmp_path / "work").glob("statistics-*"))) == 1
+    assert figures(again) == figures(first)
+    assert "statistics" not in first.rows[3].ledger["request"]
+
+
+def test_statistics_of_another_model_are_refused_before_the_work(measured, tmp_path):
+    other = checkpoint(tmp_path / "other", intermediate_size=160)
+    with pytest.raises(InputError, match="measured"):
+        study(other, tmp_path / "work", SIZES, calibration=None, statistics=measured)
+    assert not (tmp_path / "work").exists()
+
+
 # -- what is refused before any work -----------------------------------------------------------------
 
 
@@ -312,6 +376,11 @@ def test_no_text_measures_no_quality(model, tmp_path):
         (["int8", "int8"], "twice"),
         (["rtn", "rtn=w4-g128"], "twice"),
         (["rtn=w5-g32"], "5"),
+        (["gptq=3,7bpw"], "size '3,7bpw'; accepted are bits per weight, like 3.7bpw"),
+        (["gptq=-1bpw"], "-1"),
+        (["gptq=nanbpw"], "nan"),
+        (["best=4bpw", "best=4.0bpw"], "best-4bpw is there twice"),
+        (["best+gptq=4bpw"], "best.gptq"),
         (["nothing=w4-g32"], "nothing"),
         ([], "nothing to compare"),
     ],
@@ -347,6 +416,11 @@ def test_candidates_that_are_none_are_refused(methods, words):
         ({"tasks": ("arc_challenge",), "task_data": "TASKS", "shots": 5}, "worked examples"),
         ({"tasks": ("arc_challenge",), "task_data": "TASKS", "shots": -1}, "shots"),
         ({"tasks": ("no_such_task",), "task_data": "TASKS"}, "no_such_task"),
+        ({"methods": ["gptq=0.5bpw"]}, "smallest|least|at least"),
+        ({"methods": ["llm-int8=5bpw"]}, "llm-int8"),
+        ({"statistics": "no/such/folder", "calibration": None}, "no/such/folder"),
+        ({"statistics": "no/such/folder"}, "both given"),
+        ({"format": "onnx"}, "onnx"),
     ],
     ids=str,
 )

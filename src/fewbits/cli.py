@@ -726,11 +726,24 @@ def compare(
         str | None,
         typer.Option(
             help="By commas: int8-tensor, int8, llm-int8, q4_k; rtn, weighted-rtn, gptq, awq, awq+gptq, "
-            "which take --bits; or METHOD=SCHEME, like gptq=w3-g64.  "
-            "[default: all but q4_k and weighted-rtn]"
+            "best, which take --bits and --bits-per-weight; or METHOD=SCHEME, like gptq=w3-g64 and "
+            "best=3.7bpw.  [default: all but q4_k, weighted-rtn and, without --bits-per-weight, best]"
         ),
     ] = None,
-    bits: Annotated[str, typer.Option(help="By commas: 8, 4, 3, 2.")] = "4",
+    bits: Annotated[
+        str | None,
+        typer.Option(help="By commas: 8, 4, 3, 2.  [default: 4; with --bits-per-weight none]"),
+    ] = None,
+    bits_per_weight: Annotated[
+        str | None,
+        typer.Option(
+            "--bits-per-weight",
+            metavar="B,...",
+            help="By commas, like 3,3.5,4: of all weight files, at most; each matrix gets its own "
+            "scheme, by what rounding it costs.",
+            show_default=False,
+        ),
+    ] = None,
     group_size: Annotated[str, typer.Option(help="Columns that share a scale, or none.")] = "128",
     text: Annotated[
         str,
@@ -744,11 +757,14 @@ def compare(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many windows, evenly spread.")] = None,
     calibration: Annotated[
-        str, typer.Option(help="Like --text, for the methods that need it; not none.")
-    ] = "self",
+        str | None,
+        typer.Option(help="Like --text, for the methods that need it; not none.  [default: self]"),
+    ] = None,
+    stats: Stats = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 0,
+    format: Format = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="By commas: mmlu, arc_challenge, hellaswag, or other tasks of lm-eval."),
@@ -790,7 +806,12 @@ def compare(
     if eval_len is not None and eval_len < 3:
         raise InputError(f"--eval-len is {eval_len}; windows need at least 3 tokens")
     chosen = None if methods is None else _listed(methods)
-    candidates = Candidate.all(chosen, [_number("--bits", n) for n in _listed(bits)], group_size)
+    candidates = Candidate.all(
+        chosen,
+        None if bits is None else [_number("--bits", n) for n in _listed(bits)],
+        group_size,
+        [_size(n) for n in _listed(bits_per_weight or "")],
+    )
     folder = work or default_work(model)
     with join(rank_timeout) as ranks, _progress(ranks.leads) as progress:
         found = run(
@@ -801,9 +822,11 @@ def compare(
             length=eval_len,
             limit=limit,
             calibration=calibration,
+            statistics=stats,
             samples=samples,
             sample_length=seq_len,
             seed=seed,
+            format=format,
             tasks=tuple(_listed(tasks or "")),
             task_data=task_data,
             task_limit=task_limit,
@@ -983,6 +1006,15 @@ def _number(option: str, text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"{option} has {text!r}; accepted are numbers, by commas")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--bits-per-weight has {text!r}; accepted are numbers like 3.7, by commas"
+        ) from None
 
 
 def _positive(**options: int | None) -> None:

@@ -27,6 +27,7 @@ from fewbits.calibration import SEEDS, SELF, Calibration, Progress, check_seed
 from fewbits.checkpoint import (
     CONFIG,
     LEDGER,
+    MAX_SHARD_BYTES,
     carried_files,
     hash_file,
     hash_json,
@@ -48,17 +49,20 @@ from fewbits.evaluate import (
     load_tokenizer,
     read_calibration_of,
 )
+from fewbits.fit import Size, fit
 from fewbits.ledger import Ledger, plain
 from fewbits.load import kernel_notes, load
+from fewbits.measure import measure
 from fewbits.memory import memory_bytes
 from fewbits.methods import LLMInt8
 from fewbits.outliers import inspect_outliers, weight_outliers
-from fewbits.pipeline import Quantized, quantize
+from fewbits.pipeline import BEST, BEST_METHOD, Quantized, check_statistics, quantize
 from fewbits.plan import Plan, make_plan
 from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.speed import compare_speed, measure_resident, measure_size, measure_speed
+from fewbits.statistics import Statistics, read_statistics
 from fewbits.structure import find_blocks, skeleton, text_config
 from fewbits.tasks import TaskScores, check_tasks, evaluate_tasks
 from fewbits.text import Text, read_text, windows
@@ -66,6 +70,7 @@ from fewbits.text import Text, read_text, windows
 MEASURED, PARTIAL = "measured", "compare.partial.json"  # in the work folder
 METHODS = ("int8-tensor", "int8", "llm-int8", "rtn", "gptq", "awq", "awq+gptq")
 BITS = (4,)
+_SIZE = "bpw"
 _FIXED = {  # names that say their scheme
     "int8-tensor": ("rtn", QuantScheme(8, "tensor")),
     "int8": ("rtn", QuantScheme(8, "channel")),
@@ -80,42 +85,64 @@ _SELF_SAMPLES = 64  # windows that the model writes to be judged on; not tuned
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One row to be: a method as `parse_method` reads it, and its scheme.
+    """One row to be: a method as `quantize` takes it, and one scheme for all matrices, or a size.
+
+    Args:
+        name: of its row and folder.
+        method: see `parse_method`; or "best".
+        scheme: of all matrices; with `best` what gives the size, if nothing else does.
+        bits_per_weight: of the whole files, at most: schemes are chosen.
 
     >>> [candidate.name for candidate in Candidate.all(["int8", "gptq", "awq=w3-g64"], [4, 3], "none")]
     ['int8', 'gptq-w4-channel', 'gptq-w3-channel', 'awq-w3-g64']
+    >>> [candidate.name for candidate in Candidate.all(["best", "gptq=w3-g64"], sizes=[5, 3.5])]
+    ['best-5bpw', 'best-3.5bpw', 'gptq-w3-g64']
     """
 
     name: str
     method: str
     scheme: QuantScheme
+    bits_per_weight: float | None = None
 
     @classmethod
     def all(
-        cls, methods: list[str] | None = None, bits: list[int] | None = None, group_size: str = "128"
+        cls,
+        methods: list[str] | None = None,
+        bits: list[int] | None = None,
+        group_size: str = "128",
+        sizes: list[float] | None = None,
     ) -> list[Self]:
-        """Every method with every number of bits, those that say theirs once; most bits first.
+        """Every method with every number of bits and of every size, those that say theirs once; the
+        most bits first.
 
         Args:
-            methods: names; `int8-tensor`, `int8`, `llm-int8`, `q4_k`, or a method, or METHOD=SCHEME; by
-                default the first three, rtn, gptq, awq and awq+gptq.
-            bits: for the methods that do not say; 4 by default.
+            methods: names; `int8-tensor`, `int8`, `llm-int8`, `q4_k`, or a method, or METHOD=SCHEME, or
+                METHOD=3.7bpw; by default the first three, rtn, gptq, awq and awq+gptq, and with sizes
+                these and best.
+            bits: for the methods that do not say; by default 4, and with sizes none.
             group_size: likewise; a number, or "none" for one scale per channel.
+            sizes: bits per weight of whole files, of the methods that do not say and that a size can be
+                given.
 
         Raises:
             InputError: a name that is none of these, or one of them twice.
         """
         found: list[Self] = []
-        bits = list(BITS) if bits is None else bits
-        for text in METHODS if methods is None else methods:
+        sizes = [] if sizes is None else sizes
+        bits = list(() if sizes else BITS) if bits is None else bits
+        usual = (*METHODS, BEST) if sizes else METHODS
+        for text in usual if methods is None else methods:
             method, equals, label = text.partition("=")
             if text in _FIXED:
                 found.append(cls(text, *_FIXED[text]))
+            elif equals and label.endswith(_SIZE):
+                found.append(cls._of_size(method, _read_size(label), group_size))
             elif equals:
                 found.append(cls._of(method, QuantScheme.parse(label)))
             else:
                 found += [cls._of(method, _grouped(number, group_size)) for number in bits]
-        found.sort(key=lambda candidate: -candidate.scheme.bits)
+                found += [cls._of_size(method, size, group_size) for size in sizes]
+        found.sort(key=lambda candidate: -(candidate.bits_per_weight or candidate.scheme.bits))
         names = [candidate.name for candidate in found]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -126,17 +153,40 @@ class Candidate:
 
     @classmethod
     def _of(cls, method: str, scheme: QuantScheme) -> Self:
-        parse_method(method)
+        parse_method(BEST_METHOD if method == BEST else method)
         return cls(f"{method}-{scheme.label}", method, scheme)
+
+    @classmethod
+    def _of_size(cls, method: str, size: float, group_size: str) -> Self:
+        Size(size)  # a number that is one
+        own = cls._of(method, _grouped(BITS[0], group_size))
+        return cls(f"{method}-{size:g}{_SIZE}", method, own.scheme, size)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes tokens to run the model on."""
+        return self.fitted or self.recipe.needs_calibration
+
+    @property
+    def fitted(self) -> bool:
+        """Whether schemes are chosen by what rounding was measured to cost."""
+        return self.bits_per_weight is not None or self.method == BEST
 
     @property
     def recipe(self) -> Recipe:
-        """As `quantize` makes it."""
-        transforms, method, learned = parse_method(self.method)
+        """As `quantize` makes it; with a size, before schemes are chosen."""
+        transforms, method, learned = parse_method(BEST_METHOD if self.method == BEST else self.method)
         if self.method == "llm-int8":
             inputs = self.scheme.inputs
             method = LLMInt8(static=inputs is not None and inputs.static)
         return Recipe(method, self.scheme, transforms=transforms, learned=learned)
+
+
+def _read_size(label: str) -> float:
+    try:
+        return float(label.removesuffix(_SIZE))
+    except ValueError:
+        raise InputError(f"size {label!r}; accepted are bits per weight, like 3.7{_SIZE}") from None
 
 
 def _check_candidates(candidates: list[Candidate]) -> None:
@@ -165,10 +215,12 @@ def compare(
     text: str | Path | Text | None = SELF,
     length: int | None = None,
     limit: int | None = None,
-    calibration: str | Path | Text | Tensor = SELF,
+    calibration: str | Path | Text | Tensor | None = None,
+    statistics: str | Path | None = None,
     samples: int = 128,
     sample_length: int | None = None,
     seed: int = 0,
+    format: str | None = None,
     tasks: tuple[str, ...] = (),
     task_data: Path | None = None,
     task_limit: int | None = None,
@@ -189,7 +241,12 @@ def compare(
         text: what quality is measured on, see `read_text`; "self" is text that the model writes, with
             another seed than that of calibration; None measures no quality.
         length, limit: see `evaluate`.
-        calibration, samples, sample_length, seed: see `quantize`.
+        calibration, samples, sample_length, seed: see `quantize`; text that the model writes, if
+            neither this nor `statistics` is given.
+        statistics: folder that `measure` made of this model, instead of calibration: every row that
+            would be calibrated is made from it. Without it, what rows of a given size need is measured
+            once, in the work folder.
+        format: of every quantized model; see `quantize`.
         tasks, task_data, task_limit, shots: see `evaluate_tasks`.
         max_memory: bytes that each `quantize` may take; not what measuring takes, which loads whole
             models.
@@ -208,7 +265,9 @@ def compare(
     folder, work = resolve(model), Path(work)
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file; accepted is a folder, or none yet")
-    plans = [make_plan(folder, candidate.recipe) for candidate in candidates]
+    if calibration is not None and statistics is not None:
+        raise InputError("calibration and statistics are both given; accepted is one of them")
+    plans = [_plan(folder, candidate, format) for candidate in candidates]
     check_windows(length, limit, context_of(text_config(skeleton(read_json(folder / CONFIG)))))
     check_seed(seed)
     if task_limit is not None and task_limit < 1:
@@ -217,16 +276,20 @@ def compare(
         check_tasks(tasks, task_data, shots)
         load_tokenizer(folder)
     judged = None if text is None else _Judged.of(folder, text, length, limit, seed, progress, ranks)
+    stats = None if statistics is None else read_statistics(statistics)
     data = None
-    if any(candidate.recipe.needs_calibration for candidate in candidates):
+    if stats is not None:
+        check_statistics(stats, folder, model, samples, sample_length, seed)
+    elif any(candidate.calibrated for candidate in candidates):
 
         def read() -> Calibration:
-            return read_calibration_of(folder, calibration, samples, sample_length, seed, progress)
+            source = SELF if calibration is None else calibration
+            return read_calibration_of(folder, source, samples, sample_length, seed, progress)
 
         data = _tell_calibration(read, ranks)
     study = _Study(
-        folder, work, judged, data, tasks, task_data, task_limit, shots, max_memory, speed, progress,
-        ranks,
+        folder, work, judged, data, stats, format, tasks, task_data, task_limit, shots, max_memory,
+        speed, progress, ranks,
     )  # fmt: skip
     if ranks.leads:
         study.check_memory(candidates, plans)
@@ -234,7 +297,7 @@ def compare(
         work.mkdir(parents=True, exist_ok=True)
     found = study.start(str(model), plans[0])
     if inspect and ranks.leads:
-        found = replace(found, **_inspect(folder, data, found.notes, progress))
+        found = replace(found, **_inspect(folder, study.tokens, found.notes, progress))
     rows = [study.float_row()]
     for candidate in candidates:
         rows.append(study.row(candidate))
@@ -244,6 +307,18 @@ def compare(
     if ranks.leads:
         os.replace(work / PARTIAL, work / RESULTS)  # until here that of an earlier run stays
     return found
+
+
+def _plan(folder: Path, candidate: Candidate, format: str | None) -> Plan:
+    """What would be written; of one whose schemes are chosen, such that its size can be kept."""
+    recipe = candidate.recipe
+    if candidate.fitted:
+        fitted = fit(
+            folder, recipe, Size(candidate.bits_per_weight), None, format=format, clients=(),
+            tensor_parallel=1, max_shard_bytes=MAX_SHARD_BYTES,
+        )  # fmt: skip
+        recipe, format = fitted.recipe, fitted.format
+    return make_plan(folder, recipe, format)
 
 
 def _tell_calibration(read: Callable[[], Calibration], ranks: Ranks) -> Calibration:
@@ -319,6 +394,8 @@ class _Study:
     work: Path
     judged: _Judged | None
     data: Calibration | None
+    statistics: Statistics | None
+    format: str | None
     tasks: tuple[str, ...]
     task_data: Path | None
     task_limit: int | None
@@ -336,7 +413,7 @@ class _Study:
         notes, judged, text = [], self.judged, None
         if judged is not None:
             text = {"name": judged.name, "sha256": judged.text.sha256}
-            if self.data is not None and self.data.source == judged.name != SELF:
+            if self.calibrated_on is not None and self.calibrated_on["source"] == judged.name != SELF:
                 notes.append(
                     f"fact: {judged.name} is the text to judge on and that to calibrate on: what was "
                     "calibrated looks better than it is"
@@ -345,7 +422,7 @@ class _Study:
             _describe_model(model, plan),
             (),
             text,
-            None if self.data is None else self.data.to_json(),
+            self.calibrated_on,
             None,
             (),
             _describe_machine(),
@@ -353,6 +430,20 @@ class _Study:
             datetime.now(UTC).strftime("%Y-%m-%d"),
             tuple(notes),
         )
+
+    @property
+    def calibrated_on(self) -> dict[str, Any] | None:
+        """The data that methods are calibrated on, as in a ledger; None if no method takes any."""
+        if self.statistics is not None:
+            return self.statistics.calibration
+        return None if self.data is None else self.data.to_json()
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """Some of them, to look for outliers with."""
+        if self.statistics is not None:
+            return self.statistics.ids
+        return None if self.data is None else self.data.ids
 
     @property
     def source(self) -> str:
@@ -400,7 +491,7 @@ class _Study:
         row = Row(
             candidate.name,
             ledger.request["method"],
-            ledger.request["scheme"],
+            ledger.scheme,
             made.weight_bytes,
             made.bits_per_weight,
             quantize_s=run.get("elapsed_s"),
@@ -430,31 +521,57 @@ class _Study:
         """
         for candidate, plan in zip(candidates, plans, strict=True):
             if self.max_memory is not None and not self._out(candidate).exists():
-                shape = None
-                if self.data is not None and candidate.recipe.needs_calibration:
-                    shape = self.data.ids.shape[0], self.data.ids.shape[1]
+                told = self.calibrated_on if candidate.recipe.needs_calibration else None
+                shape = None if told is None else (told["samples"], told["length"])
                 plan_memory(plan, candidate.recipe, shape, memory_bytes(), self.max_memory)
 
     def _out(self, candidate: Candidate) -> Path:
         """Its folder: another source, version or calibration has another."""
-        calibrated = candidate.recipe.needs_calibration
         what: list[Any] = [candidate.recipe.describe(), version("fewbits")]
-        what += [None if not calibrated or self.data is None else self.data.sha256]
-        what += [self.source]
+        what += [self._calibrated_by if candidate.calibrated else None, self.source]
+        what += [candidate.bits_per_weight, self.format] if candidate.fitted or self.format else []
         digest = hashlib.sha256(json.dumps(what, default=list).encode()).hexdigest()
         return self.work / f"{candidate.name}-{digest[:8]}"
 
+    @property
+    def _calibrated_by(self) -> str | None:
+        """A hash of what methods are calibrated by."""
+        if self.statistics is not None:
+            return self.statistics.sha256
+        return None if self.data is None else self.data.sha256
+
     def _quantize(self, candidate: Candidate) -> Quantized:
+        kept = self._statistics_for(candidate)
+        needs = candidate.calibrated and kept is None
         return quantize(
             self.folder,
             self._out(candidate),
             method=candidate.method,
             scheme=candidate.scheme,
-            calibration=self.data if candidate.recipe.needs_calibration else None,
+            bits_per_weight=candidate.bits_per_weight,
+            calibration=self.data if needs else None,
+            statistics=kept,
+            format=self.format,
             max_memory=self.max_memory,
             progress=_named(self.progress, candidate.name),
             ranks=self.ranks,
         )
+
+    def _statistics_for(self, candidate: Candidate) -> Path | None:
+        """Those that were given; or for a size those that are measured once for all of them."""
+        if self.statistics is not None:
+            return self.statistics.folder if candidate.calibrated else None
+        if not candidate.fitted:
+            return None
+        assert self.data is not None
+        what = hash_json({"samples": self.data.sha256, "of": self.source, "by": version("fewbits")})
+        folder = self.work / f"statistics-{what[:8]}"
+        if self.ranks.leads and not folder.exists():
+            measure(
+                self.folder, folder, calibration=self.data, max_memory=self.max_memory,
+                progress=self.progress,
+            )  # fmt: skip
+        return folder
 
     def _judge(self, row: Row, folder: Path, network: Any) -> Row:
         """Quality, where it was asked for and no earlier run has measured it."""
@@ -569,13 +686,13 @@ def _states(model: Any) -> Iterator[dict[int, Tensor]]:
 
 
 def _inspect(
-    folder: Path, data: Calibration | None, notes: tuple[str, ...], progress: Progress | None
+    folder: Path, ids: Tensor | None, notes: tuple[str, ...], progress: Progress | None
 ) -> dict[str, Any]:
     """Outliers among weights and inputs; where inputs cannot be looked at, why."""
     plan = make_plan(folder, Recipe(scheme=QuantScheme(8)))
     weights = tuple(plain(asdict(report)) for report in weight_outliers(plan))
     try:
-        tokens: Any = SELF if data is None else data.ids[:16, :512]
+        tokens: Any = SELF if ids is None else ids[:16, :512]
         inputs = inspect_outliers(folder, calibration=tokens, progress=_named(progress, "inspect"))
     except InputError as error:
         notes = (*notes, f"skip: outliers of inputs were not looked at: {error}")

@@ -59,6 +59,7 @@ from fewbits.transforms import Transform
 from fewbits.verify import Progress, Verification, verify
 
 _ACCEPTED = "accepted is a folder that does not exist yet, or the result of the same run"
+BEST, BEST_METHOD = "best", "awq+gptq+learned"  # with schemes that are chosen
 _CHOOSES = "accepted with it are rtn, weighted-rtn, gptq, awq, awq+gptq and best"
 _UNMEASURED = (
     "outside of the blocks: what rounding it costs is not measured, and it stays in float; an override "
@@ -191,8 +192,8 @@ def quantize(
     (42, [])
     """
     began = time.monotonic()
-    best, size = method == "best", Size(bits_per_weight, memory)
-    method = "awq+gptq+learned" if best else method
+    best, size = method == BEST, Size(bits_per_weight, memory)
+    method = BEST_METHOD if best else method
     named: tuple[Transform, ...] = ()
     if isinstance(method, str):
         named, method, said = parse_method(method)
@@ -336,7 +337,7 @@ class _Request:
                 progress=self.progress,
             )  # fmt: skip
         stats = read_statistics(own if statistics is None else statistics)
-        _check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
+        check_statistics(stats, self.source, self.model, self.samples, self.length, self.seed)
         fitted = self._fit(size, stats.damage_of(self.recipe))
         named = replace(self, format=fitted.format)
         result = named.take(fitted.recipe, None, stats, fitted.budget, began, memory)
@@ -477,7 +478,7 @@ def _kept_samples(
             f"method {recipe.name} takes no statistics; accepted with it are gptq, awq, and llm-int8 "
             "whose threshold is above 0"
         )
-    _check_statistics(statistics, plan.checkpoint.folder, model, samples, length, seed)
+    check_statistics(statistics, plan.checkpoint.folder, model, samples, length, seed)
     held = statistics.calibration
     count, length = statistics.shape
     fitted = count - statistics.held_out
@@ -486,7 +487,7 @@ def _kept_samples(
     return Calibration(statistics.samples(kept), held["source"], held["seed"])
 
 
-def _check_statistics(
+def check_statistics(
     statistics: Statistics,
     source: Path,
     model: str | Path,
