@@ -312,6 +312,7 @@ def test_costs_of_an_embedding_are_those_of_its_rows(source, model_type, changes
 
 # -- damage ------------------------------------------------------------------------------------------
 
+EVERY = 3  # of the fractions of a scale, as damage is measured
 SCHEMES = [QuantScheme.parse(label) for label in ("w4-g32", "w3-g32-asym", "w2-g64", "w8-channel")]
 
 
@@ -356,7 +357,7 @@ def test_damage_is_that_of_the_definition_for_all_rows(out):
     found = find_damage(weight, rows, columns, SCHEMES, torch.bfloat16)
     assert list(found) == [scheme.label for scheme in SCHEMES]
     for scheme in SCHEMES:
-        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16)
+        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16, EVERY)
         codes = affine.quantize(weight.float(), scale, zero_point, scheme)
         value, total = affine.dequantize(codes, scale, zero_point, scheme).double(), 0.0
         for r in range(out):
@@ -374,7 +375,7 @@ def test_damage_of_many_rows_is_estimated_from_some():
     rows, columns = torch.rand(4000).square(), torch.rand(64)
     found = find_damage(weight, rows, columns, SCHEMES[:3], torch.float32)
     for scheme in SCHEMES[:3]:
-        scale, zero_point = search_qparams(weight, scheme, columns, torch.float32)
+        scale, zero_point = search_qparams(weight, scheme, columns, torch.float32, EVERY)
         codes = affine.quantize(weight, scale, zero_point, scheme)
         error = weight - affine.dequantize(codes, scale, zero_point, scheme)
         lost = rows * (error.square() @ columns)
@@ -391,7 +392,7 @@ def test_damage_of_an_embedding_is_that_of_the_rows_that_were_looked_up():
     known, costs = torch.tensor([1, 4, 39]), torch.rand(3, 64)
     found = LookupCosts(known, costs).damage(weight, columns, SCHEMES, torch.bfloat16)
     for scheme in SCHEMES:
-        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16)
+        scale, zero_point = search_qparams(weight.float(), scheme, columns, torch.bfloat16, EVERY)
         codes = affine.quantize(weight.float(), scale, zero_point, scheme)
         value = affine.dequantize(codes, scale, zero_point, scheme).double()
         total = sum(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 BATCH = 8
+_usual_params = native.llama_model_default_params
 OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}  # fmt: skip
 INNER = {
@@ -113,9 +114,17 @@ def quantize(source: str, out: str, kind: str, means: dict[str, np.ndarray]) -> 
         raise SystemExit("llama_model_quantize failed")
 
 
+def plain_layout() -> native.llama_model_params:
+    """Weights as they lie in the file: laid out for AMX, matrices of these widths crash it (0.3.36)."""
+    params = _usual_params()
+    params.use_extra_bufts = False
+    return params
+
+
 def own_logits(job: Job, file: str) -> Tensor:
     """Of llama.cpp, its cache in float32."""
     length = job.ids.shape[1]
+    native.llama_model_default_params = plain_layout
     model = Llama(
         file, n_ctx=length, n_batch=length, n_threads=1, n_threads_batch=1, logits_all=True,
         type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, verbose=False,

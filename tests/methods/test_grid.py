@@ -83,3 +83,13 @@ def test_weighted_rounding_takes_the_nearest_code_of_the_searched_grid():
 def test_what_cannot_be_quantized_is_refused():
     with pytest.raises(InputError, match="NaN"):
         search_qparams(torch.full((2, 8), torch.nan), QuantScheme(4, "channel"), torch.ones(8))
+
+
+def test_a_coarse_search_tries_every_so_many_of_the_fractions():
+    weight, importance = torch.randn(16, 64, dtype=torch.float64), torch.rand(64).double()
+    scheme = QuantScheme(4, "group", 32)
+    wide, point = choose_qparams(weight, scheme)
+    tried = list(candidates(scheme))[::3]
+    best = oracles.best_shrinks(weight, wide, point, scheme, torch.diag(importance), tried)
+    scale, _ = search_qparams(weight, scheme, importance, every=3)
+    assert torch.equal(scale, wide * torch.tensor(tried, dtype=torch.float64)[best])

@@ -25,7 +25,11 @@ _SLICE = 2**18  # weights at a time: they stay in the cache through all candidat
 
 
 def search_qparams(
-    weight: Tensor, scheme: QuantScheme, importance: Tensor, scale_dtype: torch.dtype | None = None
+    weight: Tensor,
+    scheme: QuantScheme,
+    importance: Tensor,
+    scale_dtype: torch.dtype | None = None,
+    every: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The scale, among fractions of the one that covers the range, of least weighted error.
 
@@ -33,6 +37,7 @@ def search_qparams(
         weight: (out, in).
         importance: (in,), what a squared error costs in each column; or (in, in), the Hessian.
         scale_dtype: of the scale on disk; the weight's own by default.
+        every: try the first of so many fractions, where a coarse answer will do.
 
     Returns:
         scale and zero point, as `choose_qparams` gives them; the zero point is the same.
@@ -44,16 +49,17 @@ def search_qparams(
     columns = weight.shape[1]
     cost = _blocks(importance.to(working_dtype(weight)), columns // scheme.groups(columns))
     whole = scheme.granularity == "tensor"
+    tried = candidates(scheme)[::every]
     errors = []
     for rows in slices(len(weight), columns, scheme, _SLICE):
         own = slice(None) if whole else rows  # the scale that these rows have
-        errors.append(_errors(weight[rows], scale[own], zero_point[own], scheme, cost))
+        errors.append(_errors(weight[rows], scale[own], zero_point[own], scheme, cost, tried))
     if whole:
         total = torch.stack([e.sum((1, 2)) for e in errors]).sum(0)[:, None, None]
     else:
         total = torch.cat(errors, 1)
     best = total.argmin(0)
-    shrinks = torch.tensor(candidates(scheme), dtype=torch.float64, device=weight.device)
+    shrinks = torch.tensor(tried, dtype=torch.float64, device=weight.device)
     return shrunk(scale, shrinks[best]), zero_point
 
 
@@ -78,7 +84,12 @@ def _divisor(group: int) -> int:
 
 
 def _errors(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, cost: Tensor
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantScheme,
+    cost: Tensor,
+    tried: tuple[float, ...],
 ) -> Tensor:
     """Weighted squared error of each candidate: (candidates, rows, groups); rows first if "tensor"."""
     dtype, rows = working_dtype(weight), weight.shape[0]
@@ -87,7 +98,7 @@ def _errors(
     points = zero_point.to(dtype)[..., None]
     error = torch.empty_like(parts)
     found = []
-    for shrink in candidates(scheme):
+    for shrink in tried:
         step = shrunk(scale, shrink).to(dtype)[..., None]
         if scheme.trellis:
             codes = encode(parts, step[..., 0], scheme).reshape(len(parts), -1)

@@ -171,7 +171,7 @@ class Learned:
         rate: by which offsets and factors move at first, falling to 0; 1 / steps by default.
     """
 
-    steps: int = 160
+    steps: int = 100
     rate: float | None = None
 
     def __post_init__(self) -> None:
