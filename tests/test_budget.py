@@ -205,7 +205,8 @@ steps.Steps.check_forward = lambda _: []  # loads the result whole, where there 
 calibrated = {} if method == "rtn" else {
     "calibration": torch.randint(3, 2000, (16, 128), generator=torch.Generator().manual_seed(1))
 }
-scheme = None if method == "llm-int8" else fewbits.QuantScheme(4, "group", 32)
+method, _, trellis = method.partition(" ")
+scheme = None if method == "llm-int8" else fewbits.QuantScheme(4, "group", 32, trellis=bool(trellis))
 most = int(most) or None
 try:
     if method == "measure":
@@ -214,7 +215,7 @@ try:
         few = {"learned": Learned(steps=2)} if method.endswith("learned") else {}
         name = method.removesuffix("+learned")
         result = fewbits.quantize(folder, out, method=name, scheme=scheme, **calibrated, **few,
-                                  max_memory=most)
+                                  format="fewbits" if trellis else None, max_memory=most)
 except fewbits.InputError as error:
     print(json.dumps({"refused": str(error)}))
 else:
@@ -237,7 +238,12 @@ def measured(folder: Path, out: Path, name: str, most: int) -> dict:
 @pytest.mark.skipif(not STATUS.exists(), reason="anonymous memory is told by Linux")
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [*(("llama", name) for name in RECIPES), ("mixtral", "gptq"), ("mixtral", "measure")],
+    [
+        *(("llama", name) for name in RECIPES),
+        ("llama", "gptq+learned trellis"),
+        ("mixtral", "gptq"),
+        ("mixtral", "measure"),
+    ],
 )
 def test_a_run_takes_no_more_than_expected_and_stays_below_the_least_budget(
     wide, tmp_path, model_type, name
