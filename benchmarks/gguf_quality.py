@@ -41,7 +41,16 @@ def run_llama(file: str, ids: str, out: str) -> None:
     import llama_cpp
     import numpy as np
 
+    usual = llama_cpp.llama_model_default_params
+
+    def plain_layout() -> llama_cpp.llama_model_params:
+        """Weights as they lie in the file: laid out for AMX, small models crash it (0.3.36)."""
+        params = usual()
+        params.use_extra_bufts = False
+        return params
+
     tokens = np.load(ids)
+    llama_cpp.llama_cpp.llama_model_default_params = plain_layout
     model = llama_cpp.Llama(
         file,
         n_ctx=LENGTH,

@@ -12,11 +12,21 @@ import numpy as np
 from llama_cpp import Llama
 from protocol import NEW_TOKENS, Answer, answer
 
+_usual_params = llama_cpp.llama_model_default_params
+
+
+def plain_layout() -> llama_cpp.llama_model_params:
+    """Weights as they lie in the file: laid out for AMX, small models crash it (0.3.36)."""
+    params = _usual_params()
+    params.use_extra_bufts = False
+    return params
+
 
 def run(job: dict[str, Any], tokens: np.ndarray, prompt: np.ndarray) -> Answer:
     file = Path(job["checkpoint"]) / "model.gguf"
     if "floats" in job:
         file = write_floats(file, Path(job["floats"]) / "model.gguf")
+    llama_cpp.llama_cpp.llama_model_default_params = plain_layout
     model = Llama(
         str(file),
         n_ctx=128,

@@ -31,6 +31,8 @@ WITHOUT_OPTION = "You set `ignore_mismatched_sizes` to `False`"  # of asymmetric
 UNREAD = [
     # 3-bit codes lie across words since 0.18.
     Rule("*0.17", "compressed-tensors", "int3", "*", "You set `ignore_mismatched_sizes` to `False`"),
+    # What of it is in the blocks has 3 bits: its embedding takes most of that size.
+    Rule("*0.17", "compressed-tensors", "mixed", "opt", "You set `ignore_mismatched_sizes` to `False`"),
     # Its modules are made for one number of bits; what `dynamic` says of others is not read.
     Rule(
         "transformers, gptqmodel", "gptq*", "mixed", "*", "You set `ignore_mismatched_sizes` to `False`"
