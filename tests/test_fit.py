@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,7 @@ def test_overrides_stay(tiny, tmp_path):
     assert not any(name.startswith("model.layers.1.mlp.") for name in written(result))
     told = read_statistics(tiny.stats("llama")).damage
     costs = sum(told[name][label] for name, label in written(result).items())
+    costs += told[f"{q4}.weight"]["w2-g64"]  # 2 bits count twice
     assert result.ledger.request["budget"]["predicted"] == pytest.approx(costs)
     assert result.weight_bytes == result.ledger.request["budget"]["weight_bytes"]
 
@@ -223,6 +224,31 @@ def test_two_bits_are_chosen_only_where_three_do_not_fit(tiny, changes):
     assert bits(size) == {3}
     assert 2 not in bits(size * 5 // 4)
     assert 2 in bits(size - 1)
+
+
+def test_trellises_of_two_bits_are_chosen_where_they_pay_at_twice_what_was_predicted(tiny):
+    """Two matrices, and room for one step of one: that of the second costs twice as much, or more."""
+    source, measured = tiny.source("llama"), read_statistics(tiny.stats("llama")).damage
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+    rest = "re:(?!model.layers.0.mlp.(gate|up)_proj).*"
+
+    def chosen_bits(share: float) -> dict[str, int]:
+        """By what 2 bits cost of what 4 bits save."""
+        damage = {name: dict.fromkeys(nats, 1000000000.0) for name, nats in measured.items()}
+        for name, two in zip(names, (share, 3.0), strict=True):
+            damage[name] |= {"w2-g64-trellis": two, "w3-g64-trellis": 1.0, "w4-g64-trellis": 0.0}
+        recipe = Recipe(overrides=((rest, None),))
+        even = replace(recipe, scheme=QuantScheme(3, "group", 64, trellis=True))
+        size = weight_file_bytes(make_plan(source, even, "fewbits"))
+        found = fit(
+            source, recipe, Size(memory=size), damage, format="fewbits", clients=(), tensor_parallel=1,
+            max_shard_bytes=2**30,
+        )  # fmt: skip
+        schemes = found.recipe.allocation
+        return {name: schemes[name].bits for name in names}
+
+    assert chosen_bits(0.9) == dict(zip(names, (2, 4), strict=True))  # 2 * 0.9 < 1 + 1
+    assert chosen_bits(1.1) == dict.fromkeys(names, 3)
 
 
 def test_asymmetric_stays_asymmetric(tiny, tmp_path):

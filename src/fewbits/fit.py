@@ -14,10 +14,11 @@ from fewbits.recipe import Recipe
 from fewbits.scheme import QuantScheme
 from fewbits.sizes import weight_file_bytes
 
-# Below what 3 bits need, 2 are tried too. What they cost is beyond what gradients at the float model can
-# tell: measured alone, matrices in 2 bits lost up to 4.8 times the prediction, in 3 and 4 bits up to 2.3
-# (babyllama105, 2026-11-26: LOG.md).
+# What 2 bits cost is beyond what gradients at the float model can tell: measured alone, integers of 2
+# bits lost up to 4.8 times the prediction, of 3 and 4 up to 2.3. So they are tried below what 3 bits need,
+# and trellises, which lose less, everywhere, at a higher price (babyllama105, 2026-11-26: LOG.md).
 _MORE_BITS = (3, 4, 8)
+_TWO_BITS = 2.0  # times what 2 bits are predicted to cost
 # In which a plan is made that says what may be quantized: the first that format and model hold.
 _TRIED = ("w8-g32", "w8-channel", "w4-g128", "w4-g32", "w4-g128-asym", "w4-g32-asym")
 _MOST_BITS = 64  # of a weight: of the widest floats
@@ -98,7 +99,7 @@ def fit(
     units = [_in_float(unit) if strange.intersection(unit.names) else unit for unit in units]
 
     def choose(units: list[Unit]) -> Allocation:
-        known = _nothing(units) if damage is None else damage
+        known = _nothing(units) if damage is None else _dearer(damage)
         return allocate(units, known, plan, most, max_shard_bytes=max_shard_bytes)
 
     try:
@@ -203,10 +204,19 @@ def _with_candidates(unit: Unit, kept: list[int]) -> Unit:
 
 def _without_two_bits(unit: Unit) -> Unit:
     """With the candidates of more bits, if there are any but float."""
-    kept = [i for i, s in enumerate(unit.candidates) if s is None or s.bits in _MORE_BITS]
+    kept = [i for i, s in enumerate(unit.candidates) if s is None or s.trellis or s.bits in _MORE_BITS]
     if all(unit.candidates[i] is None for i in kept):
         return unit
     return _with_candidates(unit, kept)
+
+
+def _dearer(damage: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What 2 bits are predicted to cost is too little."""
+    two = {label for nats in damage.values() for label in nats if QuantScheme.parse(label).bits == 2}
+    return {
+        name: {label: cost * (_TWO_BITS if label in two else 1) for label, cost in nats.items()}
+        for name, nats in damage.items()
+    }
 
 
 def _nothing(units: list[Unit]) -> dict[str, dict[str, float]]:
