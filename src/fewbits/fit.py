@@ -15,8 +15,8 @@ from fewbits.scheme import QuantScheme
 from fewbits.sizes import weight_file_bytes
 
 # What 2 bits cost is beyond what gradients at the float model can tell: measured alone, integers of 2
-# bits lost up to 4.8 times the prediction, of 3 and 4 up to 2.3. So they are tried below what 3 bits need,
-# and trellises, which lose less, everywhere, at a higher price (babyllama105, 2026-11-26: LOG.md).
+# bits lost up to 4.8 times the prediction, of 3 and 4 up to 2.3. So they are tried below what 3 bits
+# need, and trellises, which lose less, everywhere, at a higher price (babyllama105, 2026-11-26: LOG.md).
 _MORE_BITS = (3, 4, 8)
 _TWO_BITS = 2.0  # times what 2 bits are predicted to cost
 # In which a plan is made that says what may be quantized: the first that format and model hold.
