@@ -64,6 +64,14 @@ def test_groups_are_shown_where_there_are_several():
     assert "columns in a group" not in words
 
 
+def test_trellises_are_marked_and_the_mark_is_explained():
+    plain = schemes_of(3)
+    marked = plain | {"lm_head.weight": QuantScheme(4, "group", 128, trellis=True)}
+    assert {row[0]: row[1:] for row in printed(marked)}["lm_head"] == ["4t"]
+    words = [list(allocation_lines(s, damage=1, bits_per_weight=4, price=0))[1] for s in (plain, marked)]
+    assert ["t: a trellis" in said for said in words] == [False, True]
+
+
 @pytest.mark.parametrize("blocks", [28, 61, 126])
 @pytest.mark.parametrize("groups", [(128,), (32, 64, 128)], ids=["", "groups"])
 def test_many_blocks_become_ranges_that_fit_and_leave_none_out(blocks, groups):

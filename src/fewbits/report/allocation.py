@@ -111,6 +111,7 @@ def allocation_lines(
     )
     words = ["number: bits"]
     words += ["after it columns in a group"] * _grouped(schemes)
+    words += ["t: a trellis"] * any(s is not None and s.trellis for s in schemes.values())
     words += ["f: in float"] * any(scheme is None for scheme in schemes.values())
     yield "; ".join(words)
 
@@ -228,7 +229,7 @@ def _text(place: _Place | None, grouped: bool) -> str:
         if scheme is None:
             return "f"
         size = "ch" if scheme.group_size is None else f"g{scheme.group_size}"
-        return f"{scheme.bits}{size if grouped else ''}"
+        return f"{scheme.bits}{size if grouped else ''}{'t' * scheme.trellis}"
 
     by_bits = sorted(place, key=_bits)
     first, last = one(by_bits[0]), one(by_bits[-1])
