@@ -153,8 +153,9 @@ class Candidate:
 
     @classmethod
     def _of(cls, method: str, scheme: QuantScheme) -> Self:
-        parse_method(BEST_METHOD if method == BEST else method)
-        return cls(f"{method}-{scheme.label}", method, scheme)
+        candidate = cls(f"{method}-{scheme.label}", method, scheme)
+        parse_method(candidate._rounding)  # a name that is one
+        return candidate
 
     @classmethod
     def _of_size(cls, method: str, size: float, group_size: str) -> Self:
@@ -173,9 +174,14 @@ class Candidate:
         return self.bits_per_weight is not None or self.method == BEST
 
     @property
+    def _rounding(self) -> str:
+        """As `parse_method` takes it."""
+        return BEST_METHOD if self.method == BEST else self.method
+
+    @property
     def recipe(self) -> Recipe:
         """As `quantize` makes it; with a size, before schemes are chosen."""
-        transforms, method, learned = parse_method(BEST_METHOD if self.method == BEST else self.method)
+        transforms, method, learned = parse_method(self._rounding)
         if self.method == "llm-int8":
             inputs = self.scheme.inputs
             method = LLMInt8(static=inputs is not None and inputs.static)
