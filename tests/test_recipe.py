@@ -134,7 +134,7 @@ def test_descriptions_are_json_and_tell_recipes_apart():
         ("rtn", (), RTN()),
         ("gptq", (), GPTQ()),
         ("awq", (AWQ(),), WeightedRTN()),
-        ("awq+gptq", (AWQ(),), GPTQ()),
+        ("awq+gptq", (AWQ(),), GPTQ(corrected=True)),
         ("awq+rtn", (AWQ(),), RTN()),
     ],
 )

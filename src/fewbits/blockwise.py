@@ -1,8 +1,9 @@
 """Calibrated quantization: block by block, each on what the quantized blocks before it really give.
 
-For every block: rewrite it (`transforms`), collect the Hessians of all inputs in one run, or, where
-memory is short, in several, round matrix after matrix (`methods`), and take the samples through the
-rounded block. A block that came out much worse than one rounded to nearest is rounded to nearest.
+For every block: rewrite it (`transforms`), collect the Hessians of all inputs in one run, or in several
+where memory is short or weights make up for what was rounded before them (`drift`), round matrix after
+matrix (`methods`), and take the samples through the rounded block. A block that came out much worse than
+one rounded to nearest is rounded to nearest.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.affine import choose_qparams, quantize
+from fewbits.drift import make_up
 from fewbits.errors import InputError
 from fewbits.formats import ScaleRange
 from fewbits.learning import BlockLearning, Samples, learned_samples
@@ -71,7 +74,9 @@ class MatrixReport:
         outliers: columns that are kept in 16 bit.
         steps: notes of the method: what it had to fall back to.
         error: squared error of its output over the squared output, on the same rows and tokens; None
-            without a Hessian.
+            without a Hessian. Both errors are from the corrected weights, where those were.
+        corrected: what was added to the weights, to make up for what was rounded before them, over the
+            weights (Frobenius norms); None where nothing was.
     """
 
     name: str
@@ -82,6 +87,7 @@ class MatrixReport:
     outliers: int = 0
     steps: tuple[str, ...] = ()
     error: float | None = None
+    corrected: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +415,11 @@ class _Run:
         result.report = BlockReport(number, error, kl, result.report.matrices, nearest)
         return result
 
+    @property
+    def _corrects(self) -> bool:
+        """Whether weights make up for what was rounded before; the states of samples tell."""
+        return self.recipe.corrected and self.statistics is None
+
     def _check_output(self, number: int, wanted: Tensor) -> None:
         """Of the block in float: what it computes must be worth keeping."""
         where = f"block {number} of {self.plan.checkpoint.folder} gives"
@@ -553,7 +564,7 @@ class _Run:
         together: list[list[MatrixReport]] = []
         noted = len(result.notes)
         for some in self._passes(block, wiring, pieces):
-            stats = self._collect(number, block, wiring, some, folds)
+            stats = self._collect(number, block, wiring, pieces, some, folds, codes)
             hand_back_memory()  # of the run; what follows needs the most there is
             owners = self._owners(block, find_inputs(block, wiring, some), some)
             together += self._round(block, some, stats, owners, codes, result)
@@ -756,10 +767,19 @@ class _Run:
         self, block: nn.Module, wiring: Wiring, pieces: dict[str, list[Piece]]
     ) -> list[dict[str, list[Piece]]]:
         """Linears whose statistics are in memory at a time, in the order of their calls."""
-        limit = self.limits.statistics_bytes
-        if limit is None or "hessian" not in self.recipe.method.needs:
+        limit, inputs = self.limits.statistics_bytes, find_inputs(block, wiring, pieces)
+        if self._corrects:  # each knows what came of those before it; experts are all as in float
+            divided = [
+                some
+                for experts, alike in groupby(inputs, lambda linears: is_expert(block, linears[0]))
+                for some in (
+                    divide_inputs(block, list(alike), limit) if experts else [[i] for i in alike]
+                )
+            ] or [[]]
+        elif limit is None or "hessian" not in self.recipe.method.needs:
             return [pieces]
-        divided = divide_inputs(block, find_inputs(block, wiring, pieces), limit)
+        else:
+            divided = divide_inputs(block, inputs, limit)
         passes = [{path for linears in some for path in linears} for some in divided]
         passes[-1] |= pieces.keys() - {path for paths in passes for path in paths}
         # In the order of the pieces: what is rounded as one is stacked alike, however it is divided.
@@ -771,25 +791,44 @@ class _Run:
         block: nn.Module,
         wiring: Wiring,
         pieces: dict[str, list[Piece]],
+        some: dict[str, list[Piece]],
         folds: Folds,
+        codes: dict[str, QuantizedTensor],
     ) -> dict[str, InputStats]:
-        """Statistics by linear; linears that read one tensor have them in common."""
+        """Statistics by linear, of some; linears that read one tensor have them in common."""
         needs = self.recipe.method.needs
         if not needs:
             return {}
-        inputs = find_inputs(block, wiring, pieces)
-        owners = self._owners(block, inputs, pieces)
+        inputs = find_inputs(block, wiring, some)
+        owners = self._owners(block, inputs, some)
         if self.statistics is None:
+            corrects = self._corrects and not any(is_expert(block, i[0]) for i in inputs)
+            rounded = self._rounded(block, pieces, codes) if corrects else None
             found = collect(
-                self.stream, number, block, inputs, needs, self.fitted, None, self.ranks, owners
+                self.stream, number, block, inputs, needs, self.fitted, None, self.ranks, owners, rounded
             )
         else:
             found = {
                 i: self._stored(number, block, i, folds, owners[i] == self.ranks.rank) for i in inputs
             }
         stats = {path: stat for linears, stat in found.items() for path in linears}
-        share_absmax(pieces, stats)
+        share_absmax(some, stats)
         return stats
+
+    def _rounded(
+        self, block: nn.Module, pieces: dict[str, list[Piece]], codes: dict[str, QuantizedTensor]
+    ) -> dict[str, Tensor]:
+        """Weights (out, in) of the linears that have codes, in the dtype that blocks are run in."""
+        found = {}
+        for linear, parts in pieces.items():
+            done = [piece for piece in parts if piece.name in codes]
+            if done:
+                held = float_weight(block.get_submodule(linear))
+                found[linear] = held.to(self.stream.fast_dtype or held.dtype, copy=True)
+            for piece in done:
+                part = codes[piece.name].to(self.stream.device).dequantize(torch.float32)
+                found[linear][piece.start : piece.stop] = part
+        return found
 
     def _stored(
         self, number: int, block: nn.Module, linears: tuple[str, ...], folds: Folds, own: bool
@@ -822,11 +861,13 @@ class _Run:
                 key = (id(stat) if stat is not None else linear, scheme, self._scales(piece), alone)
                 together[key].append(piece)
         by_linear = {path: rank for linears, rank in owners.items() for path in linears}
+        targets = self._make_up(block, pieces, stats)
         said: dict[str, Any] = {}
         tensors: list[Tensor] = []
         for i, alike in enumerate(together.values()):
             if by_linear.get(alike[0].linear, 0) == self.ranks.rank:
-                rounded, reports, notes = self._round_alike(block, alike, stats.get(alike[0].linear))
+                stat = stats.get(alike[0].linear)
+                rounded, reports, notes = self._round_alike(block, alike, stat, targets)
                 described = [one.parts() for one in rounded]
                 said[str(i)] = {
                     "parts": [about for about, _ in described],
@@ -846,11 +887,44 @@ class _Run:
                 result.notes += [Note(**note) for note in value["notes"]]
         return [found[i] for i in range(len(groups))]
 
+    def _make_up(
+        self, block: nn.Module, pieces: dict[str, list[Piece]], stats: dict[str, InputStats]
+    ) -> dict[str, Tensor | None]:
+        """Weights to round instead of the block's, by name of a piece; None where there are none."""
+        together: dict[int, list[str]] = defaultdict(list)
+        for linear in pieces:
+            stat = stats.get(linear)
+            if stat is not None and stat.drift is not None and stat.hessian is not None:
+                together[id(stat)].append(linear)
+        targets: dict[str, Tensor | None] = {}
+        for linears in together.values():
+            stat = stats[linears[0]]
+            assert stat.hessian is not None
+            drift, stat.drift = stat.drift, None  # as large as the Hessian: not needed again
+            assert drift is not None
+            if not bool(drift.any()):  # nothing before it was rounded
+                continue
+            weights = [float_weight(block.get_submodule(linear)) for linear in linears]
+            found = make_up(torch.cat(weights), stat.hessian, drift)
+            heights = [len(weight) for weight in weights]
+            wholes = [None] * len(linears) if found is None else torch.split(found, heights)
+            for linear, whole in zip(linears, wholes, strict=True):
+                for piece in pieces[linear]:
+                    own = None if whole is None else whole[piece.start : piece.stop]
+                    targets[piece.name] = own
+        return targets
+
     def _round_alike(
-        self, block: nn.Module, alike: list[Piece], stat: InputStats | None
+        self,
+        block: nn.Module,
+        alike: list[Piece],
+        stat: InputStats | None,
+        targets: dict[str, Tensor | None],
     ) -> tuple[list[QuantizedTensor], list[MatrixReport], list[Note]]:
         scheme, scales = self._scheme(alike[0]), self._scales(alike[0])
-        weights = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
+        floats = [float_weight(block.get_submodule(p.linear))[p.start : p.stop] for p in alike]
+        made = [targets.get(piece.name) for piece in alike]
+        weights = [own if other is None else other for own, other in zip(floats, made, strict=True)]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method, why = self._method(block, alike[0].linear, stat)
         if isinstance(method, RTN):
@@ -861,9 +935,11 @@ class _Run:
         except InputError as error:
             raise InputError(f"{alike[0].name}: {error}") from None
         notes = notes if why is None else [Note("fallback", "", why), *notes]
+        if any(piece.name in targets and targets[piece.name] is None for piece in alike):
+            notes.append(Note("fallback", "", "not corrected: H has no Cholesky factor"))
         steps = tuple(note.what for note in notes)
         parts, reports, told, start = [], [], list[Note](), 0
-        for piece, own in zip(alike, weights, strict=True):
+        for piece, own, before, after in zip(alike, weights, floats, made, strict=True):
             part = rounded.rows(slice(start, start + len(own)))
             start += len(own)
             hessian = None if stat is None else stat.hessian
@@ -873,8 +949,9 @@ class _Run:
             tokens = 0 if stat is None else stat.tokens
             name, kept = type(method).__name__, part.outliers
             outliers = 0 if kept is None else len(kept.columns)
+            moved = None if after is None else float((after - before).norm() / before.norm())
             reports.append(
-                MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps, lost)
+                MatrixReport(piece.name, name, scheme.label, tokens, ratio, outliers, steps, lost, moved)
             )
         return parts, reports, told
 

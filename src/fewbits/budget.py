@@ -136,6 +136,16 @@ def factor_bytes(columns: int, rows: int, copies: int) -> int:
     return 4 * columns * max(2 * columns, columns + copies * rows)
 
 
+def drift_bytes(columns: int) -> int:
+    """How an input drifted: the sum of one part, and that of those before it."""
+    return 2 * 4 * columns**2
+
+
+def correcting_bytes(columns: int, rows: int) -> int:
+    """Drift, a Hessian that is damped and its factor; or drift, factor and copies of the matrix."""
+    return 4 * columns * max(3 * columns, 2 * columns + 4 * rows)
+
+
 def learning_bytes(block: int, matrix: int, pulled: int) -> int:
     """A block whose rounding is learned, beside what lies between its matrices.
 
@@ -210,10 +220,14 @@ def _calibrated(plan: Plan, recipe: Recipe, shape: tuple[int, int], tokens: int,
     held = held_out_samples(samples, length) * length
     running = running_bytes(max(tokens, length), max(rows, columns, plan.hidden_size))
     kept = 4 * 4 * held * plan.hidden_size  # states that are compared: float, wanted, got, and a sum
+    summed = _hessians(plan)[2] if hessians else 0
+    if recipe.corrected:  # weights that are rounded, beside the others; inputs as they were
+        summed += drift_bytes(columns) + (fast_bytes(plan) or 4) * block + running // 4
+    beside = _rounding(plan, recipe.corrected) if hessians else matrix_bytes(matrix, 0)
     stages = [
         (4 + (2 if experts else 0)) * block,  # load: experts are joined first
-        collecting_bytes(block, fast_bytes(plan), running) + (_hessians(plan)[2] if hessians else 0),
-        rounding_bytes(block, _rounding(plan) if hessians else matrix_bytes(matrix, 0)),
+        collecting_bytes(block, fast_bytes(plan), running) + summed,
+        rounding_bytes(block, beside),
         4 * block + KL_COPIES * 4 * judged_positions(samples, length) * _vocabulary(plan),
     ]
     if recipe.learned is not None:
@@ -267,7 +281,7 @@ def _chosen_share(plan: Plan) -> float:
     return min(1.0, chosen / count) if isinstance(chosen, int) else 1.0
 
 
-def _rounding(plan: Plan) -> int:
+def _rounding(plan: Plan, corrected: bool) -> int:
     """Beside block, codes and Hessians: a factor and what it is made from, or a factor and columns.
 
     Matrices that read one tensor are rounded as one: here those of one parent, with as many columns.
@@ -279,7 +293,10 @@ def _rounding(plan: Plan) -> int:
             key = matrix.module if matrix.kind == "expert" else matrix.module.rpartition(".")[0]
             height, columns = matrix.rows_columns
             together[key, matrix.expert, columns] += height
-    return max((factor_bytes(n, rows, _COPIES) for (_, _, n), rows in together.items()), default=0)
+    shapes = [(n, rows) for (_, _, n), rows in together.items()]
+    sizes = [factor_bytes(n, rows, _COPIES + corrected) for n, rows in shapes]
+    sizes += [correcting_bytes(n, rows) for n, rows in shapes if corrected]
+    return max(sizes, default=0)
 
 
 def _vocabulary(plan: Plan) -> int:

@@ -23,6 +23,8 @@ from torch import Tensor
 from fewbits import trellis
 from fewbits.budget import (
     collecting_bytes,
+    correcting_bytes,
+    drift_bytes,
     factor_bytes,
     fast_bytes,
     learning_bytes,
@@ -146,6 +148,7 @@ class Work:
             many there are in the model.
         active: share of the experts' weights that a token meets.
         parameters: how many tensors the model has.
+        ordered: of `inputs`, those that are no expert's.
         largest_block, largest_matrix, largest_stack: elements of the largest, a stack being experts in
             one tensor.
     """
@@ -176,6 +179,7 @@ class Work:
     dense: bool
     has_text: bool
     shared: Counter[tuple[int, int]] = field(default_factory=Counter)
+    ordered: Counter[tuple[int, int]] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,10 +368,11 @@ def count_work(
         else:
             expert_linears[rows, columns] += count
             together[matrix.block, matrix.module, experts, columns] += rows * (count // experts)
-    inputs: Counter[tuple[int, int]] = Counter()
+    inputs, ordered = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     squares, over = Counter[int | None](), Counter[int | None]()
     for (block, _, number, columns), rows in together.items():
         inputs[rows, columns] += number
+        ordered[rows, columns] += number if number == 1 else 0
         squares[block] += number * 4 * columns * columns
         over[block] += number * parts_bytes([columns])
     values: Counter[int] = Counter()
@@ -403,6 +408,7 @@ def count_work(
         dense=not expert_linears,
         has_text=text is not None and text != "self",
         shared=Counter[tuple[int, int]](places.values()),
+        ordered=ordered,
     )
 
 
@@ -613,6 +619,8 @@ def _blocks(choice: Choice, work: Work, rates: Rates) -> dict[str, float]:
         parts["search for scales"] = _awq(work, rates, held)
     parts["rounding"] = _rounding(choice.scheme, method.endswith("gptq"), rates) * weights
     parts["rounding"] += _gptq(work, rates) if method.endswith("gptq") else 0.0
+    if _corrected(method):
+        parts["correcting"] = _correcting(fitted, work, rates)
     parts["errors"] = rates.round * weights + sum(
         n * 3 * _COMPARED_ROWS * columns**2 * rates.multiply for (_, columns), n in work.inputs.items()
     )
@@ -641,6 +649,23 @@ def _awq(work: Work, rates: Rates, held: int) -> float:
     weights = sum(n * size for (size, _), n in work.shared.items())
     rounding = rates.search + rates.round + 3 * rates.stream
     return one * (_POINTS * places + 1) + judged * (3 * places + 1) + (_POINTS + 2) * rounding * weights
+
+
+def _corrected(method: str) -> bool:
+    """As `recipe.parse_method` has it."""
+    return method.startswith("awq") and method.endswith("gptq")
+
+
+def _correcting(fitted: int, work: Work, rates: Rates) -> float:
+    """Two runs of each block as far as each of its inputs but the first, and what makes up for drift."""
+    count = max(1.0, sum(work.ordered.values()) / work.blocks)
+    ways = count - 1 / count  # the way to input i being (i + 1/2) / count of the whole
+    total = ways * _forward(fitted, work, rates, fast=True)
+    for (rows, n), inputs in work.ordered.items():
+        drift = fitted * n * n * rates.multiply_fast
+        solved = 3 * rows * n * n * rates.multiply + rates.cholesky * n**3 / 3
+        total += inputs * (1 - 1 / count) * (drift + solved)
+    return total
 
 
 def _gptq(work: Work, rates: Rates) -> float:
@@ -679,6 +704,9 @@ def _memory(choice: Choice, work: Work, calibrated: bool, codes: int, held: Hess
     method = choice.method.removesuffix(f"+{LEARNED}")
     gptq = method.endswith("gptq")
     beside = factor_bytes(work.widest, tallest, _COPIES) if gptq else 0
+    if _corrected(method):
+        collecting += drift_bytes(work.widest) + work.fast_bytes * work.largest_block
+        beside = max(beside, correcting_bytes(work.widest, tallest))
     rounding = rounding_bytes(work.largest_block, beside) + held.kept
     text = 6 * work.context_text_bytes  # documents and their tokens
     learning = 0

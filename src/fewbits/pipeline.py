@@ -46,7 +46,7 @@ from fewbits.ledger import (
 from fewbits.load import find_device
 from fewbits.measure import measure
 from fewbits.memory import Memory, watch_memory
-from fewbits.methods import Q4K, RTN, Learned, LLMInt8, Method
+from fewbits.methods import GPTQ, Q4K, RTN, Learned, LLMInt8, Method
 from fewbits.plan import Plan, make_plan
 from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import DEFAULT_SCHEME, LLM_INT8_SCHEME, Q4_K_SCHEME, Recipe, parse_method
@@ -210,6 +210,8 @@ def quantize(
         raise InputError(f"method {what} with a size, and it has one scheme; {_CHOOSES}")
     if isinstance(method, Q4K) and calibrated:
         method = replace(method, weighted=True)
+    if isinstance(method, GPTQ) and (statistics is not None or best or size.asked):
+        method = replace(method, corrected=False)  # what was measured is the float model's
     recipe = Recipe(
         method, scheme, overrides, head, named + transforms, embeddings=embeddings, learned=learned
     )

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbits.errors import InputError
-from fewbits.methods import METHODS, Q4K, RTN, Learned, LLMInt8, Method, WeightedRTN
+from fewbits.methods import GPTQ, METHODS, Q4K, RTN, Learned, LLMInt8, Method, WeightedRTN
 from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.structure import Matrix
 from fewbits.transforms import TRANSFORMS, Transform
@@ -99,6 +99,11 @@ class Recipe:
         """Whether it takes tokens to run the model on."""
         return bool(self.method.needs or self.transforms or self.learned)
 
+    @property
+    def corrected(self) -> bool:
+        """Whether weights make up for what rounding did before them in the block."""
+        return isinstance(self.method, GPTQ) and self.method.corrected
+
     def assign(self, matrices: Iterable[Matrix]) -> dict[str, QuantScheme | None]:
         """The scheme of every matrix by source name; None for float.
 
@@ -164,7 +169,8 @@ def _name(thing: object, kinds: Mapping[str, type]) -> str:
 def parse_method(text: str) -> tuple[tuple[Transform, ...], Method, Learned | None]:
     """Transforms, method and learning that a name like `awq+gptq+learned` stands for.
 
-    A transform alone is followed by rounding to nearest on the grid of least output error.
+    A transform alone is followed by rounding to nearest on the grid of least output error; GPTQ behind a
+    transform, which takes longer than that, is `corrected`.
 
     Raises:
         InputError: not such a name.
@@ -183,6 +189,8 @@ def parse_method(text: str) -> tuple[tuple[Transform, ...], Method, Learned | No
             "command line int8"
         )
     method = WeightedRTN() if last in TRANSFORMS else METHODS[last]()
+    if names and isinstance(method, GPTQ):
+        method = replace(method, corrected=True)
     learned = None if usual == text else Learned()
     return tuple(TRANSFORMS[name]() for name in names), method, learned
 

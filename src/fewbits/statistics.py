@@ -22,7 +22,7 @@ multiple of 256, these are n (n + 256) / 2 values: 36 MB for 4096 columns, of 67
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -41,6 +41,7 @@ from fewbits.checkpoint import (
     hash_tensor,
     read_header,
 )
+from fewbits.drift import read_twice
 from fewbits.errors import InputError, VerificationError
 from fewbits.journal import differences
 from fewbits.ledger import plain
@@ -73,12 +74,15 @@ class InputStats:
         tokens: that were seen.
         panels: the sum of x.T @ x while it is collected: the lower panels, columns from `PANEL` to
             `PANEL` of the rows from there on.
+        drift: the mean of (w - x).T @ x, (in, in), where w is what the inputs were before matrices of
+            the block were rounded (see `drift`); their sum until `finish`. None if none were.
     """
 
     hessian: Tensor | None = None
     absmax: Tensor | None = None
     tokens: int = 0
     panels: list[Tensor] | None = None
+    drift: Tensor | None = None
 
     @classmethod
     def of(cls, width: int, needs: frozenset[str], device: torch.device = CPU) -> Self:
@@ -89,6 +93,12 @@ class InputStats:
             absmax=torch.zeros(width, device=device) if "absmax" in needs else None,
             panels=panels or None,
         )
+
+    @property
+    def sums(self) -> list[Tensor] | None:
+        """All that is summed over tokens: the panels, and behind them the drift."""
+        more = [] if self.drift is None else [self.drift]
+        return None if self.panels is None else [*self.panels, *more]
 
     @property
     def given(self) -> dict[str, Tensor]:
@@ -114,6 +124,13 @@ class InputStats:
             panel.addmm_(x[:, start:].t(), x[:, start : start + panel.shape[1]])
             start += panel.shape[1]
 
+    def add_drifted(self, before: Tensor, x: Tensor) -> None:
+        """Inputs (tokens, in), and what they were before matrices of the block were rounded."""
+        self.add(x)
+        assert self.drift is not None
+        if len(x):  # in their own dtype: of a sum of many tokens, that is near enough
+            self.drift += (before - x).t() @ x
+
     def see(self, other: Self) -> None:
         """Count what was seen of other samples; their sums are added apart."""
         self.tokens += other.tokens
@@ -131,6 +148,8 @@ class InputStats:
             start += panel.shape[1]
         _mirror(hessian, len(self.panels[0][0]))
         self.hessian, self.panels = hessian, None
+        if self.drift is not None:
+            self.drift.div_(max(1, self.tokens))
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -245,6 +264,7 @@ def collect(
     into: Tensor | None = None,
     ranks: Ranks = ALONE,
     owners: dict[tuple[str, ...], int] | None = None,
+    rounded: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[str, ...], InputStats]:
     """Run samples through a block and look at what its linears read.
 
@@ -261,24 +281,30 @@ def collect(
         into: what the block makes of them is written here; None: it is run only as far as needed.
         ranks: that run the parts in turn; each holds the states of its own.
         owners: by input, the rank that gets the Hessian; tokens and absmax all get.
+        rounded: weights (out, in) of linears that were rounded before those of the one input that is
+            looked at then: its statistics are of the block with them, and how it drifted from without.
     """
     stats = {i: InputStats.of(_width(block, i[0]), needs - {"hessian"}, stream.device) for i in inputs}
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     parts = divide_samples(samples)
     with stream.in_fast_dtype(number, block):
+        rounded = rounded and _as_they_run(block, rounded)
         for first in range(0, len(parts), ranks.count):
             now = parts[first : first + ranks.count]
             found: dict[tuple[str, ...], InputStats] = {}
             if ranks.rank < len(now):
-                found = _collect_part(stream, number, block, inputs, needs, now[ranks.rank], into)
+                found = _collect_part(
+                    stream, number, block, inputs, needs, now[ranks.rank], into, rounded
+                )
             for linears in inputs:
                 own = found.pop(linears, None)
                 if own is not None:
                     stats[linears].see(own)
                 if "hessian" in needs:
-                    given = None if own is None else own.panels
+                    given = None if own is None else own.sums
                     owner = 0 if owners is None else owners[linears]
-                    shapes = _panel_shapes(_width(block, linears[0]))
+                    width = _width(block, linears[0])
+                    shapes = _panel_shapes(width) + ([(width, width)] if rounded else [])
                     total = sums.get(linears)
                     for giver in range(len(now)):
                         total = _add_part(ranks, giver, owner, given, total, shapes, stream.device)
@@ -289,6 +315,8 @@ def collect(
     for i, (linears, stat) in enumerate(stats.items()):
         stat.tokens = sum(count[i] for count in counts)
         stat.panels = sums.pop(linears, None)
+        if stat.panels is not None and rounded:
+            stat.drift = stat.panels.pop()
         stat.finish()
     return stats
 
@@ -301,9 +329,17 @@ def _collect_part(
     needs: frozenset[str],
     part: range,
     into: Tensor | None,
+    rounded: Mapping[str, Tensor] | None,
 ) -> dict[tuple[str, ...], InputStats]:
     """Run one part of the samples."""
     found = {i: InputStats.of(_width(block, i[0]), needs, stream.device) for i in inputs}
+    if rounded:
+        ((linears, stat),) = found.items()
+        width = _width(block, linears[0])
+        stat.drift = torch.zeros(width, width, device=stream.device)
+        for rows in stream.batches(part):
+            stat.add_drifted(*read_twice(stream, number, block, linears[0], rows, rounded))
+        return found
     with _hooks(block, {linears[0]: stat for linears, stat in found.items()}, into is None):
         for rows in stream.batches(part):
             with suppress(_AllSeen):
@@ -311,6 +347,11 @@ def _collect_part(
                 if into is not None:
                     into[rows] = output
     return found
+
+
+def _as_they_run(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the dtype in which the block has those of the same linears now."""
+    return {path: w.to(float_weight(block.get_submodule(path)).dtype) for path, w in weights.items()}
 
 
 def _add_part(

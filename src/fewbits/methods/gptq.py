@@ -43,12 +43,15 @@ class GPTQ:
         sweeps: how often each column is rounded again afterwards, given all the others.
         tries: how many grids are tried beside the one of least error, with scales 3 % off by chance: of
             each row the one with which least is lost. None for trellis codes.
+        corrected: what is rounded are weights that make up for what rounding did before them in the
+            block (see `fewbits.drift`), which is then run once more for each of its inputs.
     """
 
     damp: float = 0.01
     act_order: bool = True
     sweeps: int = 2
     tries: int = 8
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
