@@ -12,6 +12,7 @@ namespace {
 
 const Isa *isa_of(int which) {
   switch (which) {
+    case FEWBITS_AMX: return amx();
     case FEWBITS_AVX512: return avx512();
     case FEWBITS_AVX2: return avx2();
     case FEWBITS_NEON: return neon();
@@ -21,7 +22,7 @@ const Isa *isa_of(int which) {
 }
 
 int best() {
-  int which = FEWBITS_AVX512;
+  int which = FEWBITS_AMX;
   while (!isa_of(which)) which--;
   return which;
 }

@@ -15,14 +15,13 @@ const uint16_t *head(const void *data, const int64_t *strides, int64_t batch, in
 }
 
 // Keys -> (blocks, pairs, 64); what is past the last key, or behind an odd width, is 0.
-void pack_keys(const fewbits_attention &a, const uint16_t *k, uint32_t *to) {
-  const int64_t pairs = (a.width + 1) / 2;
+void pack_keys(const fewbits_attention &a, const uint16_t *k, int64_t pairs, uint32_t *to) {
   for (int64_t from = 0; from < a.keys; from += SQUARE, to += pairs * SQUARE)
     for (int64_t i = 0; i < SQUARE; i++) {
       const uint16_t *key = k + (from + i) * a.k_strides[2];
       for (int64_t p = 0; p < pairs; p++) {
         uint32_t pair = 0;
-        if (from + i < a.keys) pair = key[2 * p];
+        if (from + i < a.keys && 2 * p < a.width) pair = key[2 * p];
         if (from + i < a.keys && 2 * p + 1 < a.width) pair |= uint32_t(key[2 * p + 1]) << 16;
         to[p * SQUARE + i] = pair;
       }
@@ -56,7 +55,8 @@ extern "C" int fewbits_attend(const fewbits_attention *attention, int threads, f
   const bool shared = a.groups > 0 && a.heads % a.groups == 0;
   if (!isa || !shared || a.keys < 1 || a.width < 1 || a.value_width < 1 || (a.causal && a.queries != a.keys))
     return 1;
-  const int64_t blocks = (a.keys + SQUARE - 1) / SQUARE, pairs = (a.width + 1) / 2;
+  const int64_t blocks = (a.keys + SQUARE - 1) / SQUARE;
+  const int64_t pairs = ((a.width + 1) / 2 + isa->unit - 1) / isa->unit * isa->unit;
   const int64_t strips = (a.value_width + SQUARE - 1) / SQUARE;
   const int64_t key_size = blocks * pairs * SQUARE, value_size = blocks * strips * PAIRS * SQUARE;
   const auto keys = array<uint32_t>(a.batch * a.groups * key_size);
@@ -64,7 +64,7 @@ extern "C" int fewbits_attend(const fewbits_attention *attention, int threads, f
   if (!keys || !values) return 2;
   in_parts(a.batch * a.groups, 1, threads, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      pack_keys(a, head(a.k, a.k_strides, i / a.groups, i % a.groups), &keys[i * key_size]);
+      pack_keys(a, head(a.k, a.k_strides, i / a.groups, i % a.groups), pairs, &keys[i * key_size]);
       pack_values(a, head(a.v, a.v_strides, i / a.groups, i % a.groups), &values[i * value_size]);
     }
   });

@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 9
+#define FEWBITS_INTERFACE 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -41,7 +41,7 @@ enum {
 };
 
 // Instruction sets, the later ones preferred.
-enum { FEWBITS_PORTABLE = 0, FEWBITS_NEON = 1, FEWBITS_AVX2 = 2, FEWBITS_AVX512 = 3 };
+enum { FEWBITS_PORTABLE = 0, FEWBITS_NEON = 1, FEWBITS_AVX2 = 2, FEWBITS_AVX512 = 3, FEWBITS_AMX = 4 };
 
 // A weight in the layout that kernels stream. Rows are in blocks of 32, columns padded to `columns`,
 // a multiple of 32; see pack.cpp for the order of the bytes.

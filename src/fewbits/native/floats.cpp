@@ -12,6 +12,7 @@ constexpr int64_t PART = 32 * 1024;  // bytes to read that are worth a part
 const FloatIsa &float_isa() {
   switch (fewbits_isa()) {
 #ifdef FEWBITS_WITH_AVX512
+    case FEWBITS_AMX:
     case FEWBITS_AVX512: return *floats_avx512();
 #endif
 #ifdef FEWBITS_WITH_AVX2

@@ -69,6 +69,9 @@ struct Keys {
 
 // What takes instructions for bfloat16; a processor may have them or not, whatever else it has.
 struct Bf16 {
+  int64_t unit;  // of pairs: what is summed is filled up with zeros to a multiple
+  // Pairs (count, 64) in the order in which `gram_tile` reads a; NULL: as they are.
+  void (*turn)(const uint32_t *pairs, int64_t count, uint32_t *turned);
   // result (64, 64) = the sum over `count` pairs of a (count, 64) times b.
   void (*gram_tile)(const uint32_t *a, const uint32_t *b, int64_t count, float *result);
   // Of 64 queries (64, pairs), the first of which is number `first`, to the first `seen` keys, or, causal,
@@ -77,12 +80,15 @@ struct Bf16 {
                  bool causal, float *result, float *sums);
 };
 
-const Bf16 *bf16();
+const Bf16 *avx512_bf16();  // each NULL where the machine has it not
+const Bf16 *amx_bf16();
+const Bf16 *bf16();  // that of the instruction set in use
 
 const Isa *portable();
 const Isa *neon();
 const Isa *avx2();
 const Isa *avx512();
+const Isa *amx();
 
 // What AVX-512 does better with VBMI: products of a trellis. NULL where that is not known.
 struct Trellis {

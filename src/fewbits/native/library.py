@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 9  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
-ISAS = ("portable", "neon", "avx2", "avx512")
+INTERFACE = 10  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
 INPUTS_16, INPUTS_8, INPUTS_32 = range(3)
