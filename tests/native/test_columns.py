@@ -30,7 +30,7 @@ def problem(rows: int, columns: int = 150, groups: int = 3) -> dict[str, Tensor]
 
     steps = randn(groups, rows).abs() + 0.1
     return {
-        "values": 4 * randn(columns, rows),
+        "weights": randn(columns, rows),
         "errors": 0.3 * randn(columns, rows),
         "shares": 0.1 * randn(columns, columns),
         "steps": steps,
@@ -43,7 +43,7 @@ def problem(rows: int, columns: int = 150, groups: int = 3) -> dict[str, Tensor]
 def round_columns(library, p: dict[str, Tensor], upper: bool = False, threads: int = 1) -> Tensor:
     errors, grid = p["errors"].clone(), (p["steps"], p["inverse"], p["low"])
     library.round_columns(
-        p["values"], errors, p["shares"], grid, 15, p["groups"], upper, threads=threads
+        p["weights"], errors, p["shares"], grid, 15, p["groups"], upper, threads=threads
     )
     return errors
 
@@ -58,12 +58,12 @@ def test_each_column_is_rounded_to_the_point_nearest_to_where_the_others_leave_i
     before = exact["shares"].triu(1).T  # (columns, columns) of the error of the second
     after = torch.zeros_like(before) if upper else exact["shares"].tril(-1).T
     moved = before @ errors + after @ exact["errors"]
-    chosen = exact["values"] - errors / step
-    wanted = (exact["values"] + moved / step).clamp(low, low + 15)
+    chosen = exact["weights"] / step - errors / step
+    wanted = (exact["weights"] / step + moved / step).clamp(low, low + 15)
     # What float32 rounds: 150 products and as many sums of a move, each to 2^-24 of all that is summed;
     # the error of each that it is made of, and what is taken off for it here, 2^-22 of their size.
     size = before.abs() @ errors.abs() + after.abs() @ exact["errors"].abs()
-    bound = 2**-24 * (310 * size / step + 8 * (exact["values"].abs() + 15 + errors.abs() / step))
+    bound = 2**-24 * (310 * size / step + 8 * ((exact["weights"] / step).abs() + 15 + errors.abs() / step))
     assert float(bound.max()) < 0.01  # else it would show nothing
     assert bool((chosen.round() - chosen).abs().le(bound).all())
     assert bool(((chosen.round() - wanted).abs() <= 0.5 + bound).all())
@@ -76,7 +76,7 @@ def test_costs_are_those_of_the_distances_from_where_the_others_leave_columns(fo
     p = problem(rows)
     costs, errors = torch.rand(150), torch.zeros_like(p["errors"])
     grid = (p["steps"], p["inverse"], p["low"])
-    lost = found.round_columns(p["values"], errors, p["shares"], grid, 15, p["groups"], True, costs)
+    lost = found.round_columns(p["weights"], errors, p["shares"], grid, 15, p["groups"], True, costs)
     left = errors.double() + p["shares"].triu(1).T.double() @ errors.double()
     assert torch.allclose(lost.double(), costs.double() @ left.square(), rtol=1e-4)
 

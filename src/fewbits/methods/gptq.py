@@ -121,15 +121,16 @@ def _best_of(
     found: "_Factored",
 ) -> tuple[Tensor, "_Columns"]:
     """Of each row the scale with which least is lost; and the columns, rounded with it."""
-    E = torch.empty(weight.t().shape, dtype=affine.working_dtype(weight), device=weight.device)
+    W = _in_order(weight, order)
+    E = torch.empty_like(W)
     best, whole = torch.empty_like(scales[0]), scheme.granularity == "tensor"
     step = len(weight) if whole else max(64, _TRIED // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         own = slice(None) if whole else rows  # the scale that these rows have
-        least = None
+        least, part = None, W[:, rows].contiguous()
         for scale in scales:
-            columns = _Columns.of(weight[rows], scale[own], zero_point[own], scheme, order)
+            columns = _Columns.of(part, scale[own], zero_point[own], scheme, order)
             lost = _together(columns.round_all(found.U, upper=True, costs=found.D), scale)
             if least is None:
                 least, best[own], E[:, rows] = lost, scale[own], columns.E
@@ -138,14 +139,20 @@ def _best_of(
             least = torch.where(better, lost, least)
             best[own] = torch.where(better[:, None], scale[own], best[own])
             E[:, rows] = torch.where(better, columns.E, E[:, rows])
+        del part, columns
     if step < len(weight):
         hand_back_memory()  # of copies of some rows, which the allocator keeps
-    return best, _Columns.of(weight, best, zero_point, scheme, order, E)
+    return best, _Columns.of(W, best, zero_point, scheme, order, E)
 
 
 def _together(lost: Tensor, scale: Tensor) -> Tensor:
     """Of rows that share their scale what all lose."""
     return lost.sum(0, keepdim=True) if len(scale) == 1 else lost
+
+
+def _in_order(weight: Tensor, order: Tensor) -> Tensor:
+    """(out, in) -> (in, out), each column in one piece of memory."""
+    return weight.t()[order].to(affine.working_dtype(weight))
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor:
@@ -220,15 +227,17 @@ class _Columns:
     """A matrix being rounded, (in, out): columns in the order of rounding, each in one piece of memory.
 
     Args:
-        V: the weights in steps of their grid, not rounded.
-        E: what rounding left of the weights, zero for columns not rounded yet.
-        steps, points: (groups, out).
+        W: the weights.
+        E: what rounding left of them, zero for columns not rounded yet.
+        steps, inverse: of their grids, and 1 / step: (groups, out).
+        points: (groups, out).
         groups: of each column, its row in them.
     """
 
-    V: Tensor
+    W: Tensor
     E: Tensor
     steps: Tensor
+    inverse: Tensor
     points: Tensor
     groups: Tensor
     scheme: QuantScheme
@@ -236,7 +245,7 @@ class _Columns:
     @classmethod
     def of(
         cls,
-        weight: Tensor,
+        W: Tensor,
         scale: Tensor,
         zero_point: Tensor,
         scheme: QuantScheme,
@@ -244,13 +253,10 @@ class _Columns:
         E: Tensor | None = None,
     ) -> Self:
         """Nothing is rounded yet, or all is, and E was left."""
-        V = weight.t()[order].to(affine.working_dtype(weight))
-        expanded = (q.t().to(V.dtype).expand(-1, V.shape[1]) for q in (scale, zero_point))
+        expanded = (q.t().to(W.dtype).expand(-1, W.shape[1]) for q in (scale, zero_point))
         steps, points = (q.contiguous() for q in expanded)
-        groups = order // (len(V) // scale.shape[1])
-        for part, group in zip(torch.split(V, _BLOCK), torch.split(groups, _BLOCK), strict=True):
-            part.div_(steps[group])
-        return cls(V, torch.zeros_like(V) if E is None else E, steps, points, groups, scheme)
+        groups, E = order // (len(W) // scale.shape[1]), torch.zeros_like(W) if E is None else E
+        return cls(W, E, steps, steps.reciprocal(), points, groups, scheme)
 
     def round_all(self, shares: Tensor, upper: bool = False, costs: Tensor | None = None) -> Tensor:
         """Round each column to the place nearest to where the errors of others leave it.
@@ -264,24 +270,24 @@ class _Columns:
         Returns:
             (rows,), the sum of these costs.
         """
-        costs = torch.ones_like(self.V[:, 0]) if costs is None else costs
+        costs = torch.ones_like(self.W[:, 0]) if costs is None else costs
         library = native.library()
-        if library is None or self.V.device.type != "cpu" or self.V.dtype != torch.float32:
+        if library is None or self.W.device.type != "cpu" or self.W.dtype != torch.float32:
             return _round_all(self, shares, upper, costs)
-        grid = (self.steps, self.steps.reciprocal(), self.points.neg())
+        grid = (self.steps, self.inverse, self.points.neg())
         most = self.scheme.max_code
         lost = library.round_columns(
-            self.V, self.E, shares.contiguous(), grid, most, self.groups, upper, costs
+            self.W, self.E, shares.contiguous(), grid, most, self.groups, upper, costs
         )
         assert lost is not None
         return lost
 
     def codes_in(self, order: Tensor) -> Tensor:
         """The codes (out, in), as the weight had them."""
-        result = torch.empty(self.V.shape, dtype=torch.uint8, device=self.V.device)
+        result = torch.empty(self.W.shape, dtype=torch.uint8, device=self.W.device)
         for start, group in enumerate(torch.split(self.groups, _BLOCK)):
             rows = slice(start * _BLOCK, start * _BLOCK + len(group))
-            nearest = torch.sub(self.V[rows], self.E[rows] / self.steps[group]).round_()
+            nearest = torch.sub(self.W[rows], self.E[rows]).mul_(self.inverse[group]).round_()
             result[order[rows]] = nearest.add_(self.points[group]).to(torch.uint8)
         return result.t().contiguous()
 
@@ -289,14 +295,14 @@ class _Columns:
 def _round_all(columns: _Columns, shares: Tensor, upper: bool, costs: Tensor) -> Tensor:
     """What `round_all` means; the library does the same, up to how sums are rounded."""
     # All views at once: a view costs as much as arithmetic on one column.
-    V, E = columns.V.unbind(), columns.E.unbind()
-    inverse, low = columns.steps.reciprocal(), columns.points.neg()
-    high = low + columns.scheme.max_code
-    grids = list(zip(*(grid.unbind() for grid in (columns.steps, inverse, low, high)), strict=True))
-    groups, lost = columns.groups.tolist(), torch.zeros_like(columns.V[0])
-    for start in range(0, len(V), _BLOCK):
-        stop = min(start + _BLOCK, len(V))
-        share = shares[: stop if upper else len(V), start:stop].t().contiguous()
+    W, E = columns.W.unbind(), columns.E.unbind()
+    low = columns.points.neg()
+    grids = (columns.steps, columns.inverse, low, low + columns.scheme.max_code)
+    places = list(zip(*(grid.unbind() for grid in grids), strict=True))
+    groups, lost = columns.groups.tolist(), torch.zeros_like(columns.W[0])
+    for start in range(0, len(W), _BLOCK):
+        stop = min(start + _BLOCK, len(W))
+        share = shares[: stop if upper else len(W), start:stop].t().contiguous()
         share[:, start:stop].diagonal().zero_()
         taken = share @ columns.E[: share.shape[1]]
         changed = torch.zeros_like(taken)
@@ -304,11 +310,12 @@ def _round_all(columns: _Columns, shares: Tensor, upper: bool, costs: Tensor) ->
         for k, mine, w, change in zip(
             range(start, stop), inside, taken.unbind(), changed.unbind(), strict=True
         ):
-            step, per_step, least, most = grids[groups[k]]
+            step, per_step, least, most = places[groups[k]]
             w.addmv_(changed.t(), mine)  # what those not rounded again yet have changed is 0
-            wanted = torch.addcmul(V[k], w, per_step)
+            value = W[k] * per_step
+            wanted = torch.addcmul(value, w, per_step)
             nearest = wanted.round().clamp_(least, most)
             lost.addcmul_(wanted.sub_(nearest).mul_(step).square_(), costs[k])
             torch.neg(E[k], out=change)
-            change.add_(torch.sub(V[k], nearest, out=E[k]).mul_(step))
+            change.add_(torch.sub(value, nearest, out=E[k]).mul_(step))
     return lost

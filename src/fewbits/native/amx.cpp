@@ -4,12 +4,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "softmax.h"
+#include "attend.h"
 
 namespace fewbits {
 namespace {
-
-constexpr int SIDE = 16;  // rows of a tile, and 32-bit numbers in each
 
 // Eight tiles, each full, while this lives: with them the core's power would stay up.
 struct Tiles {
@@ -49,36 +47,14 @@ inline void store(float *c, int64_t stride) {
   _tile_stored(3, c + SIDE * stride + SIDE, stride * sizeof(float));
 }
 
-// The transpose of 16 x 16 numbers, rows `stride` apart, in one piece.
-void transpose(const uint32_t *from, int64_t stride, uint32_t *to) {
-  __m512i r[SIDE], s[SIDE];
-  for (int i = 0; i < SIDE; i++) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < SIDE; i += 2) {
-    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < SIDE; i += 4)
-    for (int k = 0; k < 2; k++) {
-      r[i + 2 * k] = _mm512_unpacklo_epi64(s[i + k], s[i + k + 2]);
-      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(s[i + k], s[i + k + 2]);
-    }
-  for (int i = 0; i < SIDE; i += 8)
-    for (int k = 0; k < 4; k++) {
-      s[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
-      s[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
-    }
-  for (int k = 0; k < 8; k++) {
-    const __m512i low = _mm512_shuffle_i32x4(s[k], s[k + 8], 0x88);
-    const __m512i high = _mm512_shuffle_i32x4(s[k], s[k + 8], 0xdd);
-    _mm512_storeu_si512(to + k * SIDE, low);
-    _mm512_storeu_si512(to + (k + 8) * SIDE, high);
-  }
-}
-
 // (count, 64) -> (count / 16, 4, 16, 16): tiles in one piece, of each the rows along what is summed.
 void turn(const uint32_t *pairs, int64_t count, uint32_t *turned) {
   for (int64_t p = 0; p < count; p += SIDE)
-    for (int i = 0; i < SQUARE; i += SIDE, turned += SIDE * SIDE) transpose(pairs + p * SQUARE + i, SQUARE, turned);
+    for (int i = 0; i < SQUARE; i += SIDE, turned += SIDE * SIDE) {
+      __m512i rows[SIDE];
+      for (int64_t l = 0; l < SIDE; l++) rows[l] = _mm512_loadu_si512(pairs + (p + l) * SQUARE + i);
+      transpose(rows, turned, SIDE);
+    }
 }
 
 void gram_tile(const uint32_t *a, const uint32_t *b, int64_t count, float *result) {
@@ -124,7 +100,7 @@ bool runs() {
 }  // namespace
 
 const Bf16 *amx_bf16() {
-  static const Bf16 found{SIDE, turn, gram_tile, attend<add_product>};
+  static const Bf16 found{SIDE, turn, gram_tile, pack_keys, pack_values, attend<add_product>};
   static const bool known = runs();
   return known ? &found : nullptr;
 }

@@ -6,42 +6,11 @@
 namespace fewbits {
 namespace {
 
-constexpr int PAIRS = SQUARE / 2;
 constexpr float LOG2_E = 1.44269504f;
 
 // One head's tokens, each in one piece of memory.
 const uint16_t *head(const void *data, const int64_t *strides, int64_t batch, int64_t head) {
   return static_cast<const uint16_t *>(data) + batch * strides[0] + head * strides[1];
-}
-
-// Keys -> (blocks, pairs, 64); what is past the last key, or behind an odd width, is 0.
-void pack_keys(const fewbits_attention &a, const uint16_t *k, int64_t pairs, uint32_t *to) {
-  for (int64_t from = 0; from < a.keys; from += SQUARE, to += pairs * SQUARE)
-    for (int64_t i = 0; i < SQUARE; i++) {
-      const uint16_t *key = k + (from + i) * a.k_strides[2];
-      for (int64_t p = 0; p < pairs; p++) {
-        uint32_t pair = 0;
-        if (from + i < a.keys && 2 * p < a.width) pair = key[2 * p];
-        if (from + i < a.keys && 2 * p + 1 < a.width) pair |= uint32_t(key[2 * p + 1]) << 16;
-        to[p * SQUARE + i] = pair;
-      }
-    }
-}
-
-// Values -> (blocks, strips, 32, 64).
-void pack_values(const fewbits_attention &a, const uint16_t *v, uint32_t *to) {
-  for (int64_t from = 0; from < a.keys; from += SQUARE)
-    for (int64_t left = 0; left < a.value_width; left += SQUARE)
-      for (int64_t p = 0; p < PAIRS; p++, to += SQUARE) {
-        const int64_t token = from + 2 * p;
-        const int64_t n = a.value_width - left < SQUARE ? a.value_width - left : SQUARE;
-        const uint16_t *low = v + token * a.v_strides[2] + left, *high = low + a.v_strides[2];
-        std::memset(to, 0, SQUARE * sizeof(uint32_t));
-        if (token < a.keys)
-          for (int64_t i = 0; i < n; i++) to[i] = low[i];
-        if (token + 1 < a.keys)
-          for (int64_t i = 0; i < n; i++) to[i] |= uint32_t(high[i]) << 16;
-      }
 }
 
 }  // namespace
@@ -58,14 +27,14 @@ extern "C" int fewbits_attend(const fewbits_attention *attention, int threads, f
   const int64_t blocks = (a.keys + SQUARE - 1) / SQUARE;
   const int64_t pairs = ((a.width + 1) / 2 + isa->unit - 1) / isa->unit * isa->unit;
   const int64_t strips = (a.value_width + SQUARE - 1) / SQUARE;
-  const int64_t key_size = blocks * pairs * SQUARE, value_size = blocks * strips * PAIRS * SQUARE;
+  const int64_t key_size = blocks * pairs * SQUARE, value_size = blocks * strips * SQUARE / 2 * SQUARE;
   const auto keys = array<uint32_t>(a.batch * a.groups * key_size);
   const auto values = array<uint32_t>(a.batch * a.groups * value_size);
   if (!keys || !values) return 2;
   in_parts(a.batch * a.groups, 1, threads, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      pack_keys(a, head(a.k, a.k_strides, i / a.groups, i % a.groups), pairs, &keys[i * key_size]);
-      pack_values(a, head(a.v, a.v_strides, i / a.groups, i % a.groups), &values[i * value_size]);
+      isa->pack_keys(a, head(a.k, a.k_strides, i / a.groups, i % a.groups), pairs, &keys[i * key_size]);
+      isa->pack_values(a, head(a.v, a.v_strides, i / a.groups, i % a.groups), &values[i * value_size]);
     }
   });
   const int64_t parts = (a.queries + SQUARE - 1) / SQUARE;
@@ -74,7 +43,6 @@ extern "C" int fewbits_attend(const fewbits_attention *attention, int threads, f
     const auto rows = array<uint32_t>(SQUARE * pairs);
     const auto found = array<float>(SQUARE * strips * SQUARE);
     if (!rows || !found) return failed.store(true);
-    float sums[SQUARE];
     for (int64_t i = begin; i < end; i++) {
       const int64_t batch = i / parts / a.heads, own = i / parts % a.heads, first = i % parts * SQUARE;
       const int64_t group = batch * a.groups + own / (a.heads / a.groups);
@@ -84,13 +52,10 @@ extern "C" int fewbits_attend(const fewbits_attention *attention, int threads, f
         std::memcpy(&rows[r * pairs], head(a.q, a.q_strides, batch, own) + (first + r) * a.q_strides[2],
                     a.width * sizeof(uint16_t));
       const Keys all{pairs, strips, &keys[group * key_size], &values[group * value_size]};
-      isa->attend(rows.get(), all, a.scaling * LOG2_E, first, a.keys, a.causal, found.get(), sums);
-      for (int64_t r = 0; r < n; r++) {
-        uint16_t *to = static_cast<uint16_t *>(a.result);
-        to += ((batch * a.queries + first + r) * a.heads + own) * a.value_width;
-        const float whole = 1 / sums[r];
-        for (int64_t j = 0; j < a.value_width; j++) to[j] = to_bf16(found[r * strips * SQUARE + j] * whole);
-      }
+      uint16_t *to = static_cast<uint16_t *>(a.result);
+      to += ((batch * a.queries + first) * a.heads + own) * a.value_width;
+      const Rows result{n, a.value_width, a.heads * a.value_width, to};
+      isa->attend(rows.get(), all, a.scaling * LOG2_E, first, a.keys, a.causal, found.get(), result);
     }
   });
   return failed ? 2 : 0;

@@ -1,7 +1,7 @@
 // Products of bfloat16 summed in float32, with AVX512-BF16: two products and two sums a lane at a time.
 #include <immintrin.h>
 
-#include "softmax.h"
+#include "attend.h"
 
 namespace fewbits {
 namespace {
@@ -58,7 +58,7 @@ void add_product(const uint32_t *a, const uint32_t *b, int64_t count, float *c, 
 }  // namespace
 
 const Bf16 *avx512_bf16() {
-  static const Bf16 found{1, nullptr, gram_tile, attend<add_product>};
+  static const Bf16 found{1, nullptr, gram_tile, pack_keys, pack_values, attend<add_product>};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
   return runs ? &found : nullptr;

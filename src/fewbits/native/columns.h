@@ -31,17 +31,18 @@ static void add_shares(const fewbits_columns &c, int64_t k, int64_t j, int64_t e
 // first row; of the `n` rows.
 static inline void round_column(const fewbits_columns &c, int64_t k, int64_t at, int64_t n, const float *moved,
                                 float *errors, float *losses) {
-  const float *value = c.values + k * c.rows + at;
+  const float *weight = c.weights + k * c.rows + at;
   const int64_t grid = c.groups[k] * c.rows + at;
   const float *step = c.steps + grid, *inverse = c.inverse + grid, *low = c.low + grid;
   const float cost = losses ? c.costs[k] : 0;
   float unused[LINE] = {}, *lost = losses ? losses : unused;
   for (int64_t r = 0; r < n; r++) {
-    const float least = low[r], most = least + c.range, wanted = value[r] + moved[r] * inverse[r];
+    const float least = low[r], most = least + c.range, value = weight[r] * inverse[r];
+    const float wanted = value + moved[r] * inverse[r];
     float nearest = wanted < least ? least : wanted;
     nearest = nearest > most ? most : nearest;
     nearest = (nearest + TO_INTEGER) - TO_INTEGER;
-    errors[r] = (value[r] - nearest) * step[r];
+    errors[r] = (value - nearest) * step[r];
     const float left = (wanted - nearest) * step[r];
     lost[r] += cost * left * left;
   }

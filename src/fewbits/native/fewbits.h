@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 10
+#define FEWBITS_INTERFACE 11
 
 #ifdef __cplusplus
 extern "C" {
@@ -133,7 +133,7 @@ FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads
 typedef struct {
   int64_t columns;
   int64_t rows;
-  const float *values;    // (columns, rows), in steps of their grid, not rounded
+  const float *weights;   // (columns, rows), not rounded
   float *errors;          // (columns, rows), what rounding has left of the weights; replaced
   const float *shares;    // (columns, columns): of the error of the first, what the second takes up
   const float *steps;     // of the grid, (groups, rows)

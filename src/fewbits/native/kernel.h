@@ -67,6 +67,12 @@ struct Keys {
   const uint32_t *values;  // (blocks, strips, 32, 64)
 };
 
+// Where some rows of bfloat16 go: `n` of so many columns, `stride` apart.
+struct Rows {
+  int64_t n, columns, stride;
+  uint16_t *data;
+};
+
 // What takes instructions for bfloat16; a processor may have them or not, whatever else it has.
 struct Bf16 {
   int64_t unit;  // of pairs: what is summed is filled up with zeros to a multiple
@@ -74,10 +80,15 @@ struct Bf16 {
   void (*turn)(const uint32_t *pairs, int64_t count, uint32_t *turned);
   // result (64, 64) = the sum over `count` pairs of a (count, 64) times b.
   void (*gram_tile)(const uint32_t *a, const uint32_t *b, int64_t count, float *result);
+  // One head's keys -> (blocks, pairs, 64), and values -> (blocks, strips, 32, 64); what is past the last key,
+  // or behind the width, is 0.
+  void (*pack_keys)(const fewbits_attention &, const uint16_t *k, int64_t pairs, uint32_t *to);
+  void (*pack_values)(const fewbits_attention &, const uint16_t *v, uint32_t *to);
   // Of 64 queries (64, pairs), the first of which is number `first`, to the first `seen` keys, or, causal,
-  // those up to themselves: the sum of values weighted by 2^(factor * score) over the largest, and of weights.
+  // those up to themselves: values weighted by 2^(factor * score) and divided by the sum of weights. `sums` has
+  // room for (64, strips, 64).
   void (*attend)(const uint32_t *queries, const Keys &keys, float factor, int64_t first, int64_t seen,
-                 bool causal, float *result, float *sums);
+                 bool causal, float *sums, const Rows &result);
 };
 
 const Bf16 *avx512_bf16();  // each NULL where the machine has it not

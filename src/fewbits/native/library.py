@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 10  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 11  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
@@ -334,7 +334,7 @@ class Library:
 
     def round_columns(
         self,
-        values: Tensor,
+        weights: Tensor,
         errors: Tensor,
         shares: Tensor,
         grid: tuple[Tensor, Tensor, Tensor],
@@ -347,7 +347,7 @@ class Library:
         """Round columns one after the other, each to the place nearest to where the others leave it.
 
         Args:
-            values: (columns, rows) float32 in steps of their grid, not rounded.
+            weights: (columns, rows) float32, not rounded.
             errors: (columns, rows), what rounding has left of the weights; replaced.
             shares: (columns, columns), of the error of the first, what the second takes up.
             grid: steps, their inverse and the least integers: (groups, rows) each.
@@ -360,8 +360,8 @@ class Library:
         Returns:
             (rows,), the sum of these costs; None without them.
         """
-        columns, rows = values.shape
-        for name, tensor in (("values", values), ("errors", errors)):
+        columns, rows = weights.shape
+        for name, tensor in (("weights", weights), ("errors", errors)):
             _check(name, tensor, torch.float32, columns * rows)
         for tensor in grid:
             _check("the grid", tensor, torch.float32, len(grid[0]) * rows)
@@ -371,7 +371,7 @@ class Library:
             raise ValueError(f"a group is none of {len(grid[0])}")
         _check("costs", costs, None if costs is None else torch.float32, columns)
         losses = None if costs is None else torch.empty(rows)
-        tensors = (values, errors, shares, *grid, groups, costs, losses)
+        tensors = (weights, errors, shares, *grid, groups, costs, losses)
         places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         given = Columns(columns, rows, *places, most, upper)
         threads = torch.get_num_threads() if threads is None else threads
