@@ -40,10 +40,18 @@ def problem(rows: int, columns: int = 150, groups: int = 3) -> dict[str, Tensor]
     }
 
 
+def in_squares(shares: Tensor) -> Tensor:
+    """In squares of 64 x 64; what fills them up must not be read."""
+    count = -(-len(shares) // 64)
+    filled = torch.full((64 * count, 64 * count), torch.nan)
+    filled[: len(shares), : len(shares)] = shares
+    return filled.view(count, 64, count, 64).transpose(1, 2).contiguous()
+
+
 def round_columns(library, p: dict[str, Tensor], upper: bool = False, threads: int = 1) -> Tensor:
     errors, grid = p["errors"].clone(), (p["steps"], p["inverse"], p["low"])
     library.round_columns(
-        p["weights"], errors, p["shares"], grid, 15, p["groups"], upper, threads=threads
+        p["weights"], errors, in_squares(p["shares"]), grid, 15, p["groups"], upper, threads=threads
     )
     return errors
 
@@ -63,7 +71,9 @@ def test_each_column_is_rounded_to_the_point_nearest_to_where_the_others_leave_i
     # What float32 rounds: 150 products and as many sums of a move, each to 2^-24 of all that is summed;
     # the error of each that it is made of, and what is taken off for it here, 2^-22 of their size.
     size = before.abs() @ errors.abs() + after.abs() @ exact["errors"].abs()
-    bound = 2**-24 * (310 * size / step + 8 * ((exact["weights"] / step).abs() + 15 + errors.abs() / step))
+    bound = 2**-24 * (
+        310 * size / step + 8 * ((exact["weights"] / step).abs() + 15 + errors.abs() / step)
+    )
     assert float(bound.max()) < 0.01  # else it would show nothing
     assert bool((chosen.round() - chosen).abs().le(bound).all())
     assert bool(((chosen.round() - wanted).abs() <= 0.5 + bound).all())
@@ -76,7 +86,9 @@ def test_costs_are_those_of_the_distances_from_where_the_others_leave_columns(fo
     p = problem(rows)
     costs, errors = torch.rand(150), torch.zeros_like(p["errors"])
     grid = (p["steps"], p["inverse"], p["low"])
-    lost = found.round_columns(p["weights"], errors, p["shares"], grid, 15, p["groups"], True, costs)
+    lost = found.round_columns(
+        p["weights"], errors, in_squares(p["shares"]), grid, 15, p["groups"], True, costs
+    )
     left = errors.double() + p["shares"].triu(1).T.double() @ errors.double()
     assert torch.allclose(lost.double(), costs.double() @ left.square(), rtol=1e-4)
 

@@ -13,10 +13,12 @@ descent afterwards (Behdin et al. 2023, QuantEase, arXiv 2309.01885, section 3);
 where H has no factor.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits import affine, native
@@ -28,7 +30,7 @@ from fewbits.methods.weighted_rtn import WeightedRTN
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import Note, QuantizedTensor
 
-_BLOCK = 64  # columns corrected by one product; not tuned
+_BLOCK = 64  # columns corrected by one product, as the native library has it
 _TRIED = 2**21  # weights whose grids are tried at a time: few copies of large matrices; not tuned
 _OFF = 0.03  # by which scales that are tried differ; 0.02 and 0.05 gave less
 
@@ -92,13 +94,17 @@ class GPTQ:
             columns = Chains.of(weight, scale, zero_point, scheme, order)
             columns.round_all(found.U, upper=True)
         else:
-            near = _near(scale, self.tries)
+            near, found.U = _near(scale, self.tries), _in_squares(torch.split(found.U, _BLOCK), len(H))
             scale, columns = _best_of(near, weight, zero_point, scheme, order, found)
         if self.sweeps:
             H, diagonal = found.H, found.diagonal
             del found  # its U is as large as what follows
-            shares = H[order[:, None], order].div_(diagonal)  # then the loss cannot become larger
-            for _ in range(self.sweeps):
+            if isinstance(columns, Chains):
+                shares = H[order[:, None], order].div_(diagonal)
+            else:
+                rows = (H[some[:, None], order].div_(diagonal) for some in torch.split(order, _BLOCK))
+                shares = _in_squares(rows, len(H))
+            for _ in range(self.sweeps):  # the loss cannot become larger
                 columns.round_all(shares)
         return QuantizedTensor(columns.codes_in(order), scale, zero_point, scheme), notes
 
@@ -153,6 +159,19 @@ def _together(lost: Tensor, scale: Tensor) -> Tensor:
 def _in_order(weight: Tensor, order: Tensor) -> Tensor:
     """(out, in) -> (in, out), each column in one piece of memory."""
     return weight.t()[order].to(affine.working_dtype(weight))
+
+
+def _in_squares(rows: Iterable[Tensor], size: int) -> Tensor:
+    """(size, size), given `_BLOCK` rows at a time, in squares, filled up: (n, n, _BLOCK, _BLOCK)."""
+    count = -(-size // _BLOCK)
+    result: Tensor | None = None
+    for i, some in enumerate(rows):
+        if result is None:
+            result = some.new_zeros(count, count, _BLOCK, _BLOCK)
+        whole = F.pad(some, (0, count * _BLOCK - size)).view(len(some), count, _BLOCK)
+        result[i, :, : len(some)] = whole.transpose(0, 1)
+    assert result is not None
+    return result
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor:
@@ -262,8 +281,8 @@ class _Columns:
         """Round each column to the place nearest to where the errors of others leave it.
 
         Args:
-            shares: (columns, columns): of the error of the first, what the second takes up; what is on
-                the diagonal does not count.
+            shares: of the error of the first column, what the second takes up, in squares: see
+                `_in_squares`; what is on the diagonal does not count.
             upper: there is nothing below the diagonal.
             costs: (columns,), of the squared distance of a column from that place; by default 1.
 
@@ -276,9 +295,7 @@ class _Columns:
             return _round_all(self, shares, upper, costs)
         grid = (self.steps, self.inverse, self.points.neg())
         most = self.scheme.max_code
-        lost = library.round_columns(
-            self.W, self.E, shares.contiguous(), grid, most, self.groups, upper, costs
-        )
+        lost = library.round_columns(self.W, self.E, shares, grid, most, self.groups, upper, costs)
         assert lost is not None
         return lost
 
@@ -296,13 +313,15 @@ def _round_all(columns: _Columns, shares: Tensor, upper: bool, costs: Tensor) ->
     """What `round_all` means; the library does the same, up to how sums are rounded."""
     # All views at once: a view costs as much as arithmetic on one column.
     W, E = columns.W.unbind(), columns.E.unbind()
+    side = len(shares) * _BLOCK
+    shares = shares.transpose(1, 2).reshape(side, side)[: len(W), : len(W)]
     low = columns.points.neg()
     grids = (columns.steps, columns.inverse, low, low + columns.scheme.max_code)
     places = list(zip(*(grid.unbind() for grid in grids), strict=True))
     groups, lost = columns.groups.tolist(), torch.zeros_like(columns.W[0])
     for start in range(0, len(W), _BLOCK):
         stop = min(start + _BLOCK, len(W))
-        share = shares[: stop if upper else len(W), start:stop].t().contiguous()
+        share = shares[: stop if upper else None, start:stop].t().contiguous()
         share[:, start:stop].diagonal().zero_()
         taken = share @ columns.E[: share.shape[1]]
         changed = torch.zeros_like(taken)

@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 11
+#define FEWBITS_INTERFACE 12
 
 #ifdef __cplusplus
 extern "C" {
@@ -135,7 +135,8 @@ typedef struct {
   int64_t rows;
   const float *weights;   // (columns, rows), not rounded
   float *errors;          // (columns, rows), what rounding has left of the weights; replaced
-  const float *shares;    // (columns, columns): of the error of the first, what the second takes up
+  const float *shares;    // of the error of the first column, what the second takes up: (n, n, 64, 64), in
+                          // squares of 64 x 64, filled up
   const float *steps;     // of the grid, (groups, rows)
   const float *inverse;   // 1 / step
   const float *low;       // the least integer on it

@@ -39,7 +39,7 @@ struct Inputs {
   LookUp look_up;         // of a trellis, or NULL
 };
 
-constexpr int LINE = 64;                // rows of columns that are rounded at a time
+constexpr int LINE = 128;               // rows of columns that are rounded at a time
 constexpr float TO_INTEGER = 0x1.8p23f;  // added and taken off it rounds to nearest, ties to even, below 2^22
 
 struct Isa {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 11  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 12  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
@@ -349,7 +349,8 @@ class Library:
         Args:
             weights: (columns, rows) float32, not rounded.
             errors: (columns, rows), what rounding has left of the weights; replaced.
-            shares: (columns, columns), of the error of the first, what the second takes up.
+            shares: of the error of the first column, what the second takes up: in squares of 64 x 64,
+                filled up, (n, n, 64, 64).
             grid: steps, their inverse and the least integers: (groups, rows) each.
             most: how far the largest integer is from the least.
             groups: (columns,) int64, of each column its row in the grid.
@@ -365,7 +366,7 @@ class Library:
             _check(name, tensor, torch.float32, columns * rows)
         for tensor in grid:
             _check("the grid", tensor, torch.float32, len(grid[0]) * rows)
-        _check("shares", shares, torch.float32, columns * columns)
+        _check("shares", shares, torch.float32, padded(columns, 64) ** 2)
         _check("groups", groups, torch.int64, columns)
         if columns and not 0 <= int(groups.min()) <= int(groups.max()) < len(grid[0]):
             raise ValueError(f"a group is none of {len(grid[0])}")
