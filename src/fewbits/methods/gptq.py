@@ -135,8 +135,9 @@ def _best_of(
         rows = slice(start, start + step)
         own = slice(None) if whole else rows  # the scale that these rows have
         least, part = None, W[:, rows].contiguous()
+        left = torch.zeros_like(part)  # whatever it holds: no error is asked for before it is made
         for scale in scales:
-            columns = _Columns.of(part, scale[own], zero_point[own], scheme, order)
+            columns = _Columns.of(part, scale[own], zero_point[own], scheme, order, left)
             lost = _together(columns.round_all(found.U, upper=True, costs=found.D), scale)
             if least is None:
                 least, best[own], E[:, rows] = lost, scale[own], columns.E
@@ -145,7 +146,7 @@ def _best_of(
             least = torch.where(better, lost, least)
             best[own] = torch.where(better[:, None], scale[own], best[own])
             E[:, rows] = torch.where(better, columns.E, E[:, rows])
-        del part, columns
+        del part, left, columns
     if step < len(weight):
         hand_back_memory()  # of copies of some rows, which the allocator keeps
     return best, _Columns.of(W, best, zero_point, scheme, order, E)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewbits import trellis
+from fewbits import native, trellis
 from fewbits.affine import choose_qparams, encode, nearest_, parts_of, slices, working_dtype
 from fewbits.scheme import QuantScheme
 
@@ -94,10 +94,16 @@ def _errors(
     """Weighted squared error of each candidate: (candidates, rows, groups); rows first if "tensor"."""
     dtype, rows = working_dtype(weight), weight.shape[0]
     groups = weight.shape[1] // max(1, math.prod(parts_of(weight[:1], scheme).shape[2:]))
+    found = native.library()
+    plain = cost.ndim == 2 and not scheme.trellis and scheme.granularity != "tensor"
+    if found is not None and plain and weight.device.type == "cpu" and dtype == torch.float32:
+        steps = torch.stack([shrunk(scale, shrink).float() for shrink in tried])
+        points, costs = zero_point.float(), cost.flatten()
+        return found.grid_errors(weight.float(), steps, points, scheme.max_code, costs)
     parts = weight.to(dtype).reshape(rows, groups, -1)
     points = zero_point.to(dtype)[..., None]
     error = torch.empty_like(parts)
-    found = []
+    errors = []
     for shrink in tried:
         step = shrunk(scale, shrink).to(dtype)[..., None]
         if scheme.trellis:
@@ -106,8 +112,8 @@ def _errors(
         else:
             nearest_(error.copy_(parts), step, points, scheme).sub_(points)
         error.mul_(step).sub_(parts)
-        found.append(_weighted(error, cost).reshape(rows, groups, -1).sum(-1))
-    return torch.stack(found)
+        errors.append(_weighted(error, cost).reshape(rows, groups, -1).sum(-1))
+    return torch.stack(errors)
 
 
 def _weighted(error: Tensor, cost: Tensor) -> Tensor:

@@ -217,6 +217,18 @@ extern "C" int fewbits_round_columns(const fewbits_columns *columns, int threads
   return failed ? 2 : 0;
 }
 
+extern "C" int fewbits_grid_errors(const fewbits_grids *grids, int threads, fewbits_parallel parallel) {
+  const fewbits_grids &g = *grids;
+  if (g.rows < 0 || g.columns < 0 || g.groups < 1 || g.columns % g.groups || g.tried < 0 ||
+      !(g.range >= 0 && g.range < 0x1p16f))
+    return 1;
+  const Isa &isa = *isa_of(fewbits_isa());
+  in_parts(g.rows, 16, threads, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) isa.grid_errors(g, row);
+  });
+  return 0;
+}
+
 extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads, fewbits_parallel parallel) {
   std::atomic<uint64_t> all{0};
   in_parts(bytes / 64, PART / 64, threads, parallel, [&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "columns.h"
+#include "grid.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -472,7 +473,8 @@ struct Lanes {
 }  // namespace
 
 const Isa *avx2() {
-  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains, look_up};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
+                       some_chains, look_up};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

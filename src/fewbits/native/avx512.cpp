@@ -1,6 +1,7 @@
 // AVX-512 with VNNI.
 #include "avx512.h"
 #include "columns.h"
+#include "grid.h"
 #include "viterbi.h"
 
 namespace fewbits {
@@ -94,7 +95,8 @@ const Isa *avx512() {
                     __builtin_cpu_supports("avx512vnni");
   if (!runs) return nullptr;
   static const LookUp look_up = avx512vbmi() ? avx512vbmi()->look_up : (avx2() ? avx2() : portable())->look_up;
-  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, some_chains, look_up};
+  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
+                       some_chains, look_up};
   return &isa;
 }
 

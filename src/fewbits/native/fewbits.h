@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 12
+#define FEWBITS_INTERFACE 13
 
 #ifdef __cplusplus
 extern "C" {
@@ -146,6 +146,23 @@ typedef struct {
   float range;            // from the least integer to the largest
   int32_t upper;          // 1: columns take up errors of those before them alone; 0: of all others
 } fewbits_columns;
+
+// What rounding the weights of each row to several grids costs, by group.
+typedef struct {
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;  // elements from row to row
+  int64_t groups;  // of a row, alike
+  int64_t tried;   // grids
+  const float *weights;
+  const float *costs;   // (columns,), of a squared error
+  const float *steps;   // (tried, rows, groups)
+  const float *points;  // the zero points, (rows, groups)
+  float range;          // the largest code
+  float *errors;        // (tried, rows, groups), the sum over a group of cost * squared error
+} fewbits_grids;
+
+FEWBITS_API int fewbits_grid_errors(const fewbits_grids *grids, int threads, fewbits_parallel parallel);
 
 // The bits do not depend on threads.
 FEWBITS_API int fewbits_round_columns(const fewbits_columns *columns, int threads, fewbits_parallel parallel);

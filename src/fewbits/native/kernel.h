@@ -51,6 +51,8 @@ struct Isa {
   void (*round16)(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals);
   // One line of rows of columns: see columns.h.
   void (*round_columns)(const fewbits_columns &, int64_t line, float *errors);
+  // One row: see grid.h.
+  void (*grid_errors)(const fewbits_grids &, int64_t row);
   // Codes of chains from `begin` to `end`, at most 16 of them.
   void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
                       int64_t end, uint8_t *codes);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 12  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 13  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
@@ -55,13 +55,24 @@ class Weight(ctypes.Structure):
     tensors: tuple[Tensor | None, ...]
 
 
+class Grids(ctypes.Structure):
+    """`fewbits_grids`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("rows", "columns", "stride", "groups", "tried")),
+        *((name, c_void_p) for name in ("weights", "costs", "steps", "points")),
+        ("range", c_float),
+        ("errors", c_void_p),
+    ]
+
+
 class Columns(ctypes.Structure):
     """`fewbits_columns`."""
 
     _fields_: ClassVar[Any] = [
         ("columns", c_int64),
         ("rows", c_int64),
-        ("values", c_void_p),
+        ("weights", c_void_p),
         ("errors", c_void_p),
         ("shares", c_void_p),
         ("steps", c_void_p),
@@ -208,6 +219,7 @@ class Library:
                 (*(c_void_p,) * 3, c_int64, c_int, c_void_p, c_int, c_void_p),
             ),
             ("round_columns", c_int, (POINTER(Columns), c_int, c_void_p)),
+            ("grid_errors", c_int, (POINTER(Grids), c_int, c_void_p)),
             ("has_bf16", c_int, ()),
             (
                 "gram",
@@ -379,6 +391,42 @@ class Library:
         error = self._c.fewbits_round_columns(ctypes.byref(given), threads, self._parallel)
         _raise(error, f"{columns} columns of {rows} rows, {most + 1} integers each")
         return losses
+
+    def grid_errors(
+        self,
+        weight: Tensor,
+        steps: Tensor,
+        points: Tensor,
+        most: int,
+        costs: Tensor,
+        threads: int | None = None,
+    ) -> Tensor:
+        """What rounding a weight to several grids costs: (grids, rows, groups).
+
+        Args:
+            weight: (rows, columns) float32; its rows may lie apart.
+            steps: (grids, rows, groups) float32; groups are equally many columns.
+            points: the zero points, (rows, groups) float32.
+            most: the largest code.
+            costs: (columns,) float32, of a squared error.
+            threads: as many as torch uses, if None. The bits do not depend on them.
+        """
+        tried, rows, groups = steps.shape
+        columns = weight.shape[1]
+        if weight.dtype != torch.float32 or weight.device.type != "cpu" or len(weight) != rows:
+            raise ValueError(f"{tuple(weight.shape)} {weight.dtype} is no float32 of {rows} rows")
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        _check("steps", steps, torch.float32, tried * rows * groups)
+        _check("points", points, torch.float32, rows * groups)
+        _check("costs", costs, torch.float32, columns)
+        errors = torch.empty_like(steps)
+        places = (tensor.data_ptr() for tensor in (weight, costs, steps, points))
+        stride = weight.stride(0)
+        given = Grids(rows, columns, stride, groups, tried, *places, most, errors.data_ptr())
+        threads = torch.get_num_threads() if threads is None else threads
+        error = self._c.fewbits_grid_errors(ctypes.byref(given), threads, self._parallel)
+        _raise(error, f"{rows} x {columns} weights in {groups} groups, {most + 1} codes")
+        return errors
 
     @property
     def has_bf16(self) -> bool:

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "columns.h"
+#include "grid.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -398,7 +399,8 @@ struct Lanes {
 }  // namespace
 
 const Isa *neon() {
-  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, some_chains, look_up};
+  static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
+                       some_chains, look_up};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

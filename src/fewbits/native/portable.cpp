@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "columns.h"
+#include "grid.h"
 #include "kernel.h"
 #include "viterbi.h"
 
@@ -141,7 +142,8 @@ struct Lanes {
 }  // namespace
 
 const Isa *portable() {
-  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, some_chains, look_up};
+  static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
+                       some_chains, look_up};
   return &isa;
 }
 
