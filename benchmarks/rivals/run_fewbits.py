@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import compressed_tensors.compressors  # noqa: F401  # verification reads with it: there before, as theirs are
 import torch
 from job import Clock, Job, Storage, check_logits, compressed_tensors_storage, read_job, report
 from transformers import AutoModelForCausalLM

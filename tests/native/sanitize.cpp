@@ -347,7 +347,7 @@ void check_refusals() {
   refused += fewbits_unpack(&c.w, 3, nullptr) != 0;
   for (int bits : {0, 1, 5, 6, 7, 9}) refused += fewbits_pack(nullptr, 1, 32, 32, bits, nullptr) != 0;
   refused += fewbits_pack(nullptr, 1, 33, 32, 4, nullptr) != 0;
-  refused += fewbits_use(4) != 0;
+  refused += fewbits_use(5) != 0;
   if (refused != 20 + 3 + 1 + 6 + 1 + 1) {
     std::printf("of 32 wrong arguments %d were refused\n", refused);
     std::exit(1);
@@ -356,13 +356,155 @@ void check_refusals() {
 
 }  // namespace
 
+// -- what calibration calls ---------------------------------------------------------------------------
+
+void expect(bool right, const char *what, std::initializer_list<int64_t> sizes) {
+  if (right) return;
+  std::printf("%s: %s is wrong, of sizes", name, what);
+  for (int64_t size : sizes) std::printf(" %lld", (long long)size);
+  std::printf("\n");
+  std::exit(1);
+}
+
+std::vector<float> floats(int64_t count, float least, float most) {
+  std::vector<float> data(count);
+  for (auto &each : data) each = least + (most - least) * float(source() % 65536) / 65536;
+  return data;
+}
+
+void check_gram() {
+  const int64_t rows = pick(0, 150), columns = pick(1, 300), stride = columns + pick(0, 3), width = 64 * pick(1, 3);
+  const auto x = numbers(rows ? (rows - 1) * stride + columns : 0, FEWBITS_BF16, -3, 3, false);
+  std::vector<std::vector<float>> panels;
+  std::vector<float *> places;
+  for (int64_t start = 0; start < columns; start += width)
+    panels.emplace_back((columns - start) * std::min(width, columns - start));
+  for (auto &panel : panels) places.push_back(panel.data());
+  expect(!fewbits_gram(x.data(), rows, columns, stride, places.data(), width, int(pick(1, 3)), team), "a gram's end",
+         {rows, columns, stride, width});
+  for (int64_t i = 0; i < columns; i++)
+    for (int64_t j = 0; j <= i; j++) {
+      double sum = 0, size = 0;
+      for (int64_t r = 0; r < rows; r++) {
+        const double one = number(x.data(), FEWBITS_BF16, r * stride + i) * number(x.data(), FEWBITS_BF16, r * stride + j);
+        sum += one, size += std::fabs(one);
+      }
+      const int64_t start = j / width * width, own = std::min(width, columns - start);
+      const double got = panels[j / width][(i - start) * own + j - start];
+      expect(near(got, sum, size, rows + 2, FEWBITS_F32), "a gram", {rows, columns, stride, width, i, j});
+    }
+}
+
+void check_attention() {
+  fewbits_attention a{};
+  const int64_t shared = pick(1, 3);
+  a.batch = pick(1, 2), a.groups = pick(1, 2), a.heads = shared * a.groups, a.causal = int(pick(0, 1));
+  a.keys = pick(1, 150), a.queries = a.causal ? a.keys : pick(1, 150), a.width = pick(1, 70), a.value_width = pick(1, 140);
+  a.scaling = 0.3f;
+  const auto strides = [](int64_t *to, int64_t heads, int64_t tokens, int64_t width) {
+    to[2] = width, to[1] = tokens * width, to[0] = heads * tokens * width;
+    return to[0];
+  };
+  const auto q = numbers(a.batch * strides(a.q_strides, a.heads, a.queries, a.width), FEWBITS_BF16, -2, 2, false);
+  const auto k = numbers(a.batch * strides(a.k_strides, a.groups, a.keys, a.width), FEWBITS_BF16, -2, 2, false);
+  const auto v = numbers(a.batch * strides(a.v_strides, a.groups, a.keys, a.value_width), FEWBITS_BF16, -2, 2, false);
+  std::vector<uint8_t> result(2 * a.batch * a.queries * a.heads * a.value_width);
+  a.q = q.data(), a.k = k.data(), a.v = v.data(), a.result = result.data();
+  const auto sizes = {a.batch, a.heads, a.groups, a.queries, a.keys, a.width, a.value_width, int64_t(a.causal)};
+  expect(!fewbits_attend(&a, int(pick(1, 3)), team), "attention's end", sizes);
+  for (int64_t b = 0; b < a.batch; b++)
+    for (int64_t h = 0; h < a.heads; h++)
+      for (int64_t i = 0; i < a.queries; i++) {
+        std::vector<double> weight(a.causal ? i + 1 : a.keys);
+        double most = -INFINITY, all = 0;
+        for (size_t j = 0; j < weight.size(); j++) {
+          double dot = 0;
+          for (int64_t d = 0; d < a.width; d++)
+            dot += number(q.data(), FEWBITS_BF16, ((b * a.heads + h) * a.queries + i) * a.width + d) *
+                   number(k.data(), FEWBITS_BF16, ((b * a.groups + h / shared) * a.keys + int64_t(j)) * a.width + d);
+          weight[j] = dot * a.scaling;
+          most = std::fmax(most, weight[j]);
+        }
+        for (auto &each : weight) all += each = std::exp(each - most);
+        for (int64_t d = 0; d < a.value_width; d++) {
+          double sum = 0, size = 0;
+          for (size_t j = 0; j < weight.size(); j++) {
+            const double one = weight[j] / all *
+                number(v.data(), FEWBITS_BF16, ((b * a.groups + h / shared) * a.keys + int64_t(j)) * a.value_width + d);
+            sum += one, size += std::fabs(one);
+          }
+          const double got = number(result.data(), FEWBITS_BF16, ((b * a.queries + i) * a.heads + h) * a.value_width + d);
+          expect(std::fabs(got - sum) <= 0x1p-8 * std::fabs(sum) + 0x1p-7 * size, "attention", sizes);
+        }
+      }
+}
+
+// Each column is at the place nearest to where the errors of the others, as they were or are, leave it.
+void check_columns() {
+  const int64_t columns = pick(1, 150), rows = pick(1, 300), groups = pick(1, 3), side = (columns + 63) / 64;
+  const bool upper = pick(0, 1), costed = pick(0, 1);
+  const auto weights = floats(columns * rows, -1, 1), before = floats(columns * rows, -0.1f, 0.1f);
+  const auto steps = floats(groups * rows, 0.1f, 0.3f), shares = floats(columns * columns, -0.1f, 0.1f);
+  std::vector<float> inverse, low(groups * rows, -8), squares(side * side * 64 * 64), costs = floats(columns, 0, 1);
+  for (float step : steps) inverse.push_back(1 / step);
+  for (int64_t i = 0; i < columns; i++)
+    for (int64_t j = 0; j < columns; j++)
+      squares[((i / 64 * side + j / 64) * 64 + i % 64) * 64 + j % 64] = shares[i * columns + j];
+  std::vector<int64_t> group(columns);
+  for (auto &each : group) each = pick(0, groups - 1);
+  std::vector<float> errors = before, losses(rows);
+  const fewbits_columns c{columns, rows, weights.data(), errors.data(), squares.data(), steps.data(), inverse.data(),
+                          low.data(), group.data(), costed ? costs.data() : nullptr,
+                          costed ? losses.data() : nullptr, 15, upper};
+  expect(!fewbits_round_columns(&c, int(pick(1, 3)), team), "the end of columns", {columns, rows, groups});
+  for (int64_t r = 0; r < rows; r++) {
+    double lost = 0;
+    for (int64_t k = 0; k < columns; k++) {
+      const double step = steps[group[k] * rows + r];
+      double moved = 0;
+      for (int64_t j = 0; j < (upper ? k : columns); j++)
+        if (j != k) moved += shares[j * columns + k] * double((j < k ? errors : before)[j * rows + r]);
+      const double wanted = (weights[k * rows + r] + moved) / step, bounded = std::fmin(std::fmax(wanted, -8), 7);
+      const double place = (weights[k * rows + r] - errors[k * rows + r]) / step;
+      expect(std::fabs(place - std::nearbyint(place)) < 1e-3 && std::fabs(place - bounded) < 0.5 + 1e-3, "a column",
+             {columns, rows, groups, upper, r, k});
+      lost += costs[k] * (wanted - place) * (wanted - place) * step * step;
+    }
+    expect(!costed || std::fabs(losses[r] - lost) <= 1e-3 * lost + 1e-5, "a loss", {columns, rows, groups, upper, r});
+  }
+}
+
+void check_grids() {
+  fewbits_grids g{};
+  g.rows = pick(0, 20), g.groups = pick(1, 3), g.columns = g.groups * pick(1, 100), g.stride = g.columns + pick(0, 3);
+  g.tried = pick(0, 4), g.range = 15;
+  const auto weights = floats(g.rows ? (g.rows - 1) * g.stride + g.columns : 0, -1, 1), costs = floats(g.columns, 0, 1);
+  const auto steps = floats(g.tried * g.rows * g.groups, 0.05f, 0.3f);
+  const std::vector<float> points(g.rows * g.groups, 8);
+  std::vector<float> errors(steps.size());
+  g.weights = weights.data(), g.costs = costs.data(), g.steps = steps.data(), g.points = points.data();
+  g.errors = errors.data();
+  expect(!fewbits_grid_errors(&g, int(pick(1, 3)), team), "the end of grids", {g.rows, g.columns, g.groups});
+  const int64_t size = g.columns / g.groups;
+  for (int64_t at = 0; at < int64_t(steps.size()); at++) {
+    const int64_t row = at / g.groups % g.rows, first = at % g.groups * size;
+    double sum = 0;
+    for (int64_t k = first; k < first + size; k++) {
+      const double weight = weights[row * g.stride + k], step = steps[at];
+      const double error = std::fmin(std::fmax(std::nearbyint(weight / step), -8), 7) * step - weight;
+      sum += costs[k] * error * error;
+    }
+    expect(std::fabs(errors[at] - sum) <= 1e-3 * sum + 1e-6, "a grid", {g.rows, g.columns, g.groups, at});
+  }
+}
+
 // `sanitize COUNT`: of products for each instruction set.
 int main(int arguments, char **argument) {
   const int count = arguments > 1 ? std::atoi(argument[1]) : 1000;
-  static const char *const names[] = {"portable", "neon", "avx2", "avx512"};
+  static const char *const names[] = {"portable", "neon", "avx2", "avx512", "amx"};
   check_refusals();
   check_stream();
-  for (int isa = 0; isa < 4; isa++) {
+  for (int isa = 0; isa < 5; isa++) {
     name = names[isa];
     if (fewbits_use(isa)) {
       std::printf("%s: not of this machine\n", name);
@@ -370,6 +512,10 @@ int main(int arguments, char **argument) {
     }
     const int done = check_products(count);
     check_calls();
+    for (int i = 0; i < 1 + count / 50; i++) {
+      check_columns(), check_grids();
+      if (fewbits_has_bf16()) check_gram(), check_attention();
+    }
     std::printf("%s: %d products, and %d calls of %d threads, are right\n", name, done, CALLS, CALLERS);
     std::fflush(stdout);
   }
