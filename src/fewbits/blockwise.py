@@ -905,7 +905,7 @@ class _Run:
             if not bool(drift.any()):  # nothing before it was rounded
                 continue
             weights = [float_weight(block.get_submodule(linear)) for linear in linears]
-            found = make_up(torch.cat(weights), stat.hessian, drift)
+            found = make_up(torch.cat(weights), stat.hessian, drift, stat.tokens)
             heights = [len(weight) for weight in weights]
             wholes = [None] * len(linears) if found is None else torch.split(found, heights)
             for linear, whole in zip(linears, wholes, strict=True):
