@@ -23,8 +23,8 @@ from fewbits.stream import Stream
 
 # Of each column's H_kk, added to it, since G is an estimate too: a share, and so many times the columns
 # over the tokens. KL of the reference model at w4-g128 without correction, and with a share of 0.1, 1
-# and 3: from 1,024 tokens 0.0390, 0.0434, 0.0401, 0.0391; from 4,096 0.0203, 0.0200, 0.0189, 0.0192; from
-# 32,768 0.0156, 0.0143, 0.0144 (babyllama105, w4-g32: 0.0208, 0.0157, 0.0161, 0.0176); 2026-11-27.
+# and 3: from 1,024 tokens 0.0390, 0.0434, 0.0401, 0.0391; from 4,096 0.0203, 0.0200, 0.0189, 0.0192;
+# from 32,768 0.0156, 0.0143, 0.0144 (babyllama105, w4-g32: 0.0208, 0.0157, 0.0161, 0.0176); 2026-11-27.
 _DAMP, _DAMP_OF_FEW = 0.1, 6.0
 
 
