@@ -94,7 +94,8 @@ class GPTQ:
             columns = Chains.of(weight, scale, zero_point, scheme, order)
             columns.round_all(found.U, upper=True)
         else:
-            near, found.U = _near(scale, self.tries), _in_squares(torch.split(found.U, _BLOCK), len(H))
+            near = _near(scale, self.tries)
+            found.U = _in_squares(torch.split(found.U, _BLOCK), len(H))  # in its place: as large as H
             scale, columns = _best_of(near, weight, zero_point, scheme, order, found)
         if self.sweeps:
             H, diagonal = found.H, found.diagonal
