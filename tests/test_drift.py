@@ -11,6 +11,7 @@ from fewbits import GPTQ, QuantScheme, load, measure, quantize, stream
 from fewbits.drift import make_up
 from fewbits.ledger import read_ledger
 from fewbits.linear import float_weight
+from fewbits.statistics import InputStats
 from models import VOCABULARY, tiny_checkpoint
 
 G32 = QuantScheme(3, "group", 32)
@@ -81,6 +82,16 @@ def test_a_column_that_is_always_zero_keeps_its_weights():
     found = make_up(weight, y.T @ y / 50, (x - y).T @ y / 50, 10**6)
     assert torch.equal(found[:, 2], weight[:, 2])
     assert (found[:, 0] > 1.3).all()
+
+
+def test_inputs_of_other_tokens_are_not_compared():
+    stats = InputStats.of(4, frozenset({"hessian"}))
+    stats.drift = torch.zeros(4, 4)
+    stats.add_drifted(torch.ones(3, 4), torch.ones(2, 4))
+    assert stats.tokens == 2
+    assert not stats.drift.any()
+    stats.add_drifted(torch.ones(3, 4), torch.full((3, 4), 0.5))
+    assert torch.equal(stats.drift, torch.full((4, 4), 0.75))
 
 
 @dataclass(frozen=True, slots=True)
