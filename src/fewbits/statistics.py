@@ -128,8 +128,8 @@ class InputStats:
         """Inputs (tokens, in), and what they were before matrices of the block were rounded."""
         self.add(x)
         assert self.drift is not None
-        # In their own dtype: of a sum over many tokens, that is near enough. Where other tokens come, as to
-        # an expert, nothing can be compared, and the report tells of no correction.
+        # In their own dtype: of a sum over many tokens, that is near enough. Where other tokens come, as
+        # to an expert, nothing can be compared, and the report tells of no correction.
         if len(x) and before.shape == x.shape:
             self.drift += (before - x).t() @ x
 
