@@ -369,11 +369,11 @@ def test_a_folded_hessian_is_that_of_the_folded_block(tiny, monkeypatch, model_t
     compared = []
     real = _Run._collect
 
-    def collect(self, number, block, wiring, pieces, folds):
+    def collect(self, number, block, wiring, pieces, some, folds, codes):
         self.statistics = None
-        wanted = real(self, number, block, wiring, pieces, folds)
+        wanted = real(self, number, block, wiring, pieces, some, folds, codes)
         self.statistics = statistics
-        found = real(self, number, block, wiring, pieces, folds)
+        found = real(self, number, block, wiring, pieces, some, folds, codes)
         for path, stat in wanted.items():
             ours = found[path]
             assert stat.tokens == ours.tokens
