@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -24,7 +24,7 @@ from fewbits.kernels import (
     Reference,
     Triton,
 )
-from fewbits.methods import Method
+from fewbits.methods import GPTQ, Method
 from fewbits.native import library
 from fewbits.scheme import BITS, QuantScheme
 from fewbits.structure import find_blocks, is_conv1d, is_linear
@@ -596,3 +596,18 @@ def _half_step_of_inputs(kernel_class: type[Kernel], x: Tensor) -> Tensor:
             * (2**-15 if x.dtype == torch.float32 else 1)
         )
     return half.expand_as(groups).flatten(1)[:, : x.shape[1]]
+
+
+# -- a method that is watched ----------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(GPTQ):
+    """GPTQ that keeps what it is given."""
+
+    def __call__(self, weight, scheme, stats, scale_dtype=None):
+        RECORDED.append((weight.clone(), stats["hessian"].clone()))
+        return super(Recording, self).__call__(weight, scheme, stats, scale_dtype)
+
+
+RECORDED: list[tuple[Tensor, Tensor]] = []

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checks import RECORDED, Recording
 from fewbits import (
     AWQ,
     GPTQ,
@@ -43,15 +44,7 @@ MORE_IDS = torch.randint(3, VOCABULARY, (24, 32), generator=torch.Generator().ma
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def float32_products():
-    """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "float32_products")
 
 
 @dataclass
@@ -206,18 +199,6 @@ def test_gptqs_output_error_is_below_that_of_round_to_nearest(tiny):
 
 
 # -- what it is calibrated on ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Recording(GPTQ):
-    """GPTQ that keeps what it is given."""
-
-    def __call__(self, weight, scheme, stats, scale_dtype=None):
-        RECORDED.append((weight.clone(), stats["hessian"].clone()))
-        return super(Recording, self).__call__(weight, scheme, stats, scale_dtype)
-
-
-RECORDED: list[tuple[Tensor, Tensor]] = []
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """Weights that make up for what was rounded before: by least squares, on inputs of plain blocks."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewbits import GPTQ, QuantScheme, load, measure, quantize, stream
+from checks import RECORDED, Recording
+from fewbits import GPTQ, QuantScheme, load, measure, quantize
 from fewbits.drift import make_up
 from fewbits.ledger import read_ledger
 from fewbits.linear import float_weight
@@ -17,15 +17,7 @@ from models import VOCABULARY, tiny_checkpoint
 G32 = QuantScheme(3, "group", 32)
 IDS = torch.randint(3, VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(2))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def float32_products():
-    """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "float32_products")
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +86,6 @@ def test_inputs_of_other_tokens_are_not_compared():
     assert torch.equal(stats.drift, torch.full((4, 4), 0.75))
 
 
-@dataclass(frozen=True, slots=True)
-class Recording(GPTQ):
-    """GPTQ that keeps what it is given."""
-
-    def __call__(self, weight, scheme, stats, scale_dtype=None):
-        RECORDED.append((weight.clone(), stats["hessian"].clone()))
-        return super(Recording, self).__call__(weight, scheme, stats, scale_dtype)
-
-
-RECORDED: list[tuple[Tensor, Tensor]] = []
 LLAMA = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),

@@ -28,7 +28,6 @@ from fewbits import (
     load,
     measure,
     quantize,
-    stream,
     verify,
 )
 from fewbits.blockwise import _Run, held_out_samples, quantize_blocks
@@ -60,15 +59,7 @@ BOTH = frozenset({"hessian", "absmax"})
 STATIC = QuantScheme(8, inputs=InputScheme("token", 1.5, static=True))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def float32_products():
-    """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "float32_products")
 
 
 @dataclass
@@ -464,7 +455,8 @@ _KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_measure import IDS, measure, stream
+from fewbits import stream
+from test_measure import IDS, measure
 torch.set_num_threads(1)
 stream.fast_dtype = lambda *_: None
 def kill(what, done, total):

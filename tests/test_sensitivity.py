@@ -37,15 +37,7 @@ REFERENCE = Path(__file__).parent.parent / "reference/model"
 SEED = 3  # of the draw
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def float32_products():
-    """Also where the processor is faster in bfloat16: its rounding would hide what is compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "fast_dtype", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "float32_products")
 
 
 @pytest.fixture(scope="module")

@@ -936,7 +936,13 @@ class _Run:
             raise InputError(f"{alike[0].name}: {error}") from None
         notes = notes if why is None else [Note("fallback", "", why), *notes]
         if any(piece.name in targets and targets[piece.name] is None for piece in alike):
-            notes.append(Note("fallback", "", "not corrected: H has no Cholesky factor"))
+            notes.append(
+                Note(
+                    "fallback",
+                    "",
+                    "not corrected: H has no Cholesky factor, or what makes up is not finite",
+                )
+            )
         steps = tuple(note.what for note in notes)
         parts, reports, told, start = [], [], list[Note](), 0
         for piece, own, before, after in zip(alike, weights, floats, made, strict=True):

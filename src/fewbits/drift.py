@@ -12,14 +12,8 @@ it, and with the x of the float model: babyllama105 at w4-g32 0.0182, 0.0144, 0.
 counts is the order: found once for a block, before any of it is rounded, G gains nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-
 import torch
-from torch import Tensor, nn
-
-from fewbits.linear import float_weight, set_float_weight
-from fewbits.stream import Stream
+from torch import Tensor
 
 # Of each column's H_kk, added to it, since G is an estimate too: a share, and so many times the columns
 # over the tokens. KL of the reference model at w4-g128 without correction, and with a share of 0.1, 1
@@ -54,56 +48,3 @@ def make_up(weight: Tensor, hessian: Tensor, drift: Tensor, tokens: int) -> Tens
     more = torch.cholesky_solve((weight @ drift).t(), lower).t()
     result = weight + more
     return result if bool(torch.isfinite(result.sum())) else None
-
-
-def read_twice(
-    stream: Stream,
-    number: int,
-    block: nn.Module,
-    linear: str,
-    rows: slice,
-    rounded: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """What a linear reads of some samples, as the block is, and with other weights (out, in) before it.
-
-    Both are (tokens, in), and empty where it is not reached.
-    """
-    before = _read(stream, number, block, linear, rows)
-    with _other_weights(block, rounded):
-        return before, _read(stream, number, block, linear, rows)
-
-
-class _Seen(Exception):  # noqa: N818
-    """What comes after the linear is of no use."""
-
-
-def _read(stream: Stream, number: int, block: nn.Module, linear: str, rows: slice) -> Tensor:
-    """In the first call."""
-    module = block.get_submodule(linear)
-    found: list[Tensor] = []
-
-    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0].reshape(-1, args[0].shape[-1]))
-        raise _Seen
-
-    handle = module.register_forward_pre_hook(see)
-    try:
-        with suppress(_Seen):
-            stream.run(number, block, stream.states[rows])
-    finally:
-        handle.remove()
-    return found[0] if found else float_weight(module).new_empty(0, float_weight(module).shape[1])
-
-
-@contextmanager
-def _other_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let linears have other weights until it is left."""
-    modules = {path: block.get_submodule(path) for path in weights}
-    held = {path: float_weight(module) for path, module in modules.items()}
-    try:
-        for path, module in modules.items():
-            set_float_weight(module, weights[path])
-        yield
-    finally:
-        for path, module in modules.items():
-            set_float_weight(module, held[path])

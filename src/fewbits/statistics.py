@@ -41,11 +41,10 @@ from fewbits.checkpoint import (
     hash_tensor,
     read_header,
 )
-from fewbits.drift import read_twice
 from fewbits.errors import InputError, VerificationError
 from fewbits.journal import differences
 from fewbits.ledger import plain
-from fewbits.linear import ExpertLinears, float_weight
+from fewbits.linear import ExpertLinears, float_weight, set_float_weight
 from fewbits.pieces import Piece
 from fewbits.ranks import ALONE, Ranks
 from fewbits.recipe import Recipe
@@ -340,15 +339,39 @@ def _collect_part(
         width = _width(block, linears[0])
         stat.drift = torch.zeros(width, width, device=stream.device)
         for rows in stream.batches(part):
-            stat.add_drifted(*read_twice(stream, number, block, linears[0], rows, rounded))
+            before = _read(stream, number, block, linears[0], rows)
+            with _other_weights(block, rounded):
+                stat.add_drifted(before, _read(stream, number, block, linears[0], rows))
         return found
-    with _hooks(block, {linears[0]: stat for linears, stat in found.items()}, into is None):
+    with _hooks(block, {linears[0]: stat.add for linears, stat in found.items()}, into is None):
         for rows in stream.batches(part):
             with suppress(_AllSeen):
                 output = stream.run(number, block, stream.states[rows])
                 if into is not None:
                     into[rows] = output
     return found
+
+
+def _read(stream: Stream, number: int, block: nn.Module, linear: str, rows: slice) -> Tensor:
+    """What a linear reads of some samples, (tokens, in), when it is first called."""
+    found: list[Tensor] = []
+    with _hooks(block, {linear: found.append}, stop=True), suppress(_AllSeen):
+        stream.run(number, block, stream.states[rows])
+    return found[0] if found else torch.empty(0, _width(block, linear), device=stream.device)
+
+
+@contextmanager
+def _other_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let linears have other weights (out, in) until it is left."""
+    modules = {path: block.get_submodule(path) for path in weights}
+    held = {path: float_weight(module) for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            set_float_weight(module, weights[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            set_float_weight(module, held[path])
 
 
 def _as_they_run(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -395,14 +418,16 @@ class _AllSeen(Exception):  # noqa: N818
 
 
 @contextmanager
-def _hooks(block: nn.Module, stats: dict[str, InputStats], stop: bool) -> Iterator[None]:
-    """Add every input to the statistics while the block runs."""
-    needed = set(stats)
-    pending, experts = set(needed), any(is_expert(block, path) for path in stats)
+def _hooks(
+    block: nn.Module, takers: Mapping[str, Callable[[Tensor], None]], stop: bool
+) -> Iterator[None]:
+    """Hand every input (tokens, in) of some linears on while the block runs."""
+    needed = set(takers)
+    pending, experts = set(needed), any(is_expert(block, path) for path in takers)
 
-    def watch(path: str, stat: InputStats) -> Callable[..., None]:
+    def watch(path: str, take: Callable[[Tensor], None]) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stat.add(args[0].reshape(-1, args[0].shape[-1]))
+            take(args[0].reshape(-1, args[0].shape[-1]))
             pending.discard(path)
             if stop and not pending and not experts:  # an expert may be called again, or later
                 pending.update(needed)
@@ -411,8 +436,8 @@ def _hooks(block: nn.Module, stats: dict[str, InputStats], stop: bool) -> Iterat
         return record
 
     handles = [
-        block.get_submodule(path).register_forward_pre_hook(watch(path, stat))
-        for path, stat in stats.items()
+        block.get_submodule(path).register_forward_pre_hook(watch(path, take))
+        for path, take in takers.items()
     ]
     try:
         yield

@@ -12,16 +12,6 @@ from fewbits.scheme import QuantScheme
 native = importlib.import_module("fewbits.native.library")
 
 
-@pytest.fixture
-def found(monkeypatch) -> native.Library:
-    monkeypatch.delenv("FEWBITS_NATIVE", raising=False)
-    library = native.library()
-    if library is None:
-        pytest.skip(f"the native library {native.why_absent()}")
-    yield library
-    library.use(None)
-
-
 def problem(rows: int, columns: int = 150, groups: int = 3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows)
 

@@ -11,16 +11,6 @@ from fewbits.methods import grid
 native = importlib.import_module("fewbits.native.library")
 
 
-@pytest.fixture
-def found(monkeypatch):
-    monkeypatch.delenv("FEWBITS_NATIVE", raising=False)
-    library = native.library()
-    if library is None:
-        pytest.skip(f"the native library {native.why_absent()}")
-    yield library
-    library.use(None)
-
-
 @pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 1), (5, 3, 31), (40, 2, 128), (7, 1, 70)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_are_those_of_the_definition(found, rows, groups, size, bits):
