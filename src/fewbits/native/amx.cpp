@@ -5,24 +5,10 @@
 #include <unistd.h>
 
 #include "attend.h"
+#include "tiles.h"
 
 namespace fewbits {
 namespace {
-
-// Eight tiles, each full, while this lives: with them the core's power would stay up.
-struct Tiles {
-  struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  Tiles() {
-    Config config;
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 4 * SIDE, config.rows[i] = SIDE;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
 
 // Four tiles of sums, two by two, over pairs that lie in tiles at a, and below each other at b.
 // Of a: tiles of the two rows of tiles, `a_stride` bytes between rows, `a_tile` pairs from one to the next.
@@ -105,6 +91,14 @@ const Bf16 *amx_bf16() {
   return known ? &found : nullptr;
 }
 
-const Isa *amx() { return amx_bf16() ? avx512() : nullptr; }
+const Isa *amx() {
+  if (!amx_bf16()) return nullptr;
+  static const Isa isa = [] {
+    Isa own = *avx512();
+    own.tiled = amx_tiled();
+    return own;
+  }();
+  return &isa;
+}
 
 }  // namespace fewbits

@@ -33,15 +33,23 @@ std::atomic<int> chosen{-1};
 
 constexpr int64_t FEW_ROWS = 8;        // are rounded by the caller alone
 constexpr int64_t PART = 32 * 1024;    // bytes of codes that are worth a part
-constexpr int64_t SLICE = 256;         // rows of x at a time: their results stay in the cache
+constexpr int64_t SLICE = 128;         // rows of x at a time: their results stay in the cache
+
+// Columns of x that share a scale. In 8 bits no more than share one of the weight: they are dear.
+int64_t rounded_together(const fewbits_weight &w, int inputs) {
+  const bool alone = w.zero_type == FEWBITS_TABLE || (inputs == FEWBITS_INPUTS_8 && w.group == CHUNK);
+  return alone ? CHUNK : SUMMED * CHUNK;
+}
 
 // Rows of x as integers. With INPUTS_32 there are twice as many: what was rounded off follows.
 class Rounded {
  public:
-  Rounded(const fewbits_weight &w, const Isa &isa, int inputs, int64_t rows)
-      : w_(w), isa_(isa), inputs_(inputs), width_((w.columns + WIDE - 1) / WIDE * WIDE),
+  Rounded(const fewbits_weight &w, const Isa &isa, int inputs, int64_t rows, const Tiled *tiled)
+      : w_(w), isa_(isa), tiled_(tiled), inputs_(inputs), width_((w.columns + WIDE - 1) / WIDE * WIDE),
         scales_(array<float>(rows * width_ / CHUNK)), totals_(array<int32_t>(rows * width_ / CHUNK)) {
-    if (inputs == FEWBITS_INPUTS_8)
+    if (tiled)
+      x8_ = array<int8_t>(filled_tiles(rows) * width_ * bytes());
+    else if (inputs == FEWBITS_INPUTS_8)
       x8_ = array<int8_t>(rows * width_);
     else
       x16_ = array<int16_t>(rows * width_);
@@ -57,7 +65,7 @@ class Rounded {
     const bool table = w.zero_type == FEWBITS_TABLE, trellis = w.zero_type == FEWBITS_TRELLIS;
     const int32_t middle = trellis ? MIDDLE_8 : table ? 0 : 1 << (w.bits - 1);
     return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(), middle, table ? table_ : nullptr,
-            trellis ? isa_.look_up : nullptr};
+            trellis ? isa_.look_up : nullptr, x8_.get()};
   }
 
   // One row of `rows` (or of twice as many); `line` has w.columns floats, which may be changed.
@@ -66,20 +74,31 @@ class Rounded {
     const int64_t all = twice ? 2 * rows : rows;
     for (int64_t begin = 0; begin < w_.columns; begin += WIDE) {
       const int64_t n = w_.columns - begin < WIDE ? w_.columns - begin : WIDE;
-      round_panel(line + begin, n, begin / WIDE * all + row);
-      if (twice) round_panel(line + begin, n, begin / WIDE * all + rows + row);
+      round_panel(line + begin, n, begin / WIDE, row, all);
+      if (twice) round_panel(line + begin, n, begin / WIDE, rows + row, all);
     }
   }
 
  private:
-  // Leaves in `line` what was rounded off, and rounds it to be as large as it is stored.
-  void round_panel(float *line, int64_t n, int64_t at) const {
+  int64_t bytes() const { return inputs_ == FEWBITS_INPUTS_8 ? 1 : 2; }
+
+  // Row `row` of `rows`. Leaves in `line` what was rounded off, and rounds it to be as large as it is stored.
+  void round_panel(float *line, int64_t n, int64_t panel, int64_t row, int64_t rows) const {
+    const int64_t at = panel * rows + row;
     float *scales = scales_.get() + at * PANEL;
     int32_t *totals = totals_.get() + at * PANEL;
-    if (inputs_ == FEWBITS_INPUTS_8) return isa_.round8(line, n, x8_.get() + at * WIDE, scales, totals);
-    int16_t *x16 = x16_.get() + at * WIDE;
-    const int64_t together = w_.zero_type == FEWBITS_TABLE ? CHUNK : SUMMED_16 * CHUNK;
+    int8_t *tiles = x8_.get() + panel * filled_tiles(rows) * WIDE * bytes();
+    alignas(64) int16_t own[WIDE];
+    const int64_t together = rounded_together(w_, inputs_);
+    if (inputs_ == FEWBITS_INPUTS_8) {
+      auto *x8 = tiled_ ? reinterpret_cast<int8_t *>(own) : x8_.get() + at * WIDE;
+      isa_.round8(line, n, together, x8, scales, totals);
+      if (tiled_) tiled_->place8(x8, row, rows, tiles);
+      return;
+    }
+    int16_t *x16 = tiled_ ? own : x16_.get() + at * WIDE;
     isa_.round16(line, n, together, x16, scales, totals);
+    if (tiled_) tiled_->place16(x16, row, rows, tiles);
     if (inputs_ == FEWBITS_INPUTS_32)
       for (int64_t i = 0; i < n; i++) {
         const int64_t stored = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
@@ -91,6 +110,7 @@ class Rounded {
 
   const fewbits_weight &w_;
   const Isa &isa_;
+  const Tiled *const tiled_;  // NULL: not in tiles
   const int inputs_;
   const int64_t width_;
   Array<int8_t> x8_;
@@ -100,6 +120,20 @@ class Rounded {
   float largest_ = 0;
   int16_t table_[16] = {};
 };
+
+// `n` of them from `to` on: loops without a branch, which a compiler makes vectors of.
+void store_some(const float *values, int type, void *data, int64_t to, int64_t n) {
+  if (type == FEWBITS_F32) {
+    std::memcpy(static_cast<float *>(data) + to, values, n * sizeof(float));
+    return;
+  }
+  uint16_t halves[ROWS];
+  if (type == FEWBITS_F16)
+    for (int i = 0; i < ROWS; i++) halves[i] = to_f16(values[i]);
+  else
+    for (int i = 0; i < ROWS; i++) halves[i] = to_bf16(values[i]);
+  std::memcpy(static_cast<uint16_t *>(data) + to, halves, n * sizeof(uint16_t));
+}
 
 bool right(const fewbits_weight &w, int inputs, int type) {
   return w.out >= 0 && w.in >= 0 && w.group > 0 && w.group % CHUNK == 0 && w.columns >= w.in &&
@@ -144,7 +178,9 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
   for (int i = 0; i < count; i++) {
     const fewbits_weight &w = *weights[i];
     if (!right(w, inputs, type)) return 1;
-    if (count > 1 && (w.in != first.in || w.columns != first.columns || w.zero_type == FEWBITS_TABLE)) return 1;
+    if (count > 1 && (w.in != first.in || w.columns != first.columns || w.zero_type == FEWBITS_TABLE ||
+                      rounded_together(w, inputs) != rounded_together(first, inputs)))
+      return 1;
     all_blocks += (w.out + ROWS - 1) / ROWS;
     bytes += w.columns / CHUNK * chunk_bytes(w.bits);
   }
@@ -152,7 +188,12 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
   const int64_t least = 1 + PART * count / (bytes + count);
   const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
   const int64_t slice = rows < SLICE / parts ? rows : SLICE / parts;
-  const Rounded rounded(first, isa, inputs, slice * parts);
+  const Tiled *tiled = isa.tiled && rows * parts >= isa.tiled->least ? isa.tiled : nullptr;
+  for (int i = 0; tiled && i < count; i++)
+    if (!tiled->takes(*weights[i])) tiled = nullptr;
+  const auto product = inputs == FEWBITS_INPUTS_8 ? (tiled ? tiled->product8 : isa.product8)
+                                                  : (tiled ? tiled->product16 : isa.product16);
+  const Rounded rounded(first, isa, inputs, slice * parts, tiled);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
   for (int64_t begun = 0; begun < rows; begun += slice) {
@@ -177,15 +218,18 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
         const fewbits_weight &w = *weights[which];
         const Inputs in = rounded.of(w, some * parts);
         const int64_t block = at - before;
-        (inputs == FEWBITS_INPUTS_8 ? isa.product8 : isa.product16)(w, block, in, result);
+        product(w, block, in, result);
         const int64_t from = block * ROWS, filled = w.out - from < ROWS ? w.out - from : ROWS;
-        for (int64_t row = 0; row < some; row++)
-          for (int64_t i = 0; i < filled; i++) {
-            float sum = result[row * ROWS + i];
-            if (parts == 2) sum += result[(some + row) * ROWS + i];
-            if (bias[which]) sum += load(bias[which], type, from + i);
-            store(sum, type, y[which], (begun + row) * w.out + from + i);
-          }
+        float added[ROWS] = {};
+        for (int64_t i = 0; bias[which] && i < filled; i++) added[i] = load(bias[which], type, from + i);
+        for (int64_t row = 0; row < some; row++) {
+          float *sums = result + row * ROWS;
+          if (parts == 2)
+            for (int i = 0; i < ROWS; i++) sums[i] += result[(some + row) * ROWS + i];
+          if (bias[which])
+            for (int i = 0; i < ROWS; i++) sums[i] += added[i];
+          store_some(sums, type, y[which], (begun + row) * w.out + from, filled);
+        }
       }
     });
   }

@@ -94,8 +94,9 @@ inline Ints pairs_added(Ints v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(
 template <int BITS>
 struct Eight {
   using Input = int8_t;
-  static constexpr int units = 8;   // of a chunk
-  static constexpr int summed = 1;  // chunks that are summed before they are scaled
+  static constexpr int units = 8;        // of a chunk
+  static constexpr int summed = SUMMED;  // chunks that are summed before they are scaled
+  static constexpr bool narrow = true;   // those of one in 16 bits
   static const Input *inputs(const Inputs &x) { return x.x8; }
   static int middle(const Inputs &x) { return x.middle; }
   Ints codes(const uint8_t *chunk, int h, int unit) const { return quad<BITS>(chunk, h, unit); }
@@ -103,14 +104,14 @@ struct Eight {
   static Ints dot(Ints sum, Ints codes, Ints x) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
   }
-  static Ints whole(Ints sum) { return pairs_added(sum); }
 };
 
 // Two products of unsigned codes of 8 bits may not fit: codes are signed, and their signs moved to x.
 template <>
 struct Eight<8> {
   using Input = int8_t;
-  static constexpr int units = 8, summed = 1;
+  static constexpr int units = 8, summed = SUMMED;
+  static constexpr bool narrow = false;
   static const Input *inputs(const Inputs &x) { return x.x8; }
   static int middle(const Inputs &) { return 0; }
   Ints codes(const uint8_t *chunk, int h, int unit) const {
@@ -120,18 +121,17 @@ struct Eight<8> {
     const Ints two = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     return _mm256_add_epi32(sum, pairs_added(two));
   }
-  static Ints whole(Ints sum) { return sum; }
 };
 
 template <int BITS>
 struct Sixteen {
   using Input = int16_t;
-  static constexpr int units = 16, summed = SUMMED_16;
+  static constexpr int units = 16, summed = SUMMED;
+  static constexpr bool narrow = false;
   static const Input *inputs(const Inputs &x) { return x.x16; }
   static int middle(const Inputs &x) { return x.middle; }
   Ints codes(const uint8_t *chunk, int h, int unit) const { return pair<BITS>(chunk, h, unit / 2, unit % 2); }
   static Ints dot(Ints sum, Ints codes, Ints x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x)); }
-  static Ints whole(Ints sum) { return sum; }
 };
 
 // Codes of 4 bits that stand for the entries of a table: their lower and their upper bytes are looked up.
@@ -289,11 +289,11 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
   const int64_t from = panel * x.rows + row;
   const typename Mode::Input *inputs = Mode::inputs(x) + from * WIDE;
   while (part.next()) {
-    Ints dot[M][PARTS];
+    Ints dot[M][PARTS], wide[M][PARTS];
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int h = 0; h < PARTS; h++) dot[m][h] = _mm256_setzero_si256();
+      for (int h = 0; h < PARTS; h++) dot[m][h] = wide[m][h] = _mm256_setzero_si256();
     int32_t total[M] = {};
     for (int c = part.begin; c < part.end; c++, inputs += CHUNK) {
       source.fetch(c);
@@ -315,6 +315,14 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) total[m] += x.totals[(from + m) * PANEL + c];
+      if constexpr (Mode::narrow)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+          for (int h = 0; h < PARTS; h++) {
+            wide[m][h] = _mm256_add_epi32(wide[m][h], pairs_added(dot[m][h]));
+            dot[m][h] = _mm256_setzero_si256();
+          }
     }
 #pragma GCC unroll 4
     for (int h = 0; h < PARTS; h++) {
@@ -324,7 +332,8 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
       for (int m = 0; m < M; m++) {
         const float step = x.scales[(from + m) * PANEL + part.begin];
         float *to = result + m * ROWS + h * LANES;
-        Ints all = _mm256_sub_epi32(Mode::whole(dot[m][h]), _mm256_set1_epi32(total[m] * Mode::middle(x)));
+        const Ints sums = Mode::narrow ? wide[m][h] : dot[m][h];
+        Ints all = _mm256_sub_epi32(sums, _mm256_set1_epi32(total[m] * Mode::middle(x)));
         if (w.zero_type == FEWBITS_ZERO_POINT)
           all = _mm256_sub_epi32(all, _mm256_mullo_epi32(zeros_at(w, at), _mm256_set1_epi32(total[m])));
         const Floats both = _mm256_mul_ps(scale, _mm256_set1_ps(step));
@@ -424,17 +433,20 @@ struct Integers {
   }
 };
 
-void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals) {
+void round8(const float *x, int64_t n, int64_t columns, int8_t *x8, float *scales, int32_t *totals) {
   // Packing takes turns between the halves of vectors: the order of fours is put right afterwards.
   const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t c = 0; c < n / CHUNK; c++, x += CHUNK, x8 += CHUNK) {
-    const Step r = range(x, CHUNK, 8);
-    const Integers own(x, r);
-    const Ints low = _mm256_packs_epi32(own.v[0], own.v[1]), high = _mm256_packs_epi32(own.v[2], own.v[3]);
-    const Ints bytes = _mm256_packs_epi16(low, high);
-    _mm256_storeu_si256(reinterpret_cast<Ints *>(x8), _mm256_permutevar8x32_epi32(bytes, order));
-    scales[c] = r.step;
-    totals[c] = own.total;
+  for (int64_t begin = 0; begin < n; begin += columns) {
+    const int64_t end = begin + columns < n ? begin + columns : n;
+    const Step r = range(x + begin, end - begin, 8);
+    for (int64_t c = begin / CHUNK; c < end / CHUNK; c++, x8 += CHUNK) {
+      const Integers own(x + c * CHUNK, r);
+      const Ints low = _mm256_packs_epi32(own.v[0], own.v[1]), high = _mm256_packs_epi32(own.v[2], own.v[3]);
+      const Ints bytes = _mm256_packs_epi16(low, high);
+      _mm256_storeu_si256(reinterpret_cast<Ints *>(x8), _mm256_permutevar8x32_epi32(bytes, order));
+      scales[c] = r.step;
+      totals[c] = own.total;
+    }
   }
 }
 
@@ -474,7 +486,7 @@ struct Lanes {
 
 const Isa *avx2() {
   static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up};
+                       some_chains, look_up, nullptr};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

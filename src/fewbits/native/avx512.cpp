@@ -7,27 +7,28 @@
 namespace fewbits {
 namespace {
 
-template <class Mode, int SUMMED>
+template <class Mode, int MOST>
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  if (w.zero_type == FEWBITS_TRELLIS) return product_of<Mode, SUMMED, LookedUp<Mode>>(w, block, x, result);
+  if (w.zero_type == FEWBITS_TRELLIS) return product_of<Mode, MOST, LookedUp<Mode>>(w, block, x, result);
   switch (w.bits) {
-    case 2: return product_of<Mode, SUMMED, Stored<Mode, 2>>(w, block, x, result);
-    case 3: return product_of<Mode, SUMMED, Stored<Mode, 3>>(w, block, x, result);
-    case 4: return product_of<Mode, SUMMED, Stored<Mode, 4>>(w, block, x, result);
-    default: return product_of<Mode, SUMMED, Stored<Mode, 8>>(w, block, x, result);
+    case 2: return product_of<Mode, MOST, Stored<Mode, 2>>(w, block, x, result);
+    case 3: return product_of<Mode, MOST, Stored<Mode, 3>>(w, block, x, result);
+    case 4: return product_of<Mode, MOST, Stored<Mode, 4>>(w, block, x, result);
+    default: return product_of<Mode, MOST, Stored<Mode, 8>>(w, block, x, result);
   }
 }
 
 void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   if (x.look_up && avx512vbmi()) return avx512vbmi()->product8(w, block, x, result);
-  product<Eight, 1>(w, block, x, result);
+  if (w.group == CHUNK) return product<Eight, 1>(w, block, x, result);
+  product<Eight, SUMMED>(w, block, x, result);
 }
 
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   if (x.look_up && avx512vbmi()) return avx512vbmi()->product16(w, block, x, result);
   if (w.zero_type == FEWBITS_TABLE) return product_of<Table, 1, Stored<Table, 4>>(w, block, x, result);
   if (w.group == CHUNK) return product<Sixteen, 1>(w, block, x, result);
-  product<Sixteen, SUMMED_16>(w, block, x, result);
+  product<Sixteen, SUMMED>(w, block, x, result);
 }
 
 // -- inputs ------------------------------------------------------------------------------------------
@@ -49,14 +50,17 @@ Ints integers(const float *x, const Step &s) {
   return s.factor == 0 ? _mm512_setzero_si512() : v;
 }
 
-void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals) {
-  for (int64_t c = 0; c < n / CHUNK; c++, x += CHUNK, x8 += CHUNK) {
-    const Step r = range(x, CHUNK, 8);
-    const Ints a = integers(x, r), b = integers(x + 16, r);
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(x8), _mm512_cvtsepi32_epi8(a));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(x8 + 16), _mm512_cvtsepi32_epi8(b));
-    scales[c] = r.step;
-    totals[c] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+void round8(const float *x, int64_t n, int64_t together, int8_t *x8, float *scales, int32_t *totals) {
+  for (int64_t begin = 0; begin < n; begin += together) {
+    const int64_t end = begin + together < n ? begin + together : n;
+    const Step r = range(x + begin, end - begin, 8);
+    for (int64_t i = begin; i < end; i += CHUNK) {
+      const Ints a = integers(x + i, r), b = integers(x + i + 16, r);
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(x8 + i), _mm512_cvtsepi32_epi8(a));
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(x8 + i + 16), _mm512_cvtsepi32_epi8(b));
+      scales[i / CHUNK] = r.step;
+      totals[i / CHUNK] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    }
   }
 }
 
@@ -96,7 +100,7 @@ const Isa *avx512() {
   if (!runs) return nullptr;
   static const LookUp look_up = avx512vbmi() ? avx512vbmi()->look_up : (avx2() ? avx2() : portable())->look_up;
   static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up};
+                       some_chains, look_up, nullptr};
   return &isa;
 }
 

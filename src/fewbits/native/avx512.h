@@ -117,7 +117,7 @@ inline Ints zeros_of(const fewbits_weight &w, int32_t middle, int64_t at) {
 
 // Codes are asked for this many bytes before they are needed: a processor's own foresight ends with a
 // page. Measured.
-constexpr int AHEAD = 3072;
+constexpr int AHEAD = 8192;
 
 // A block as it is stored.
 template <class Mode, int BITS>
@@ -136,7 +136,7 @@ struct Stored {
   }
   void fetch(int chunk) const {
     const uint8_t *from = codes + chunk * chunk_bytes(BITS) + AHEAD;
-    for (int i = 0; i < chunk_bytes(BITS); i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+    for (int i = 0; i < chunk_bytes(BITS); i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
   }
 };
 
@@ -178,8 +178,8 @@ struct Panel {
 // -- products ----------------------------------------------------------------------------------------
 
 // M rows of x from `row` on times one panel of a block, added to result (M, 32).
-template <class Mode, int SUMMED, int M, class Source>
-inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, Segments<SUMMED> part,
+template <class Mode, int MOST, int M, class Source>
+inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, Segments<MOST> part,
                  const Inputs &x, int64_t row, float *result) {
   const int64_t from = panel * x.rows + row;
   const typename Mode::Input *inputs = Mode::inputs(x) + from * WIDE;
@@ -216,7 +216,7 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
       }
       inputs += CHUNK;
     };
-    if constexpr (SUMMED == 1)
+    if constexpr (MOST == 1)
       add_chunk(part.begin);
     else
       for (int c = part.begin; c < part.end; c++) add_chunk(c);
@@ -236,29 +236,29 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
     for (int t = 0; t < 2; t++) _mm512_storeu_ps(result + m * ROWS + t * 16, sum[m][t]);
 }
 
-template <class Mode, int SUMMED, int M = 1, class Source>
+template <class Mode, int MOST, int M = 1, class Source>
 inline void some_rows(int64_t some, const fewbits_weight &w, const Source &source, int64_t panel,
-                      const Segments<SUMMED> &part, const Inputs &x, int64_t row, float *result) {
+                      const Segments<MOST> &part, const Inputs &x, int64_t row, float *result) {
   if constexpr (M < Source::most)
-    if (some > M) return some_rows<Mode, SUMMED, M + 1>(some, w, source, panel, part, x, row, result);
-  rows<Mode, SUMMED, M>(w, source, panel, part, x, row, result);
+    if (some > M) return some_rows<Mode, MOST, M + 1>(some, w, source, panel, part, x, row, result);
+  rows<Mode, MOST, M>(w, source, panel, part, x, row, result);
 }
 
 constexpr int FEW = 16;  // rows of x that go straight through the codes, for more a panel is unpacked; measured
 
-template <class Mode, int SUMMED, class Source>
+template <class Mode, int MOST, class Source>
 void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   const int64_t chunks = w.columns / CHUNK;
   BlockCodes panels(w, block, x);
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
   for (int64_t panel = 0; panel * PANEL < chunks; panel++) {
-    const Segments<SUMMED> part(w, block, panel);
+    const Segments<MOST> part(w, block, panel);
     const Source stored(panels.next(part.count), w, x);
     const auto in_turn = [&](const auto &source) {
       const int64_t most = source.most;
       for (int64_t row = 0; row < x.rows; row += most) {
         const int64_t rest = x.rows - row;
-        some_rows<Mode, SUMMED>(rest < most ? rest : most, w, source, panel, part, x, row, result + row * ROWS);
+        some_rows<Mode, MOST>(rest < most ? rest : most, w, source, panel, part, x, row, result + row * ROWS);
       }
     };
     if (x.rows <= FEW) {

@@ -157,27 +157,32 @@ void look_up(const uint8_t *codes, int bits, int chunks, const int8_t *table, ui
   }
 }
 
-template <class Mode, int SUMMED>
+template <class Mode, int MOST>
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  if (x.rows > Chains<Mode, 4>::most) return product_of<Mode, SUMMED, LookedUp<Mode>>(w, block, x, result);
+  if (x.rows > Chains<Mode, 4>::most) return product_of<Mode, MOST, LookedUp<Mode>>(w, block, x, result);
   Inputs stored = x;
   stored.look_up = nullptr;
   switch (w.bits) {
-    case 2: return product_of<Mode, SUMMED, Chains<Mode, 2>>(w, block, stored, result);
-    case 3: return product_of<Mode, SUMMED, Chains<Mode, 3>>(w, block, stored, result);
-    default: return product_of<Mode, SUMMED, Chains<Mode, 4>>(w, block, stored, result);
+    case 2: return product_of<Mode, MOST, Chains<Mode, 2>>(w, block, stored, result);
+    case 3: return product_of<Mode, MOST, Chains<Mode, 3>>(w, block, stored, result);
+    default: return product_of<Mode, MOST, Chains<Mode, 4>>(w, block, stored, result);
   }
 }
 
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   if (w.group == CHUNK) return product<Sixteen, 1>(w, block, x, result);
-  product<Sixteen, SUMMED_16>(w, block, x, result);
+  product<Sixteen, SUMMED>(w, block, x, result);
+}
+
+void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (w.group == CHUNK) return product<Eight, 1>(w, block, x, result);
+  product<Eight, SUMMED>(w, block, x, result);
 }
 
 }  // namespace
 
 const Trellis *avx512vbmi() {
-  static const Trellis trellis{product16, product<Eight, 1>, look_up};
+  static const Trellis trellis{product16, product8, look_up};
   static const bool runs = __builtin_cpu_supports("avx512vbmi");
   return runs ? &trellis : nullptr;
 }

@@ -9,14 +9,14 @@
 namespace fewbits {
 
 constexpr int ROWS = 32;   // of W in a block
-constexpr int CHUNK = 32;  // columns: the inputs that share a scale when they are rounded to int8
+constexpr int CHUNK = 32;  // columns
 constexpr int PANEL = 8;   // chunks that are gone through for all rows of x before the next
 constexpr int WIDE = PANEL * CHUNK;
 constexpr int VALUES = 256;  // that windows of a trellis stand for
 
 static constexpr int64_t chunk_bytes(int bits) { return CHUNK * ROWS * bits / 8; }
 
-constexpr int SUMMED_16 = 4;  // chunks that are rounded together to 16 bit: 128 * 255 * 32768 fits int32
+constexpr int SUMMED = 4;  // chunks that are rounded together: 128 * 255 * 32768 fits int32
 constexpr int MIDDLE_8 = 128;  // of codes of 8 bits, as which values of a trellis are multiplied
 constexpr int TABLE = 2047;   // what the largest entry of a table becomes; there a chunk is rounded alone
 
@@ -37,17 +37,41 @@ struct Inputs {
   int32_t middle;         // what is taken off a code, zero points aside
   const int16_t *table;   // (16,), or NULL
   LookUp look_up;         // of a trellis, or NULL
+  const int8_t *tiles;    // instead of x8 and x16: see Tiled
 };
 
 constexpr int LINE = 128;               // rows of columns that are rounded at a time
 constexpr float TO_INTEGER = 0x1.8p23f;  // added and taken off it rounds to nearest, ties to even, below 2^22
 
+// Products in tiles: 16 rows of x times 16 of W, bytes times bytes, summed in 32 bits. Inputs of 16 bits are
+// two planes of bytes, the high ones and the low ones; what they give is put together before it is scaled. All
+// that are integers: the bits are those of any other product. Rows of x are in tiles of SIDE, or of as many as
+// there are: (panels, tiles, steps of 64 columns, planes, rows of a tile, 64).
+struct Tiled {
+  int64_t least;  // rows of x from which on it is faster; measured
+  bool (*takes)(const fewbits_weight &);
+  // A panel of one row, as round8 or round16 left it, to its places among the tiles of the panel.
+  void (*place8)(const int8_t *x8, int64_t row, int64_t rows, int8_t *tiles);
+  void (*place16)(const int16_t *x16, int64_t row, int64_t rows, int8_t *tiles);
+  void (*product8)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
+  void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
+};
+
+constexpr int64_t TILE = 16;  // rows at most
+
+static inline int64_t tile_rows(int64_t rows) { return rows < TILE ? rows : TILE; }
+
+// Rows that whole tiles have.
+static inline int64_t filled_tiles(int64_t rows) { return rows < TILE ? rows : (rows + TILE - 1) / TILE * TILE; }
+
+const Tiled *amx_tiled();
+
 struct Isa {
   // One block of 32 rows of W times all rows of x: into result (rows, 32).
   void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
   void (*product8)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
-  // `n` floats of one row, a multiple of 32, at most a panel: rounded, 32 of them or `columns` together.
-  void (*round8)(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals);
+  // `n` floats of one row, a multiple of 32, at most a panel: rounded, `columns` of them together.
+  void (*round8)(const float *x, int64_t n, int64_t columns, int8_t *x8, float *scales, int32_t *totals);
   void (*round16)(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals);
   // One line of rows of columns: see columns.h.
   void (*round_columns)(const fewbits_columns &, int64_t line, float *errors);
@@ -57,6 +81,7 @@ struct Isa {
   void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
                       int64_t end, uint8_t *codes);
   LookUp look_up;
+  const Tiled *tiled;  // NULL where there are no tiles
 };
 
 constexpr int SQUARE = 64;  // rows and columns of a product of bfloat16
@@ -137,9 +162,9 @@ static inline Step step_of(float largest, bool finite, int bits) {
 namespace {  // nor may the linker choose among these
 
 // The chunks of a panel in segments that are summed before they are scaled: they share the scale of the
-// weights and that of x, of which at most SUMMED chunks
+// weights and that of x, of which at most MOST chunks
 // have the same. A segment is from `begin` to `end`.
-template <int SUMMED>
+template <int MOST>
 struct Segments {
   int count, begin = 0, end = 0;
   int64_t per_group, group, group_end;
@@ -158,9 +183,9 @@ struct Segments {
       group++;
       group_end += per_group;
     }
-    end = begin / SUMMED * SUMMED + SUMMED;
-    if (SUMMED > 1 && end > group_end) end = int(group_end);
-    if (SUMMED > 1 && end > count) end = count;
+    end = begin / MOST * MOST + MOST;
+    if (MOST > 1 && end > group_end) end = int(group_end);
+    if (MOST > 1 && end > count) end = count;
     return true;
   }
 
@@ -180,8 +205,8 @@ static inline float from_bf16(uint16_t bits) {
 static inline uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 64;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
 // Branches that a compiler turns into selections, so that loops over it are vectorized.

@@ -98,8 +98,8 @@ inline Floats offsets_at(const fewbits_weight &w, int64_t at) {
 template <int BITS>
 struct Eight {
   using Input = int8_t;
-  static constexpr int units = 8;   // of a chunk
-  static constexpr int summed = 1;  // chunks that are summed before they are scaled
+  static constexpr int units = 8;        // of a chunk
+  static constexpr int summed = SUMMED;  // chunks that are summed before they are scaled
   static const Input *inputs(const Inputs &x) { return x.x8; }
   static int middle(const Inputs &x) { return BITS == 8 ? 0 : x.middle; }
   Bytes codes(const uint8_t *chunk, int h, int unit) const {
@@ -119,7 +119,7 @@ struct Eight {
 template <int BITS>
 struct Sixteen {
   using Input = int16_t;
-  static constexpr int units = 16, summed = SUMMED_16;
+  static constexpr int units = 16, summed = SUMMED;
   static const Input *inputs(const Inputs &x) { return x.x16; }
   static int middle(const Inputs &x) { return x.middle; }
   Bytes codes(const uint8_t *chunk, int h, int unit) const {
@@ -360,13 +360,16 @@ inline int16x8_t integers(const float *x, const Step &s, int32x4_t &sum) {
   return vcombine_s16(vmovn_s32(a), vmovn_s32(b));
 }
 
-void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals) {
-  for (int64_t c = 0; c < n / CHUNK; c++) {
-    const Step r = range(x, CHUNK, 8);
-    int32x4_t sum = vdupq_n_s32(0);
-    for (int i = 0; i < 4; i++, x += 8, x8 += 8) vst1_s8(x8, vmovn_s16(integers(x, r, sum)));
-    scales[c] = r.step;
-    totals[c] = vaddvq_s32(sum);
+void round8(const float *x, int64_t n, int64_t columns, int8_t *x8, float *scales, int32_t *totals) {
+  for (int64_t begin = 0; begin < n; begin += columns) {
+    const int64_t end = begin + columns < n ? begin + columns : n;
+    const Step r = range(x + begin, end - begin, 8);
+    for (int64_t c = begin / CHUNK; c < end / CHUNK; c++) {
+      int32x4_t sum = vdupq_n_s32(0);
+      for (int64_t i = c * CHUNK; i < (c + 1) * CHUNK; i += 8) vst1_s8(x8 + i, vmovn_s16(integers(x + i, r, sum)));
+      scales[c] = r.step;
+      totals[c] = vaddvq_s32(sum);
+    }
   }
 }
 
@@ -400,7 +403,7 @@ struct Lanes {
 
 const Isa *neon() {
   static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up};
+                       some_chains, look_up, nullptr};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

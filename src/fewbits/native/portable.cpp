@@ -40,19 +40,19 @@ void look_up(const uint8_t *codes, int bits, int chunks, const int8_t *table, ui
 }
 
 // What the sums of one segment are, and what comes of it: sums of integers are exact in any order.
-template <class Input, int SUMMED, int A, int B>  // where the second and the third of four columns are
+template <class Input, int MOST, int A, int B>  // where the second and the third of four columns are
 void product(const fewbits_weight &w, int64_t block, const Inputs &x, const Input *inputs, float *result) {
   const int64_t chunks = w.columns / CHUNK;
   std::memset(result, 0, x.rows * ROWS * sizeof(float));
   const int bits = x.look_up ? 8 : w.bits;
   BlockCodes panels(w, block, x);
   for (int64_t panel = 0; panel * PANEL < chunks; panel++) {
-    Segments<SUMMED> part(w, block, panel);
+    Segments<MOST> part(w, block, panel);
     const uint8_t *codes = panels.next(part.count);
     while (part.next()) {
       const int c = part.begin, end = part.end;
       for (int tile = 0; tile < 2; tile++) {
-        int16_t levels[SUMMED][8][64];
+        int16_t levels[MOST][8][64];
         for (int i = c; i < end; i++)
           for (int q = 0; q < 8; q++) {
             uint8_t own[64];
@@ -88,12 +88,12 @@ void product(const fewbits_weight &w, int64_t block, const Inputs &x, const Inpu
 }
 
 void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  product<int8_t, 1, 1, 2>(w, block, x, x.x8, result);
+  product<int8_t, SUMMED, 1, 2>(w, block, x, x.x8, result);
 }
 
 void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
   if (x.table) return product<int16_t, 1, 2, 1>(w, block, x, x.x16, result);
-  product<int16_t, SUMMED_16, 2, 1>(w, block, x, x.x16, result);
+  product<int16_t, SUMMED, 2, 1>(w, block, x, x.x16, result);
 }
 
 template <class Input, int BITS, int A, int B>
@@ -117,8 +117,8 @@ void round(const float *x, int64_t n, int64_t columns, Input *integers, float *s
   }
 }
 
-void round8(const float *x, int64_t n, int8_t *x8, float *scales, int32_t *totals) {
-  round<int8_t, 8, 1, 2>(x, n, CHUNK, x8, scales, totals);
+void round8(const float *x, int64_t n, int64_t columns, int8_t *x8, float *scales, int32_t *totals) {
+  round<int8_t, 8, 1, 2>(x, n, columns, x8, scales, totals);
 }
 
 void round16(const float *x, int64_t n, int64_t columns, int16_t *x16, float *scales, int32_t *totals) {
@@ -143,7 +143,7 @@ struct Lanes {
 
 const Isa *portable() {
   static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up};
+                       some_chains, look_up, nullptr};
   return &isa;
 }
 

@@ -1,0 +1,227 @@
+// Products of codes in tiles of bytes: Intel AMX. See Tiled in kernel.h.
+#include "avx512.h"
+#include "tiles.h"
+
+namespace fewbits {
+namespace {
+
+constexpr int HALF = ROWS / 2;  // of a block: as many rows of W as a tile is wide
+constexpr int STEPS = WIDE / 64;
+
+// Where the first of the bytes of a row and a step lie; those of the next plane are a tile further.
+template <int PLANES>
+inline int8_t *place(int8_t *tiles, int64_t row, int64_t rows, int step) {
+  const int64_t side = tile_rows(rows);
+  return tiles + ((row / side * STEPS + step) * PLANES * side + row % side) * 64;
+}
+
+void place8(const int8_t *x8, int64_t row, int64_t rows, int8_t *tiles) {
+  for (int step = 0; step < STEPS; step++)
+    _mm512_storeu_si512(place<1>(tiles, row, rows, step), _mm512_loadu_si512(x8 + step * 64));
+}
+
+void place16(const int16_t *x16, int64_t row, int64_t rows, int8_t *tiles) {
+  const Ints order = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);  // from a c b d
+  for (int step = 0; step < STEPS; step++, x16 += 64) {
+    const Ints a = _mm512_loadu_si512(x16), b = _mm512_loadu_si512(x16 + 32);
+    const auto bytes = [&](const Ints &first, const Ints &second) {
+      const Ints both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)),
+                                           _mm512_cvtepi16_epi8(second), 1);
+      return _mm512_shuffle_epi8(both, order);
+    };
+    int8_t *to = place<2>(tiles, row, rows, step);
+    _mm512_storeu_si512(to, bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+    _mm512_storeu_si512(to + tile_rows(rows) * 64, bytes(a, b));
+  }
+}
+
+// Zero points are taken off codes as they are unpacked: what is left must be a byte.
+bool takes(const fewbits_weight &w) {
+  return w.zero_type != FEWBITS_TABLE && (w.bits < 8 || w.zero_type != FEWBITS_ZERO_POINT);
+}
+
+// A panel of codes: of each half the columns below each other, four a vector. And what belongs to its segments.
+struct Unpacked {
+  alignas(64) int8_t codes[2][WIDE / 4 * 64];
+  Floats scales[PANEL][2], offsets[PANEL][2];
+  int begin[PANEL], end[PANEL], segments = 0;
+
+  template <int BITS, int MOST>
+  void fill(const uint8_t *stored, const fewbits_weight &w, int32_t middle, Segments<MOST> part) {
+    const Ints lowest = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    for (segments = 0; part.next(); segments++) {
+      begin[segments] = part.begin;
+      end[segments] = part.end;
+      for (int t = 0; t < 2; t++) {
+        const int64_t at = part.scales() + t * HALF;
+        const Ints zero = _mm512_shuffle_epi8(zeros_of(w, middle, at), lowest);
+        scales[segments][t] = scales_at(w, at);
+        if (w.zero_type == FEWBITS_OFFSET) offsets[segments][t] = offsets_at(w, at);
+        for (int c = part.begin; c < part.end; c++) {
+          const uint8_t *chunk = stored + c * chunk_bytes(BITS);
+          int8_t *to = codes[t] + c * 8 * 64;
+#pragma GCC unroll 8
+          for (int q = 0; q < 8; q++)
+            _mm512_store_si512(to + q * 64, _mm512_sub_epi8(quad<BITS>(chunk, t, q), zero));
+        }
+      }
+      for (int c = part.begin; c < part.end; c++)
+        for (int i = 0; i < chunk_bytes(BITS); i += 64)
+          _mm_prefetch(stored + c * chunk_bytes(BITS) + AHEAD + i, _MM_HINT_T1);
+    }
+  }
+};
+
+// Sums of a tile of x and a segment: of each plane and half.
+template <int PLANES>
+struct Sums {
+  alignas(64) int32_t of[PLANES][2][TILE * HALF];
+};
+
+// Tiles of sums are used in pairs, one for each half: while one pair waits for its sums and is stored, the
+// other is multiplied into.
+template <int PAIR>
+inline void store(int32_t (*sums)[TILE * HALF]) {
+  constexpr int64_t stride = HALF * sizeof(int32_t);
+  if constexpr (PAIR == 0) {
+    _tile_stored(0, sums[0], stride);
+    _tile_stored(1, sums[1], stride);
+  } else {
+    _tile_stored(2, sums[0], stride);
+    _tile_stored(3, sums[1], stride);
+  }
+}
+
+// One plane of a tile of x, steps `stride` bytes apart, times a segment of a panel. A step has `chunks`.
+template <int PAIR, bool LOW>
+inline void multiply(const int8_t *x, int64_t stride, int chunks, const Unpacked &panel, int s) {
+  if constexpr (PAIR == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int c = panel.begin[s]; c < panel.end[s]; c += chunks) {
+    _tile_loadd(4, x + (c >> 1) * stride + (c & 1) * CHUNK, 64);
+    _tile_loadd(6, panel.codes[0] + c * 8 * 64, 64);
+    _tile_loadd(7, panel.codes[1] + c * 8 * 64, 64);
+    if constexpr (LOW) {  // these bytes have no sign
+      _tile_dpbusd(2, 4, 6);
+      _tile_dpbusd(3, 4, 7);
+    } else if constexpr (PAIR == 0) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+    } else {
+      _tile_dpbssd(2, 4, 6);
+      _tile_dpbssd(3, 4, 7);
+    }
+  }
+}
+
+// Those of `rows` rows, scaled, added to result (rows, 32).
+template <int PLANES, bool OFFSET>
+inline void add_scaled(const Sums<PLANES> &sums, const Unpacked &panel, int s, const float *steps,
+                       const int32_t *totals, int64_t rows, float *result) {
+  const int begin = panel.begin[s], end = panel.end[s];
+  const Floats scales[2] = {panel.scales[s][0], panel.scales[s][1]};
+  const int32_t *dots = sums.of[0][0];
+  steps += begin;
+  for (int64_t m = 0; m < rows; m++, dots += HALF, result += ROWS) {
+    const float own = steps[m * PANEL];
+    const Floats step = _mm512_set1_ps(own);
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+      Ints dot = _mm512_load_si512(dots + t * TILE * HALF);
+      if constexpr (PLANES == 2)
+        dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), _mm512_load_si512(dots + (2 + t) * TILE * HALF));
+      Floats sum = _mm512_loadu_ps(result + t * HALF);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scales[t], step), sum);
+      if constexpr (OFFSET) {
+        int32_t total = 0;
+        for (int c = begin; c < end; c++) total += totals[m * PANEL + c];
+        sum = _mm512_fnmadd_ps(panel.offsets[s][t], _mm512_set1_ps(own * float(total)), sum);
+      }
+      _mm512_storeu_ps(result + t * HALF, sum);
+    }
+  }
+}
+
+template <int PLANES, int MOST, int BITS>
+void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  const int64_t side = tile_rows(x.rows), filled = filled_tiles(x.rows);
+  const int chunks = w.group % 64 || MOST == 1 ? 1 : 2;
+  const Tiles tiles(int(side), chunks * CHUNK);
+  BlockCodes panels(w, block, x);
+  std::memset(result, 0, x.rows * ROWS * sizeof(float));
+  Unpacked panel;
+  Sums<PLANES> sums[2];
+  for (int64_t p = 0; p * WIDE < w.columns; p++) {
+    const Segments<MOST> part(w, block, p);
+    panel.fill<BITS>(panels.next(part.count), w, x.middle, part);
+    const int8_t *own = x.tiles + p * filled * WIDE * PLANES;
+    // One step behind, sums are stored and scaled.
+    int64_t row_before = -1;
+    int step = 0, before = 0;
+    const auto scale = [&] {
+      const int64_t at = (p * x.rows + row_before) * PANEL, left = x.rows - row_before;
+      const auto add = w.zero_type == FEWBITS_OFFSET ? add_scaled<PLANES, true> : add_scaled<PLANES, false>;
+      add(sums[(step - 1) & 1], panel, before, x.scales + at, x.totals + at, left < side ? left : side,
+          result + row_before * ROWS);
+    };
+    for (int64_t row = 0; row < x.rows; row += side, own += side * WIDE * PLANES)
+      for (int s = 0; s < panel.segments; s++, step++) {
+        auto &now = sums[step & 1], &last = sums[~step & 1];
+        if constexpr (PLANES == 2) {
+          multiply<0, false>(own, 2 * side * 64, chunks, panel, s);
+          if (step) store<1>(last.of[1]);
+          multiply<1, true>(own + side * 64, 2 * side * 64, chunks, panel, s);
+          store<0>(now.of[0]);
+        } else if (step % 2) {
+          multiply<1, false>(own, side * 64, chunks, panel, s);
+          store<0>(last.of[0]);
+        } else {
+          multiply<0, false>(own, side * 64, chunks, panel, s);
+          if (step) store<1>(last.of[0]);
+        }
+        if (step) scale();
+        row_before = row;
+        before = s;
+      }
+    auto &last = sums[~step & 1];
+    if (PLANES == 1 && step % 2)
+      store<0>(last.of[0]);
+    else
+      store<1>(last.of[PLANES - 1]);
+    scale();
+  }
+}
+
+template <int PLANES, int MOST>
+void product(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  switch (x.look_up ? 8 : w.bits) {
+    case 2: return product_of<PLANES, MOST, 2>(w, block, x, result);
+    case 3: return product_of<PLANES, MOST, 3>(w, block, x, result);
+    case 4: return product_of<PLANES, MOST, 4>(w, block, x, result);
+    default: return product_of<PLANES, MOST, 8>(w, block, x, result);
+  }
+}
+
+void product8(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (w.group == CHUNK) return product<1, 1>(w, block, x, result);
+  product<1, SUMMED>(w, block, x, result);
+}
+
+void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (w.group == CHUNK) return product<2, 1>(w, block, x, result);
+  product<2, SUMMED>(w, block, x, result);
+}
+
+}  // namespace
+
+const Tiled *amx_tiled() {
+  static const Tiled tiled{2, takes, place8, place16, product8, product16};
+  return &tiled;
+}
+
+}  // namespace fewbits
