@@ -33,7 +33,8 @@ std::atomic<int> chosen{-1};
 
 constexpr int64_t FEW_ROWS = 8;        // are rounded by the caller alone
 constexpr int64_t PART = 32 * 1024;    // bytes of codes that are worth a part
-constexpr int64_t SLICE = 128;         // rows of x at a time: their results stay in the cache
+constexpr int64_t SLICE = 256;         // rows of x at a time: their results stay in the cache
+constexpr int64_t TILED = 5 << 18;     // bytes of x in tiles at a time, which are gone through for each block; measured
 
 // Columns of x that share a scale. In 8 bits no more than share one of the weight: they are dear.
 int64_t rounded_together(const fewbits_weight &w, int inputs) {
@@ -121,18 +122,10 @@ class Rounded {
   int16_t table_[16] = {};
 };
 
-// `n` of them from `to` on: loops without a branch, which a compiler makes vectors of.
-void store_some(const float *values, int type, void *data, int64_t to, int64_t n) {
-  if (type == FEWBITS_F32) {
-    std::memcpy(static_cast<float *>(data) + to, values, n * sizeof(float));
-    return;
-  }
-  uint16_t halves[ROWS];
-  if (type == FEWBITS_F16)
-    for (int i = 0; i < ROWS; i++) halves[i] = to_f16(values[i]);
-  else
-    for (int i = 0; i < ROWS; i++) halves[i] = to_bf16(values[i]);
-  std::memcpy(static_cast<uint16_t *>(data) + to, halves, n * sizeof(uint16_t));
+// So many rows in tiles, whole ones.
+int64_t rows_at_once(int64_t columns, int inputs) {
+  const int64_t fit = TILED / (columns * (inputs == FEWBITS_INPUTS_8 ? 1 : 2) + 1) / TILE * TILE;
+  return fit < 4 * TILE ? 4 * TILE : fit < SLICE ? fit : SLICE;
 }
 
 bool right(const fewbits_weight &w, int inputs, int type) {
@@ -187,12 +180,13 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
   const Isa &isa = *isa_of(fewbits_isa());
   const int64_t least = 1 + PART * count / (bytes + count);
   const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
-  const int64_t slice = rows < SLICE / parts ? rows : SLICE / parts;
   const Tiled *tiled = isa.tiled && rows * parts >= isa.tiled->least ? isa.tiled : nullptr;
   for (int i = 0; tiled && i < count; i++)
     if (!tiled->takes(*weights[i])) tiled = nullptr;
   const auto product = inputs == FEWBITS_INPUTS_8 ? (tiled ? tiled->product8 : isa.product8)
                                                   : (tiled ? tiled->product16 : isa.product16);
+  const int64_t most = tiled ? rows_at_once(first.columns, inputs) : SLICE;
+  const int64_t slice = rows < most / parts ? rows : most / parts;
   const Rounded rounded(first, isa, inputs, slice * parts, tiled);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
@@ -203,7 +197,7 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
       if (!line) return failed.store(true);
       for (int64_t row = begin; row < end; row++) {
         const int64_t from = (begun + row) * stride;
-        for (int64_t i = 0; i < first.in; i++) line[i] = load(x, type, from + i);
+        isa.load_some(x, type, from, first.in, line.get());
         std::memset(line.get() + first.in, 0, (first.columns - first.in) * sizeof(float));
         rounded.round(line.get(), row, some);
       }
@@ -228,7 +222,7 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
             for (int i = 0; i < ROWS; i++) sums[i] += result[(some + row) * ROWS + i];
           if (bias[which])
             for (int i = 0; i < ROWS; i++) sums[i] += added[i];
-          store_some(sums, type, y[which], (begun + row) * w.out + from, filled);
+          isa.store_some(sums, filled, type, y[which], (begun + row) * w.out + from);
         }
       }
     });

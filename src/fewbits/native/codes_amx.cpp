@@ -119,16 +119,18 @@ inline void multiply(const int8_t *x, int64_t stride, int chunks, const Unpacked
   }
 }
 
-// Those of `rows` rows, scaled, added to result (rows, 32).
+// Those of `rows` rows, scaled, added to result (rows, 32). Meanwhile `next` is fetched, of which a row and a segment
+// of 128 columns takes as much as is asked for here.
 template <int PLANES, bool OFFSET>
 inline void add_scaled(const Sums<PLANES> &sums, const Unpacked &panel, int s, const float *steps,
-                       const int32_t *totals, int64_t rows, float *result) {
+                       const int32_t *totals, int64_t rows, float *result, const int8_t *next) {
   const int begin = panel.begin[s], end = panel.end[s];
   const Floats scales[2] = {panel.scales[s][0], panel.scales[s][1]};
   const int32_t *dots = sums.of[0][0];
   steps += begin;
   for (int64_t m = 0; m < rows; m++, dots += HALF, result += ROWS) {
     const float own = steps[m * PANEL];
+    for (int i = 0; i < 2 * PLANES; i++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
     const Floats step = _mm512_set1_ps(own);
 #pragma GCC unroll 2
     for (int t = 0; t < 2; t++) {
@@ -167,7 +169,7 @@ void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *
       const int64_t at = (p * x.rows + row_before) * PANEL, left = x.rows - row_before;
       const auto add = w.zero_type == FEWBITS_OFFSET ? add_scaled<PLANES, true> : add_scaled<PLANES, false>;
       add(sums[(step - 1) & 1], panel, before, x.scales + at, x.totals + at, left < side ? left : side,
-          result + row_before * ROWS);
+          result + row_before * ROWS, own + side * PLANES * (WIDE + CHUNK * panel.begin[before]));
     };
     for (int64_t row = 0; row < x.rows; row += side, own += side * WIDE * PLANES)
       for (int s = 0; s < panel.segments; s++, step++) {
@@ -220,7 +222,7 @@ void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *r
 }  // namespace
 
 const Tiled *amx_tiled() {
-  static const Tiled tiled{2, takes, place8, place16, product8, product16};
+  static const Tiled tiled{6, takes, place8, place16, product8, product16};
   return &tiled;
 }
 

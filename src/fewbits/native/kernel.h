@@ -82,6 +82,9 @@ struct Isa {
                       int64_t end, uint8_t *codes);
   LookUp look_up;
   const Tiled *tiled;  // NULL where there are no tiles
+  // `n` values of a type, from number `at` on, as floats, and back.
+  void (*load_some)(const void *data, int type, int64_t at, int64_t n, float *values);
+  void (*store_some)(const float *values, int64_t n, int type, void *data, int64_t at);
 };
 
 constexpr int SQUARE = 64;  // rows and columns of a product of bfloat16
@@ -251,6 +254,21 @@ static inline void store(float value, int type, void *data, int64_t i) {
     static_cast<float *>(data)[i] = value;
   else
     static_cast<uint16_t *>(data)[i] = type == FEWBITS_F16 ? to_f16(value) : to_bf16(value);
+}
+
+// Loops without a branch, which a compiler makes vectors of: each file for its own instructions.
+static inline void load_some(const void *data, int type, int64_t at, int64_t n, float *values) {
+  if (type == FEWBITS_BF16)
+    for (int64_t i = 0; i < n; i++) values[i] = from_bf16(static_cast<const uint16_t *>(data)[at + i]);
+  else
+    for (int64_t i = 0; i < n; i++) values[i] = load(data, type, at + i);
+}
+
+static inline void store_some(const float *values, int64_t n, int type, void *data, int64_t at) {
+  if (type == FEWBITS_BF16)
+    for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(data)[at + i] = to_bf16(values[i]);
+  else
+    for (int64_t i = 0; i < n; i++) store(values[i], type, data, at + i);
 }
 
 namespace {
