@@ -18,6 +18,7 @@ from fewbits.tensor import QuantizedTensor, quantize_tensor
 
 _FEW_ROWS = 8  # at most, of inputs that are looked at for who else reads them; not tuned
 _MISSES = 3  # products made ahead for nothing, after which none are; not tuned
+_CALLS = 16  # with no other that reads the same, after which nobody looks for one; not tuned
 
 
 class QuantizedLinear(nn.Linear):
@@ -45,9 +46,7 @@ class QuantizedLinear(nn.Linear):
     torch.Size([1, 16])
     """
 
-    # Those that read what this one does, as it learned: their stamps then, and how often it was in vain.
-    _readers: tuple[tuple["weakref.ref[QuantizedLinear]", object], ...]
-    _missed: int
+    _reading: "_Reading"
 
     def __init__(
         self,
@@ -97,6 +96,7 @@ class QuantizedLinear(nn.Linear):
         """(..., in) -> (..., out)."""
         if (
             torch.compiler.is_compiling()
+            or self._reading.calls > _CALLS
             or torch.is_grad_enabled()
             or type(x) is not Tensor
             or x.numel() > _FEW_ROWS * self.in_features
@@ -112,47 +112,37 @@ class QuantizedLinear(nn.Linear):
             x = x.index_select(-1, order)
         fused = bias if kernel.adds_bias else None
         arguments = (x,) if fused is None else (x, fused)
-        learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
-        y: Tensor = _Multiply.apply(kernel, *arguments) if learns else kernel(*arguments)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments):
+            y: Tensor = _Multiply.apply(kernel, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            y = kernel.forward(*arguments)  # what a call of a module does besides costs as much in a step
         return y if bias is None or fused is not None else y + bias
 
     def _beside_others(self, x: Tensor) -> Tensor:
-        state = (x._version, x.data_ptr())
-        leader = _last.leader() if _last.x is x and _last.state == state else None
-        if leader is not None and leader is not self:
-            made = _last.ahead.pop(self, None)
+        last, own = _last.read, self._reading
+        version, place = x._version, x.data_ptr()
+        if last.x is x and last.version == version and last.place == place and last.leader is not own:
+            made = last.ahead.pop(own, None)
             if made is None:
-                leader._learn(self)
+                last.leader.learn(self)
             elif made[1:] == self._of_bias():
                 return made[0]
             return self._alone(x)
-        if _last.ahead:
-            _last.missed()
-        _last.x, _last.state, _last.leader, _last.ahead = x, state, self._self, {}
-        others = [
-            other
-            for other, stamp in ((reference(), stamp) for reference, stamp in self._readers)
-            if other is not None and other._stamp is stamp
-        ]
-        biases = [self._parameters["bias"], *(other._parameters["bias"] for other in others)]
-        if not others or any(bias is not None and bias.dtype != x.dtype for bias in biases):
+        if last.ahead:
+            last.missed()
+        last.x, last.version, last.place, last.leader = x, version, place, own
+        if not own.readers:
+            own.calls += 1
+            return self._alone(x)
+        others = [other for other in (reading.of() for reading in own.readers) if other is not None]
+        biases = [each._parameters["bias"] for each in (self, *others)]
+        if any(bias is not None and bias.dtype != x.dtype for bias in biases):
             return self._alone(x)
         kernels = [other._modules["kernel"] for other in others]
         y, *more = self._modules["kernel"].together(kernels, x, biases)  # type: ignore[union-attr, operator]
-        _last.ahead = {
-            other: (made, *other._of_bias()) for other, made in zip(others, more, strict=True)
-        }
+        for other, product in zip(others, more, strict=True):
+            last.ahead[other._reading] = (product, *other._of_bias())
         return y  # type: ignore[no-any-return]
-
-    def _learn(self, other: "QuantizedLinear") -> None:
-        """Note that another read what this one did, unless their kernels do not go together."""
-        fits = (
-            self._missed < _MISSES
-            and self.order is other.order is None
-            and self.kernel.goes_with(other.kernel)
-        )
-        if fits:
-            self._readers = (*self._readers, (other._self, other._stamp))
 
     def _of_bias(self) -> tuple[Tensor | None, int]:
         bias = self._parameters["bias"]
@@ -160,10 +150,7 @@ class QuantizedLinear(nn.Linear):
 
     def _forget(self) -> None:
         """Know no others; those who know this one must learn anew."""
-        self._self = weakref.ref(self)
-        self._stamp = object()
-        self._readers = ()
-        self._missed = 0
+        self._reading = _Reading(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -171,8 +158,7 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_self", "_stamp", "_readers", "_missed")
-        return {key: value for key, value in self.__dict__.items() if key not in own}
+        return {key: value for key, value in self.__dict__.items() if key != "_reading"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -183,25 +169,64 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, {self.kernel_name}"
 
 
-class _Last(threading.local):
-    """The last input of few rows in this thread: who read it first, and what was made ahead for others.
+class _Reading:
+    """What a linear has learned of those that read what it does; a new one where it has changed.
 
-    `state` tells whether the tensor was written to since.
+    `calls` counts those with no such reader, `missed` products that were made ahead in vain. (Slots, and
+    no `nn.Module`, whose attributes are slow to set.)
     """
 
-    x: Tensor | None = None
-    state: tuple[int, int] = (0, 0)
-    leader: Callable[[], QuantizedLinear | None] = staticmethod(lambda: None)
+    __slots__ = ("__weakref__", "calls", "missed", "readers", "reference")
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        self.reference = weakref.ref(linear)
+        self.readers: tuple[_Reading, ...] = ()
+        self.calls = self.missed = 0
+
+    def of(self) -> QuantizedLinear | None:
+        """The linear, if it is as it was."""
+        linear = self.reference()
+        return linear if linear is not None and linear._reading is self else None
+
+    def learn(self, other: QuantizedLinear) -> None:
+        """Note that another read what this one did, unless their kernels do not go together."""
+        linear = self.of()
+        if (
+            linear is not None
+            and self.missed < _MISSES
+            and linear.order is other.order is None
+            and linear.kernel.goes_with(other.kernel)
+        ):
+            self.readers, self.calls = (*self.readers, other._reading), 0
+
+
+class _Read:
+    """The last input of few rows: who read it first, and what was made ahead for others.
+
+    `version` and `place` tell whether the tensor was written to since.
+    """
+
+    __slots__ = ("ahead", "leader", "place", "version", "x")
 
     def __init__(self) -> None:
-        self.ahead: dict[QuantizedLinear, tuple[Tensor, Tensor | None, int]] = {}
+        self.x: Tensor | None = None
+        self.version = self.place = 0
+        self.leader: _Reading
+        self.ahead: dict[_Reading, tuple[Tensor, Tensor | None, int]] = {}
 
     def missed(self) -> None:
         """What was made ahead is of no use: let the one who made it forget those others."""
-        leader = self.leader()
-        if leader is not None:
-            leader._readers = tuple(e for e in leader._readers if e[0]() not in self.ahead)
-            leader._missed += 1
+        leader = self.leader
+        leader.readers = tuple(reading for reading in leader.readers if reading not in self.ahead)
+        leader.missed += 1
+        self.ahead.clear()
+
+
+class _Last(threading.local):
+    """One for each thread."""
+
+    def __init__(self) -> None:
+        self.read = _Read()
 
 
 _last = _Last()

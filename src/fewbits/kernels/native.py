@@ -78,17 +78,20 @@ class Native(Kernel):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, each value rounded once, to the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])
-        fused = bias if bias is not None and bias.dtype == x.dtype else None
+        if bias is not None and bias.dtype != x.dtype:
+            return self.forward(x) + bias
         if torch.compiler.is_compiling():
-            numbers = (self.shape[0], self.bits, self.group, self.zero_type, self.inputs)
-            y: Tensor = torch.ops.fewbits.native_linear(
-                rows, fused, self.codes, self.scales, self.zeros, *numbers
-            )
-        else:
-            y = self._library.linear(self._weight, rows, fused, self.inputs)
-        y = y.view(*x.shape[:-1], self.shape[0])
-        return y if bias is None or fused is not None else y + bias
+            return self._as_operation(x, bias)
+        return self._library.linear(self._weight, x, bias, self.inputs)
+
+    def _as_operation(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One that `torch.compile` sees."""
+        numbers = (self.shape[0], self.bits, self.group, self.zero_type, self.inputs)
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = torch.ops.fewbits.native_linear(
+            rows, bias, self.codes, self.scales, self.zeros, *numbers
+        )
+        return y.view(*x.shape[:-1], self.shape[0])
 
     def goes_with(self, other: Kernel) -> bool:
         """Whether both take x rounded alike, in as many columns."""
@@ -104,9 +107,7 @@ class Native(Kernel):
     ) -> list[Tensor]:
         """One call of `fewbits_linears`."""
         weights = [each._weight for each in (self, *others) if isinstance(each, Native)]
-        shape = x.shape
-        found = self._library.linears(weights, x.reshape(-1, shape[-1]), biases, self.inputs)
-        return [y.view(*shape[:-1], y.shape[1]) for y in found]
+        return self._library.linears(weights, x, biases, self.inputs)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""

@@ -31,7 +31,7 @@ _FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
 
 
 class Weight(ctypes.Structure):
-    """`fewbits_weight`. `tensors` are those that it points into."""
+    """`fewbits_weight`. `tensors` are those that it points into, `address` is its own."""
 
     _fields_: ClassVar[Any] = [
         ("out", c_int64),
@@ -53,6 +53,7 @@ class Weight(ctypes.Structure):
     group: int
     zero_type: int
     tensors: tuple[Tensor | None, ...]
+    address: int
 
 
 class Grids(ctypes.Structure):
@@ -176,7 +177,7 @@ def describe(
     tensors = (codes, scales, zeros, table)
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     weight = Weight(out, inputs, columns, bits, group, TYPES[scales.dtype], zero_type, *places)
-    weight.tensors = tensors
+    weight.tensors, weight.address = tensors, ctypes.addressof(weight)
     return weight
 
 
@@ -201,17 +202,16 @@ class Library:
             built = None
         if built != INTERFACE:
             raise ValueError(f"{path} has interface {built}, not {INTERFACE}: install fewbits again")
-        weight = POINTER(Weight)
         for name, result, arguments in (
             ("isa", c_int, ()),
             ("use", c_int, (c_int,)),
             ("packed_bytes", c_int64, (c_int64, c_int64, c_int)),
             ("pack", c_int, (c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p)),
-            ("unpack", c_int, (weight, c_int, c_void_p)),
+            ("unpack", c_int, (POINTER(Weight), c_int, c_void_p)),
             (
                 "linear",
                 c_int,
-                (weight, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
+                (c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
             ),
             (
                 "find_chains",
@@ -287,28 +287,27 @@ class Library:
         inputs: int = INPUTS_16,
         threads: int | None = None,
     ) -> Tensor:
-        """`x @ W.T + bias`, (rows, in) -> (rows, out) in the dtype of x, rounded once.
+        """`x @ W.T + bias`, (..., in) -> (..., out) in the dtype of x, rounded once.
+
+        Where a large matrix has just been read, all that Python does is slow: its code and data have gone
+        from the cache. So little is done here.
 
         Args:
             weight: see `describe`.
-            x: its rows may lie apart, their values may not.
+            x: the rows of a matrix may lie apart, their values may not.
             bias: (out,) in the dtype of x.
             inputs: INPUTS_16, INPUTS_8 or INPUTS_32 of fewbits.h: how exactly x is taken.
             threads: as many as torch uses, if None.
         """
-        rows, columns = x.shape
-        if columns != weight.in_ or x.dtype not in TYPES or x.device.type != "cpu":
-            raise ValueError(f"x is {columns} columns of {x.dtype} on {x.device}; W has {weight.in_}")
+        x, rows, stride = self._rows(x, weight)
         if bias is not None:
             _check("bias", bias, x.dtype, weight.out)
-        if x.stride(1) != 1 and columns > 1:
-            x = x.contiguous()
-        y = torch.empty(rows, weight.out, dtype=x.dtype)
+        y = torch.empty((*x.shape[:-1], weight.out), dtype=x.dtype)
         error = self._c.fewbits_linear(
-            ctypes.byref(weight),
+            weight.address,
             x.data_ptr(),
             rows,
-            x.stride(0),
+            stride,
             TYPES[x.dtype],
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
@@ -316,8 +315,21 @@ class Library:
             torch.get_num_threads() if threads is None else threads,
             self._parallel,
         )
-        _raise(error, f"{rows} rows of {x.dtype} times {weight.out} x {weight.in_} weights")
+        if error:
+            _raise(error, f"{rows} rows of {x.dtype} times {weight.out} x {weight.in_} weights")
         return y
+
+    @staticmethod
+    def _rows(x: Tensor, weight: Weight) -> tuple[Tensor, int, int]:
+        """x as the library reads it, how many rows it has, and how far they are apart."""
+        shape = x.shape
+        if shape[-1] != weight.in_ or x.dtype not in TYPES or not x.is_cpu:
+            raise ValueError(f"x is {shape[-1]} columns of {x.dtype} on {x.device}; W has {weight.in_}")
+        if not x.is_contiguous():
+            if len(shape) == 2 and x.stride(1) == 1:
+                return x, shape[0], x.stride(0)
+            x = x.contiguous()
+        return x, shape[:-1].numel(), shape[-1]
 
     def find_chains(self, x: Tensor, scale: Tensor, bits: int, table: Tensor) -> Tensor:
         """Codes (chains, 32) of a trellis, uint8: see `fewbits.trellis`.
@@ -515,33 +527,31 @@ class Library:
             biases: one for each weight.
             inputs, threads: see `linear`.
         """
-        rows, columns = x.shape
         count = len(weights)
         for weight, bias in zip(weights, biases, strict=True):
-            if columns != weight.in_ or x.dtype not in TYPES or x.device.type != "cpu":
-                raise ValueError(
-                    f"x is {columns} columns of {x.dtype} on {x.device}; W has {weight.in_}"
-                )
+            if weight.in_ != weights[0].in_:
+                raise ValueError(f"weights of {weights[0].in_} and {weight.in_} columns read one x")
             if bias is not None:
                 _check("bias", bias, x.dtype, weight.out)
-        if x.stride(1) != 1 and columns > 1:
-            x = x.contiguous()
-        ys = [torch.empty(rows, weight.out, dtype=x.dtype) for weight in weights]
+        x, rows, stride = self._rows(x, weights[0])
+        before = x.shape[:-1]
+        ys = [torch.empty((*before, weight.out), dtype=x.dtype) for weight in weights]
         pointers = c_void_p * count
         error = self._c.fewbits_linears(
             count,
-            pointers(*map(ctypes.addressof, weights)),
+            pointers(*[weight.address for weight in weights]),
             x.data_ptr(),
             rows,
-            x.stride(0),
+            stride,
             TYPES[x.dtype],
-            pointers(*(None if bias is None else bias.data_ptr() for bias in biases)),
-            pointers(*(y.data_ptr() for y in ys)),
+            pointers(*[None if bias is None else bias.data_ptr() for bias in biases]),
+            pointers(*[y.data_ptr() for y in ys]),
             inputs,
             torch.get_num_threads() if threads is None else threads,
             self._parallel,
         )
-        _raise(error, f"{rows} rows of {x.dtype} times {count} weights of {columns} columns")
+        if error:
+            _raise(error, f"{rows} rows of {x.dtype} times {count} weights of {x.shape[-1]} columns")
         return ys
 
     def float_linear(
