@@ -552,7 +552,7 @@ def product_and_bound(
         terms, operands = w.abs(), half_step(w, dtype)
     elif issubclass(kernel_class, Native):
         operands = half_step(zero, torch.float32) * (weight.offset is not None)
-        rounded = _half_step_of_inputs(kernel_class, x)
+        rounded = _half_step_of_inputs(kernel_class, x, weight.scheme.group_size)
         of_inputs, size = rounded @ w.abs().t(), size + rounded
     elif issubclass(kernel_class, Triton):  # codes are multiplied as integers, and scaled in float32
         operands = half_step(zero, torch.float32) * (weight.offset is not None)
@@ -577,13 +577,13 @@ def fast_kernel(otherwise: str) -> str:
     return otherwise if found is None or found.isa == "portable" else "native"
 
 
-def _half_step_of_inputs(kernel_class: type[Kernel], x: Tensor) -> Tensor:
+def _half_step_of_inputs(kernel_class: type[Kernel], x: Tensor, group: int | None) -> Tensor:
     """(rows, in): how far the native kernels' rounding moves each input, float64.
 
-    In 8 bits by half of absmax / 127 of 32 neighbours; else by half a step of 2^-15 of a power of two
+    In 8 bits by half of absmax / 127 of 128 neighbours, or of a group of 32; else by half a step of 2^-15 of a power of two
     that 128 neighbours are below, or a whole one at its end; in float32 by such a part of that step.
     """
-    together = 32 if kernel_class is NativeInt8 else 128
+    together = 32 if kernel_class is NativeInt8 and group == 32 else 128
     groups = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % together)).unflatten(
         1, (-1, together)
     )

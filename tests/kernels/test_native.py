@@ -19,7 +19,7 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 pytestmark = pytest.mark.skipif(library() is None, reason=f"the native library {why_absent()}")
 
 
-@pytest.fixture(params=["neon", "avx2", "avx512"])
+@pytest.fixture(params=["neon", "avx2", "avx512", "amx"])
 def isa(request):
     if not library().use(request.param):
         pytest.skip(f"this machine does not run {request.param}, or the library was built without it")
@@ -194,14 +194,27 @@ def test_several_weights_give_the_bits_of_each_alone(inputs):
     for rows in (1, 5, 20):
         x = torch.randn(rows, 768).bfloat16()
         alone = [library().linear(w, x, b, inputs) for w, b in zip(weights, biases, strict=True)]
-        for found in on_every_isa(lambda n, x=x: library().linears(weights, x, biases, inputs, n)):
-            assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+        for which in ((0, 3), (1, 2)) if inputs == INPUTS_8 else ((0, 1, 2, 3),):
+            given = ([weights[i] for i in which], x, [biases[i] for i in which], inputs)
+            for found in on_every_isa(lambda n, given=given: library().linears(*given, n)):
+                assert all(torch.equal(alone[i], y) for i, y in zip(which, found, strict=True))
+
+
+def test_inputs_of_8_bits_are_not_shared_where_they_are_rounded_otherwise():
+    kernels = [
+        NativeInt8(random_weight(QuantScheme(4, "group", n), (8, 256)), BF16, CPU) for n in (32, 64, 128)
+    ]
+    assert kernels[1].goes_with(kernels[2])
+    assert not kernels[0].goes_with(kernels[1])
+    with pytest.raises(ValueError, match="does not take 1 rows"):
+        weights = [kernel._weight for kernel in kernels]
+        library().linears(weights, torch.ones(1, 256).bfloat16(), [None] * 3, INPUTS_8)
 
 
 def test_weights_of_other_columns_are_not_multiplied_together():
     kernels = [Native(random_weight(QuantScheme(4), (8, n)), BF16, CPU) for n in (64, 96)]
     assert not kernels[0].goes_with(kernels[1])
-    with pytest.raises(ValueError, match="64 columns"):
+    with pytest.raises(ValueError, match="64 and 96 columns"):
         library().linears([k._weight for k in kernels], torch.ones(1, 64).bfloat16(), [None, None])
 
 

@@ -104,7 +104,7 @@ def test_each_instruction_set_gives_what_plain_torch_gives(found, isa):
         scale, zero = (t.repeat_interleave(64, 1)[:, :100] for t in (scale, zero))
         exact = scale * (codes.float() - 8 - zero)
         assert torch.equal(found.unpack(weight, torch.float32), exact)
-        wide = torch.randn(5, 200)
+        wide = torch.randn(20, 200)
         x = wide[:, :100]  # rows that lie apart
         y = found.linear(weight, x)
         bias = torch.randn(37)

@@ -2,8 +2,8 @@
 
 Inputs are taken as integers of 16 bits times a power of two that 128 of them share, and as two of those
 in float32; sums of integers are exact, and what is scaled is summed in float32. Products are therefore
-the same bits on every processor, for any number of rows and threads. With `NativeInt8`, each 32 inputs
-are divided by their own absmax / 127 and rounded, as llama.cpp does with its own formats: half the work.
+the same bits on every processor, for any number of rows and threads. With `NativeInt8`, 128 inputs, or 32
+where that is a group, are divided by their absmax / 127 and rounded: half the work.
 """
 
 from collections.abc import Sequence
@@ -100,6 +100,7 @@ class Native(Kernel):
             and (self.inputs, self._weight.in_, self._weight.columns)
             == (other.inputs, other._weight.in_, other._weight.columns)
             and all(each.zero_type in (MIDDLE, ZERO_POINT, OFFSET) for each in (self, other))
+            and (self.inputs != INPUTS_8 or (self.group == COLUMNS) == (other.group == COLUMNS))
         )
 
     def together(
@@ -172,7 +173,14 @@ class Native(Kernel):
 
 
 class NativeInt8(Native):
-    """`fewbits_linear` on inputs rounded to 8 bits."""
+    """`fewbits_linear` on inputs rounded to 8 bits, for weights of fewer bits."""
+
+    @classmethod
+    def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        """As `Native`; and weights of 8 bits: rounding inputs would cost more than rounding them did."""
+        if weight.scheme.bits == 8:
+            return "loses more by 8 bits of inputs than 8 bits of weights lose"
+        return super().refuses(weight, dtype, device)
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)

@@ -95,7 +95,7 @@ const Isa *amx() {
   if (!amx_bf16()) return nullptr;
   static const Isa isa = [] {
     Isa own = *avx512();
-    own.tiled = amx_tiled();
+    own.planes[1] = amx_planes();
     return own;
   }();
   return &isa;

@@ -45,11 +45,11 @@ int64_t rounded_together(const fewbits_weight &w, int inputs) {
 // Rows of x as integers. With INPUTS_32 there are twice as many: what was rounded off follows.
 class Rounded {
  public:
-  Rounded(const fewbits_weight &w, const Isa &isa, int inputs, int64_t rows, const Tiled *tiled)
-      : w_(w), isa_(isa), tiled_(tiled), inputs_(inputs), width_((w.columns + WIDE - 1) / WIDE * WIDE),
+  Rounded(const fewbits_weight &w, const Isa &isa, int inputs, int64_t rows, const Planes *planes)
+      : w_(w), isa_(isa), planes_(planes), inputs_(inputs), width_((w.columns + WIDE - 1) / WIDE * WIDE),
         scales_(array<float>(rows * width_ / CHUNK)), totals_(array<int32_t>(rows * width_ / CHUNK)) {
-    if (tiled)
-      x8_ = array<int8_t>(filled_tiles(rows) * width_ * bytes());
+    if (planes)
+      x8_ = array<int8_t>(filled_tiles(rows, planes->side) * width_ * bytes());
     else if (inputs == FEWBITS_INPUTS_8)
       x8_ = array<int8_t>(rows * width_);
     else
@@ -82,24 +82,27 @@ class Rounded {
 
  private:
   int64_t bytes() const { return inputs_ == FEWBITS_INPUTS_8 ? 1 : 2; }
+  int64_t side(int64_t rows) const { return rows < planes_->side ? rows : planes_->side; }
+  int8_t *tile(int64_t panel, int64_t row, int64_t rows) const {
+    return x8_.get() + (panel * filled_tiles(rows, planes_->side) + row / side(rows) * side(rows)) * WIDE * bytes();
+  }
 
   // Row `row` of `rows`. Leaves in `line` what was rounded off, and rounds it to be as large as it is stored.
   void round_panel(float *line, int64_t n, int64_t panel, int64_t row, int64_t rows) const {
     const int64_t at = panel * rows + row;
     float *scales = scales_.get() + at * PANEL;
     int32_t *totals = totals_.get() + at * PANEL;
-    int8_t *tiles = x8_.get() + panel * filled_tiles(rows) * WIDE * bytes();
     alignas(64) int16_t own[WIDE];
     const int64_t together = rounded_together(w_, inputs_);
     if (inputs_ == FEWBITS_INPUTS_8) {
-      auto *x8 = tiled_ ? reinterpret_cast<int8_t *>(own) : x8_.get() + at * WIDE;
+      auto *x8 = planes_ ? reinterpret_cast<int8_t *>(own) : x8_.get() + at * WIDE;
       isa_.round8(line, n, together, x8, scales, totals);
-      if (tiled_) tiled_->place8(x8, row, rows, tiles);
+      if (planes_) planes_->place8(x8, row % side(rows), side(rows), tile(panel, row, rows));
       return;
     }
-    int16_t *x16 = tiled_ ? own : x16_.get() + at * WIDE;
+    int16_t *x16 = planes_ ? own : x16_.get() + at * WIDE;
     isa_.round16(line, n, together, x16, scales, totals);
-    if (tiled_) tiled_->place16(x16, row, rows, tiles);
+    if (planes_) planes_->place16(x16, row % side(rows), side(rows), tile(panel, row, rows));
     if (inputs_ == FEWBITS_INPUTS_32)
       for (int64_t i = 0; i < n; i++) {
         const int64_t stored = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
@@ -111,7 +114,7 @@ class Rounded {
 
   const fewbits_weight &w_;
   const Isa &isa_;
-  const Tiled *const tiled_;  // NULL: not in tiles
+  const Planes *const planes_;  // NULL: integers as they are
   const int inputs_;
   const int64_t width_;
   Array<int8_t> x8_;
@@ -122,10 +125,20 @@ class Rounded {
   int16_t table_[16] = {};
 };
 
+// What is faster for so many rows, and takes all weights.
+const Planes *planes_for(const Isa &isa, int count, const fewbits_weight *const *weights, int inputs, int64_t rows) {
+  for (const Planes *planes : isa.planes) {
+    bool takes = planes;
+    for (int i = 0; takes && i < count; i++) takes = planes->takes(*weights[i], inputs, rows);
+    if (takes) return planes;
+  }
+  return nullptr;
+}
+
 // So many rows in tiles, whole ones.
 int64_t rows_at_once(int64_t columns, int inputs) {
-  const int64_t fit = TILED / (columns * (inputs == FEWBITS_INPUTS_8 ? 1 : 2) + 1) / TILE * TILE;
-  return fit < 4 * TILE ? 4 * TILE : fit < SLICE ? fit : SLICE;
+  const int64_t fit = TILED / (columns * (inputs == FEWBITS_INPUTS_8 ? 1 : 2) + 1) / 16 * 16;
+  return fit < 64 ? 64 : fit < SLICE ? fit : SLICE;
 }
 
 bool right(const fewbits_weight &w, int inputs, int type) {
@@ -180,14 +193,12 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
   const Isa &isa = *isa_of(fewbits_isa());
   const int64_t least = 1 + PART * count / (bytes + count);
   const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
-  const Tiled *tiled = isa.tiled && rows * parts >= isa.tiled->least ? isa.tiled : nullptr;
-  for (int i = 0; tiled && i < count; i++)
-    if (!tiled->takes(*weights[i])) tiled = nullptr;
-  const auto product = inputs == FEWBITS_INPUTS_8 ? (tiled ? tiled->product8 : isa.product8)
-                                                  : (tiled ? tiled->product16 : isa.product16);
-  const int64_t most = tiled ? rows_at_once(first.columns, inputs) : SLICE;
+  const Planes *planes = planes_for(isa, count, weights, inputs, rows * parts);
+  const auto product = inputs == FEWBITS_INPUTS_8 ? (planes ? planes->product8 : isa.product8)
+                                                  : (planes ? planes->product16 : isa.product16);
+  const int64_t most = planes ? rows_at_once(first.columns, inputs) : SLICE;
   const int64_t slice = rows < most / parts ? rows : most / parts;
-  const Rounded rounded(first, isa, inputs, slice * parts, tiled);
+  const Rounded rounded(first, isa, inputs, slice * parts, planes);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
   for (int64_t begun = 0; begun < rows; begun += slice) {

@@ -31,6 +31,28 @@ void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *r
   product<Sixteen, SUMMED>(w, block, x, result);
 }
 
+// Of bytes: fewer instructions take codes out of vectors, which is most of the work for few rows.
+template <int MOST>
+void product_of_bytes(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  switch (w.bits) {
+    case 2: return product_of<Bytes, MOST, Stored<Bytes, 2>>(w, block, x, result);
+    case 3: return product_of<Bytes, MOST, Stored<Bytes, 3>>(w, block, x, result);
+    default: return product_of<Bytes, MOST, Stored<Bytes, 4>>(w, block, x, result);
+  }
+}
+
+void product_of_bytes(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
+  if (w.group == CHUNK) return product_of_bytes<1>(w, block, x, result);
+  product_of_bytes<SUMMED>(w, block, x, result);
+}
+
+// Codes are signed to the instruction where the low bytes are not.
+bool takes(const fewbits_weight &w, int inputs, int64_t rows) {
+  return rows <= Bytes::most && inputs != FEWBITS_INPUTS_8 && w.bits < 8 && w.zero_type != FEWBITS_TABLE && w.zero_type != FEWBITS_TRELLIS;
+}
+
+constexpr Planes few_rows{1, takes, nullptr, place16, nullptr, product_of_bytes};
+
 // -- inputs ------------------------------------------------------------------------------------------
 
 Step range(const float *x, int64_t n, int bits) {
@@ -100,7 +122,7 @@ const Isa *avx512() {
   if (!runs) return nullptr;
   static const LookUp look_up = avx512vbmi() ? avx512vbmi()->look_up : (avx2() ? avx2() : portable())->look_up;
   static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up, nullptr, load_some, store_some};
+                       some_chains, look_up, {&few_rows}, load_some, store_some};
   return &isa;
 }
 

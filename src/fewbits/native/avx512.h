@@ -3,6 +3,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "kernel.h"
 
 namespace fewbits {
@@ -78,7 +80,10 @@ struct Eight {
   using Input = int8_t;
   static constexpr bool centres = false;  // whether codes may be negative, and zero points taken off early
   static constexpr int units = 8;  // of a chunk
-  static const Input *inputs(const Inputs &x) { return x.x8; }
+  static constexpr int planes = 1, most = 8;  // rows of x at a time; measured
+  static const uint8_t *inputs(const Inputs &x) { return reinterpret_cast<const uint8_t *>(x.x8); }
+  static constexpr int64_t at(int64_t chunk) { return chunk * CHUNK; }
+  template <int PLANE>
   static Ints dot(Ints sum, Ints codes, Ints x) { return _mm512_dpbusd_epi32(sum, codes, x); }
   template <int BITS>
   static Ints codes(const uint8_t *chunk, int tile, int unit, Ints) {
@@ -90,7 +95,10 @@ struct Sixteen {
   using Input = int16_t;
   static constexpr bool centres = true;
   static constexpr int units = 16;
-  static const Input *inputs(const Inputs &x) { return x.x16; }
+  static constexpr int planes = 1, most = 8;
+  static const uint8_t *inputs(const Inputs &x) { return reinterpret_cast<const uint8_t *>(x.x16); }
+  static constexpr int64_t at(int64_t chunk) { return chunk * CHUNK * 2; }
+  template <int PLANE>
   static Ints dot(Ints sum, Ints codes, Ints x) { return _mm512_dpwssd_epi32(sum, codes, x); }
   template <int BITS>
   static Ints codes(const uint8_t *chunk, int tile, int unit, Ints) {
@@ -107,6 +115,45 @@ struct Table : Sixteen {
   }
 };
 
+// 16 bits in planes: the high bytes are signed, the low ones are not, and codes may count as either.
+struct Bytes : Eight {
+  static constexpr int planes = 2, most = 3;
+  static const uint8_t *inputs(const Inputs &x) { return reinterpret_cast<const uint8_t *>(x.tiles); }
+  static constexpr int64_t at(int64_t chunk) { return chunk / 2 * 128 + chunk % 2 * CHUNK; }
+  template <int PLANE>
+  static Ints dot(Ints sum, Ints codes, Ints x) {
+    return PLANE ? _mm512_dpbusd_epi32(sum, x, codes) : _mm512_dpbusd_epi32(sum, codes, x);
+  }
+};
+
+constexpr int STEPS = WIDE / 64;
+
+// Where the first of the bytes of a row and a step lie; those of the next plane are a tile further.
+template <int PLANES>
+inline int8_t *place(int8_t *tile, int64_t row, int64_t rows, int step) {
+  return tile + (step * PLANES * rows + row) * 64;
+}
+
+inline void place8(const int8_t *x8, int64_t row, int64_t rows, int8_t *tile) {
+  for (int step = 0; step < STEPS; step++)
+    _mm512_storeu_si512(place<1>(tile, row, rows, step), _mm512_loadu_si512(x8 + step * 64));
+}
+
+inline void place16(const int16_t *x16, int64_t row, int64_t rows, int8_t *tile) {
+  const Ints order = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);  // from a c b d
+  for (int step = 0; step < STEPS; step++, x16 += 64) {
+    const Ints a = _mm512_loadu_si512(x16), b = _mm512_loadu_si512(x16 + 32);
+    const auto bytes = [&](const Ints &first, const Ints &second) {
+      const Ints both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)),
+                                           _mm512_cvtepi16_epi8(second), 1);
+      return _mm512_shuffle_epi8(both, order);
+    };
+    int8_t *to = place<2>(tile, row, rows, step);
+    _mm512_storeu_si512(to, bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+    _mm512_storeu_si512(to + rows * 64, bytes(a, b));
+  }
+}
+
 // What is taken off codes: the middle and the zero point.
 inline Ints zeros_of(const fewbits_weight &w, int32_t middle, int64_t at) {
   const Ints all = _mm512_set1_epi32(middle);
@@ -117,13 +164,13 @@ inline Ints zeros_of(const fewbits_weight &w, int32_t middle, int64_t at) {
 
 // Codes are asked for this many bytes before they are needed: a processor's own foresight ends with a
 // page. Measured.
-constexpr int AHEAD = 8192;
+constexpr int AHEAD = 4096;
 
 // A block as it is stored.
 template <class Mode, int BITS>
 struct Stored {
   static constexpr bool centred = false;
-  static constexpr int most = 8;  // rows of x at a time; measured
+  static constexpr int most = Mode::most;
   const uint8_t *codes;
   Ints table = _mm512_setzero_si512();
 
@@ -182,7 +229,8 @@ template <class Mode, int MOST, int M, class Source>
 inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, Segments<MOST> part,
                  const Inputs &x, int64_t row, float *result) {
   const int64_t from = panel * x.rows + row;
-  const typename Mode::Input *inputs = Mode::inputs(x) + from * WIDE;
+  constexpr int64_t bytes = Mode::at(PANEL);  // of a row
+  const uint8_t *inputs = Mode::inputs(x) + from * bytes;
   Floats sum[M][2];
   for (int m = 0; m < M; m++)
     for (int t = 0; t < 2; t++) sum[m][t] = _mm512_loadu_ps(result + m * ROWS + t * 16);
@@ -191,30 +239,37 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
     int32_t total[M] = {};
     for (int m = 0; m < M; m++)
       for (int c = part.begin; c < part.end; c++) total[m] += x.totals[(from + m) * PANEL + c];
-    Ints dot[M][2];
+    constexpr int planes = Mode::planes;
+    Ints dot[M][2][planes];
     for (int t = 0; t < 2; t++) {
       Ints zero = _mm512_setzero_si512();
       if constexpr (!Source::centred) zero = zeros_of(w, x.middle, part.scales() + t * 16);
       for (int m = 0; m < M; m++) {
-        dot[m][t] = _mm512_setzero_si512();
+        for (int p = 0; p < planes; p++) dot[m][t][p] = _mm512_setzero_si512();
         if constexpr (!Source::centred)
-          dot[m][t] = _mm512_sub_epi32(dot[m][t], _mm512_mullo_epi32(zero, _mm512_set1_epi32(total[m])));
+          dot[m][t][planes - 1] = _mm512_sub_epi32(dot[m][t][planes - 1],
+                                                   _mm512_mullo_epi32(zero, _mm512_set1_epi32(total[m])));
       }
     }
     const auto add_chunk = [&](int c) {
       source.fetch(c);
+      const uint8_t *own = inputs + Mode::at(c);
 #pragma GCC unroll 16
       for (int unit = 0; unit < Mode::units; unit++) {
         const Ints w0 = source(c, 0, unit), w1 = source(c, 1, unit);
         for (int m = 0; m < M; m++) {
-          int32_t four;
-          std::memcpy(&four, reinterpret_cast<const uint8_t *>(inputs + m * WIDE) + unit * 4, 4);
-          const Ints xs = _mm512_set1_epi32(four);
-          dot[m][0] = Mode::dot(dot[m][0], w0, xs);
-          dot[m][1] = Mode::dot(dot[m][1], w1, xs);
+          const auto add = [&](auto plane) {
+            constexpr int p = decltype(plane)::value;
+            int32_t four;
+            std::memcpy(&four, own + m * bytes + p * 64 + unit * 4, 4);
+            const Ints xs = _mm512_set1_epi32(four);
+            dot[m][0][p] = Mode::template dot<p>(dot[m][0][p], w0, xs);
+            dot[m][1][p] = Mode::template dot<p>(dot[m][1][p], w1, xs);
+          };
+          add(std::integral_constant<int, 0>());
+          if constexpr (planes == 2) add(std::integral_constant<int, 1>());
         }
       }
-      inputs += CHUNK;
     };
     if constexpr (MOST == 1)
       add_chunk(part.begin);
@@ -225,7 +280,9 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
       for (int m = 0; m < M; m++) {
         const float own = steps[m * PANEL];
         const Floats both = _mm512_mul_ps(scale, _mm512_set1_ps(own));
-        sum[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][t]), both, sum[m][t]);
+        Ints whole = dot[m][t][planes - 1];
+        if constexpr (planes == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(dot[m][t][0], 8), whole);
+        sum[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), both, sum[m][t]);
         if (w.zero_type == FEWBITS_OFFSET)
           sum[m][t] = _mm512_fnmadd_ps(offsets_at(w, part.scales() + t * 16),
                                        _mm512_set1_ps(own * float(total[m])), sum[m][t]);

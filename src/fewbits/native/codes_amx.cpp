@@ -1,43 +1,16 @@
-// Products of codes in tiles of bytes: Intel AMX. See Tiled in kernel.h.
+// Products of codes in tiles of bytes: Intel AMX. See Planes in kernel.h.
 #include "avx512.h"
 #include "tiles.h"
 
 namespace fewbits {
 namespace {
 
+constexpr int64_t TILE = 16;  // rows
 constexpr int HALF = ROWS / 2;  // of a block: as many rows of W as a tile is wide
-constexpr int STEPS = WIDE / 64;
-
-// Where the first of the bytes of a row and a step lie; those of the next plane are a tile further.
-template <int PLANES>
-inline int8_t *place(int8_t *tiles, int64_t row, int64_t rows, int step) {
-  const int64_t side = tile_rows(rows);
-  return tiles + ((row / side * STEPS + step) * PLANES * side + row % side) * 64;
-}
-
-void place8(const int8_t *x8, int64_t row, int64_t rows, int8_t *tiles) {
-  for (int step = 0; step < STEPS; step++)
-    _mm512_storeu_si512(place<1>(tiles, row, rows, step), _mm512_loadu_si512(x8 + step * 64));
-}
-
-void place16(const int16_t *x16, int64_t row, int64_t rows, int8_t *tiles) {
-  const Ints order = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);  // from a c b d
-  for (int step = 0; step < STEPS; step++, x16 += 64) {
-    const Ints a = _mm512_loadu_si512(x16), b = _mm512_loadu_si512(x16 + 32);
-    const auto bytes = [&](const Ints &first, const Ints &second) {
-      const Ints both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)),
-                                           _mm512_cvtepi16_epi8(second), 1);
-      return _mm512_shuffle_epi8(both, order);
-    };
-    int8_t *to = place<2>(tiles, row, rows, step);
-    _mm512_storeu_si512(to, bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
-    _mm512_storeu_si512(to + tile_rows(rows) * 64, bytes(a, b));
-  }
-}
-
 // Zero points are taken off codes as they are unpacked: what is left must be a byte.
-bool takes(const fewbits_weight &w) {
-  return w.zero_type != FEWBITS_TABLE && (w.bits < 8 || w.zero_type != FEWBITS_ZERO_POINT);
+bool takes(const fewbits_weight &w, int, int64_t rows) {
+  const int64_t least = w.group == CHUNK ? 8 : 6;
+  return rows >= least && w.zero_type != FEWBITS_TABLE && (w.bits < 8 || w.zero_type != FEWBITS_ZERO_POINT);
 }
 
 // A panel of codes: of each half the columns below each other, four a vector. And what belongs to its segments.
@@ -151,7 +124,7 @@ inline void add_scaled(const Sums<PLANES> &sums, const Unpacked &panel, int s, c
 
 template <int PLANES, int MOST, int BITS>
 void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *result) {
-  const int64_t side = tile_rows(x.rows), filled = filled_tiles(x.rows);
+  const int64_t side = x.rows < TILE ? x.rows : TILE, filled = filled_tiles(x.rows, TILE);
   const int chunks = w.group % 64 || MOST == 1 ? 1 : 2;
   const Tiles tiles(int(side), chunks * CHUNK);
   BlockCodes panels(w, block, x);
@@ -221,9 +194,9 @@ void product16(const fewbits_weight &w, int64_t block, const Inputs &x, float *r
 
 }  // namespace
 
-const Tiled *amx_tiled() {
-  static const Tiled tiled{6, takes, place8, place16, product8, product16};
-  return &tiled;
+const Planes *amx_planes() {
+  static const Planes planes{TILE, takes, place8, place16, product8, product16};
+  return &planes;
 }
 
 }  // namespace fewbits

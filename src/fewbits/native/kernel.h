@@ -37,34 +37,33 @@ struct Inputs {
   int32_t middle;         // what is taken off a code, zero points aside
   const int16_t *table;   // (16,), or NULL
   LookUp look_up;         // of a trellis, or NULL
-  const int8_t *tiles;    // instead of x8 and x16: see Tiled
+  const int8_t *tiles;    // instead of x8 and x16: see Planes
 };
 
 constexpr int LINE = 128;               // rows of columns that are rounded at a time
 constexpr float TO_INTEGER = 0x1.8p23f;  // added and taken off it rounds to nearest, ties to even, below 2^22
 
-// Products in tiles: 16 rows of x times 16 of W, bytes times bytes, summed in 32 bits. Inputs of 16 bits are
-// two planes of bytes, the high ones and the low ones; what they give is put together before it is scaled. All
-// that are integers: the bits are those of any other product. Rows of x are in tiles of SIDE, or of as many as
-// there are: (panels, tiles, steps of 64 columns, planes, rows of a tile, 64).
-struct Tiled {
-  int64_t least;  // rows of x from which on it is faster; measured
-  bool (*takes)(const fewbits_weight &);
-  // A panel of one row, as round8 or round16 left it, to its places among the tiles of the panel.
-  void (*place8)(const int8_t *x8, int64_t row, int64_t rows, int8_t *tiles);
-  void (*place16)(const int16_t *x16, int64_t row, int64_t rows, int8_t *tiles);
+// Products of bytes by bytes, summed in 32 bits. Inputs of 16 bits are two planes of bytes then, the high ones and
+// the low ones; what they give is put together before it is scaled. All that are integers: the bits are those of
+// any other product. Rows of x are in tiles of `side`, or of as many as there are:
+// (panels, tiles, steps of 64 columns, planes, rows of a tile, 64).
+struct Planes {
+  int64_t side;
+  // Whether it knows the weight, and is faster for so many rows of x; measured.
+  bool (*takes)(const fewbits_weight &, int inputs, int64_t rows);
+  // A panel of one row, as round8 or round16 left it, to its place: `tile` is that of its tile, of `rows` rows.
+  void (*place8)(const int8_t *x8, int64_t row, int64_t rows, int8_t *tile);
+  void (*place16)(const int16_t *x16, int64_t row, int64_t rows, int8_t *tile);
   void (*product8)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
   void (*product16)(const fewbits_weight &, int64_t block, const Inputs &, float *result);
 };
 
-constexpr int64_t TILE = 16;  // rows at most
-
-static inline int64_t tile_rows(int64_t rows) { return rows < TILE ? rows : TILE; }
+const Planes *amx_planes();
 
 // Rows that whole tiles have.
-static inline int64_t filled_tiles(int64_t rows) { return rows < TILE ? rows : (rows + TILE - 1) / TILE * TILE; }
-
-const Tiled *amx_tiled();
+static inline int64_t filled_tiles(int64_t rows, int64_t side) {
+  return rows < side ? rows : (rows + side - 1) / side * side;
+}
 
 struct Isa {
   // One block of 32 rows of W times all rows of x: into result (rows, 32).
@@ -81,7 +80,7 @@ struct Isa {
   void (*some_chains)(const float *x, const float *scale, const float *table, int bits, int64_t begin,
                       int64_t end, uint8_t *codes);
   LookUp look_up;
-  const Tiled *tiled;  // NULL where there are no tiles
+  const Planes *planes[2];  // the first that is faster is taken; NULL where there are none
   // `n` values of a type, from number `at` on, as floats, and back.
   void (*load_some)(const void *data, int type, int64_t at, int64_t n, float *values);
   void (*store_some)(const float *values, int64_t n, int type, void *data, int64_t at);
