@@ -18,6 +18,7 @@ from fewbits.tensor import QuantizedTensor, quantize_tensor
 
 _FEW_ROWS = 8  # at most, of inputs that are looked at for who else reads them; not tuned
 _MISSES = 3  # products made ahead for nothing, after which none are; not tuned
+_LINE = 64  # bytes of a line of the cache, to which PyTorch aligns its own tensors
 _CALLS = 16  # with no other that reads the same, after which nobody looks for one; not tuned
 
 
@@ -243,7 +244,12 @@ class FloatLinear(nn.Linear):
 
     @classmethod
     def around(cls, linear: nn.Linear) -> Self:
-        """The same parameters, not copied."""
+        """The same parameters. A weight in a file that was mapped is copied, unless its rows begin with lines of
+        the cache there: each of its vectors would lie in two.
+        """
+        weight = linear.weight
+        if weight.device.type == "cpu" and weight.data_ptr() % _LINE:
+            weight.data = weight.data.clone()
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         new.register_parameter("weight", linear._parameters["weight"])
         new.register_parameter("bias", linear._parameters["bias"])

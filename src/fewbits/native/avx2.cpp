@@ -486,7 +486,7 @@ struct Lanes {
 
 const Isa *avx2() {
   static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up, {}, load_some, store_some};
+                       some_chains, look_up, {}, load_some, store_rows};
   static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats();
   return runs ? &isa : nullptr;
 }

@@ -122,7 +122,7 @@ const Isa *avx512() {
   if (!runs) return nullptr;
   static const LookUp look_up = avx512vbmi() ? avx512vbmi()->look_up : (avx2() ? avx2() : portable())->look_up;
   static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up, {&few_rows}, load_some, store_some};
+                       some_chains, look_up, {&few_rows}, load_some, store_rows};
   return &isa;
 }
 

@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 13
+#define FEWBITS_INTERFACE 14
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,7 +36,7 @@ enum {
 // the scale of the weights is summed exactly.
 enum {
   FEWBITS_INPUTS_16 = 0,  // 128 columns (32 for a table), a power of two: the largest is 2^14 to 2^15 steps
-  FEWBITS_INPUTS_8 = 1,   // 32 columns: the largest is 127 steps
+  FEWBITS_INPUTS_8 = 1,   // 128 columns, or a group of 32: the largest is 127 steps
   FEWBITS_INPUTS_32 = 2,  // as 16, and what is left of x as 16 once more: as exact as float, twice the work
 };
 

@@ -81,9 +81,11 @@ struct Isa {
                       int64_t end, uint8_t *codes);
   LookUp look_up;
   const Planes *planes[2];  // the first that is faster is taken; NULL where there are none
-  // `n` values of a type, from number `at` on, as floats, and back.
+  // `n` values of a type, from number `at` on, as floats.
   void (*load_some)(const void *data, int type, int64_t at, int64_t n, float *values);
-  void (*store_some)(const float *values, int64_t n, int type, void *data, int64_t at);
+  // Results (rows, 32), to each row of which 32 values may be added: the first n, rounded, `stride` apart.
+  void (*store_rows)(const float *result, int64_t rows, const float *added, int64_t n, int type, void *y, int64_t at,
+                     int64_t stride);
 };
 
 constexpr int SQUARE = 64;  // rows and columns of a product of bfloat16
@@ -263,11 +265,19 @@ static inline void load_some(const void *data, int type, int64_t at, int64_t n, 
     for (int64_t i = 0; i < n; i++) values[i] = load(data, type, at + i);
 }
 
-static inline void store_some(const float *values, int64_t n, int type, void *data, int64_t at) {
-  if (type == FEWBITS_BF16)
-    for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(data)[at + i] = to_bf16(values[i]);
-  else
-    for (int64_t i = 0; i < n; i++) store(values[i], type, data, at + i);
+static inline void store_rows(const float *result, int64_t rows, const float *added, int64_t n, int type, void *y,
+                              int64_t at, int64_t stride) {
+  for (int64_t row = 0; row < rows; row++, result += ROWS, at += stride) {
+    float sums[ROWS];
+    for (int i = 0; i < ROWS; i++) sums[i] = added ? result[i] + added[i] : result[i];
+    if (type == FEWBITS_BF16) {
+      uint16_t halves[ROWS];
+      for (int i = 0; i < ROWS; i++) halves[i] = to_bf16(sums[i]);
+      std::memcpy(static_cast<uint16_t *>(y) + at, halves, n * sizeof *halves);
+    } else {
+      for (int64_t i = 0; i < n; i++) store(sums[i], type, y, at + i);
+    }
+  }
 }
 
 namespace {

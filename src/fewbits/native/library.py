@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 13  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 14  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)

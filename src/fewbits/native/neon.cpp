@@ -403,7 +403,7 @@ struct Lanes {
 
 const Isa *neon() {
   static const Isa isa{product16, product<Eight>, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up, {}, load_some, store_some};
+                       some_chains, look_up, {}, load_some, store_rows};
 #ifdef __linux__
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &isa : nullptr;
 #else

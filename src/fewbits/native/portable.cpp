@@ -143,7 +143,7 @@ struct Lanes {
 
 const Isa *portable() {
   static const Isa isa{product16, product8, round8, round16, round_columns<Lanes>, grid_errors,
-                       some_chains, look_up, {}, load_some, store_some};
+                       some_chains, look_up, {}, load_some, store_rows};
   return &isa;
 }
 

@@ -22,6 +22,8 @@ struct Tiles {
       config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? bytes : 64);
       config.rows[i] = uint8_t(i < 6 ? rows : bytes / 4);
     }
+    // gcc 12 believes that the instruction reads eight bytes, and leaves out what fills the others.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
