@@ -252,6 +252,19 @@ def test_those_that_do_not_follow_are_forgotten(readers, calls):
 
 
 @torch.no_grad()
+def test_one_that_has_long_read_alone_looks_for_no_others(readers, calls):
+    fresh = copy.deepcopy(readers)
+    for _ in range(20):
+        x = torch.randn(1, 96).bfloat16()
+        assert_equal([fresh.all[0](x)], exact(readers, x)[:1])
+    for expected in ([1, 1, 1], [1, 2]):  # the other two find each other
+        calls.clear()
+        found = fresh(x.clone())
+        assert calls == expected
+        assert_equal(found, exact(readers, x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_learns_anew(readers, calls, how):
     other, x = how(readers), torch.randn(1, 96).bfloat16()
