@@ -31,13 +31,13 @@ SCHEMES = (
 )  # fmt: skip
 ROWS = (2, 4, 8, 16, 32, 64, 512)
 KERNELS = {"16-bit inputs": Native, "int8 inputs": NativeInt8}
-CACHES = 200e6  # bytes of weights that are gone through; the largest cache seen has 32 MB
+CACHES = 600e6  # bytes of weights that are gone through; the largest cache seen has 480 MB, for all of its chip
 ROUNDS = 5
 # Shares of the streaming read at one row, and times as fast as bfloat16 at more (with int8 inputs; the
 # second number with 16-bit ones).
 LEAST_SHARE = {
     "w4-g128": (0.9, 0.8),
-    "w8-channel": (0.9, 0.8),
+    "w8-channel": (0.9, 0.9),
     "w3-g128": (0.7, 0.7),
     "w2-g128": (0.7, 0.7),
     "w4-g128-trellis": (0.85, 0.7),
@@ -103,6 +103,8 @@ def measure() -> list[dict[str, object]]:
         for label in SCHEMES:
             weight = quantize_tensor(floats[0], QuantScheme.parse(label))
             for name, kernel_class in KERNELS.items():
+                if kernel_class.refuses(weight, torch.bfloat16, torch.device("cpu")):
+                    continue
                 kernels = copies(kernel_class(weight, torch.bfloat16, torch.device("cpu")))
                 one = torch.randn(1, shape[1], dtype=torch.bfloat16)
                 share, rate = share_of_stream(kernels, one, memory)

@@ -175,7 +175,8 @@ std::vector<double> in_steps(const std::vector<float> &x, int bits) {
 
 std::vector<double> inputs_of(const Case &c, const uint8_t *x, int type, int inputs, int64_t from) {
   std::vector<double> line;
-  const int64_t together = inputs == FEWBITS_INPUTS_8 || c.w.zero_type == FEWBITS_TABLE ? 32 : 128;
+  const bool few = c.w.zero_type == FEWBITS_TABLE || (inputs == FEWBITS_INPUTS_8 && c.w.group == 32);
+  const int64_t together = few ? 32 : 128;
   for (int64_t begin = 0; begin < c.w.in; begin += together) {
     std::vector<float> part;
     for (int64_t i = begin; i < std::min(begin + together, c.w.in); i++) part.push_back(float(number(x, type, from + i)));
