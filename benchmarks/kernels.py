@@ -31,7 +31,7 @@ SCHEMES = (
 )  # fmt: skip
 ROWS = (2, 4, 8, 16, 32, 64, 512)
 KERNELS = {"16-bit inputs": Native, "int8 inputs": NativeInt8}
-CACHES = 600e6  # bytes of weights that are gone through; the largest cache seen has 480 MB, for all of its chip
+CACHES = 600e6  # bytes of weights that are gone through; the largest cache seen has 480 MB
 ROUNDS = 5
 # Shares of the streaming read at one row, and times as fast as bfloat16 at more (with int8 inputs; the
 # second number with 16-bit ones).

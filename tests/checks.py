@@ -580,8 +580,9 @@ def fast_kernel(otherwise: str) -> str:
 def _half_step_of_inputs(kernel_class: type[Kernel], x: Tensor, group: int | None) -> Tensor:
     """(rows, in): how far the native kernels' rounding moves each input, float64.
 
-    In 8 bits by half of absmax / 127 of 128 neighbours, or of a group of 32; else by half a step of 2^-15 of a power of two
-    that 128 neighbours are below, or a whole one at its end; in float32 by such a part of that step.
+    In 8 bits by half of absmax / 127 of 128 neighbours, or of a group of 32; else by half a step of
+    2^-15 of a power of two that 128 neighbours are below, or a whole one at its end; in
+    float32 by such a part of that step.
     """
     together = 32 if kernel_class is NativeInt8 and group == 32 else 128
     groups = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % together)).unflatten(

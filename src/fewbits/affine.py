@@ -60,7 +60,8 @@ def choose_qparams(
         scale = _round_scale(absmax / steps, absmax / (steps + 0.5), scale_dtype or weight.dtype)
         return scale, torch.full_like(scale, scheme.middle, dtype=torch.uint8)
     # The zero point rounds too, so the scale may not be rounded down: both could clip the same weight.
-    span = (high - low) / scheme.max_code
+    # By a tensor: by a number CUDA multiplies with its inverse, which may be off by a digit.
+    span = (high - low) / torch.full_like(high, scheme.max_code)
     scale = _round_scale(span, span, scale_dtype or weight.dtype)
     zero_point = (-low / scale.to(low.dtype)).round().clamp(0, scheme.max_code)
     return scale, zero_point.to(torch.uint8)

@@ -147,7 +147,7 @@ Format = Annotated[
 Int8Inputs = Annotated[
     bool,
     typer.Option(
-        "--int8-inputs", help="Round the inputs of quantized matrices to 8 bits on a CPU: faster."
+        "--int8-inputs", help="Round the inputs of matrices of up to 4 bits to 8 bits on a CPU: faster."
     ),
 ]
 Device = Annotated[

@@ -18,7 +18,6 @@ from fewbits.tensor import QuantizedTensor, quantize_tensor
 
 _FEW_ROWS = 8  # at most, of inputs that are looked at for who else reads them; not tuned
 _MISSES = 3  # products made ahead for nothing, after which none are; not tuned
-_LINE = 64  # bytes of a line of the cache, to which PyTorch aligns its own tensors
 _CALLS = 16  # with no other that reads the same, after which nobody looks for one; not tuned
 
 
@@ -116,7 +115,8 @@ class QuantizedLinear(nn.Linear):
         if torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments):
             y: Tensor = _Multiply.apply(kernel, *arguments)  # type: ignore[no-untyped-call]
         else:
-            y = kernel.forward(*arguments)  # what a call of a module does besides costs as much in a step
+            # What a call of a module does besides costs as much as the rest, in a step.
+            y = kernel.forward(*arguments)
         return y if bias is None or fused is not None else y + bias
 
     def _beside_others(self, x: Tensor) -> Tensor:
@@ -244,12 +244,7 @@ class FloatLinear(nn.Linear):
 
     @classmethod
     def around(cls, linear: nn.Linear) -> Self:
-        """The same parameters. A weight in a file that was mapped is copied, unless its rows begin with lines of
-        the cache there: each of its vectors would lie in two.
-        """
-        weight = linear.weight
-        if weight.device.type == "cpu" and weight.data_ptr() % _LINE:
-            weight.data = weight.data.clone()
+        """The same parameters, not copied."""
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         new.register_parameter("weight", linear._parameters["weight"])
         new.register_parameter("bias", linear._parameters["bias"])

@@ -206,8 +206,8 @@ def test_inputs_of_8_bits_are_not_shared_where_they_are_rounded_otherwise():
     ]
     assert kernels[1].goes_with(kernels[2])
     assert not kernels[0].goes_with(kernels[1])
+    weights = [kernel._weight for kernel in kernels]
     with pytest.raises(ValueError, match="does not take 1 rows"):
-        weights = [kernel._weight for kernel in kernels]
         library().linears(weights, torch.ones(1, 256).bfloat16(), [None] * 3, INPUTS_8)
 
 

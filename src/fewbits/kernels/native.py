@@ -2,8 +2,8 @@
 
 Inputs are taken as integers of 16 bits times a power of two that 128 of them share, and as two of those
 in float32; sums of integers are exact, and what is scaled is summed in float32. Products are therefore
-the same bits on every processor, for any number of rows and threads. With `NativeInt8`, 128 inputs, or 32
-where that is a group, are divided by their absmax / 127 and rounded: half the work.
+the same bits on every processor, for any number of rows and threads. With `NativeInt8`, 128 inputs, or
+32 where that is a group, are divided by their absmax / 127 and rounded: half the work.
 """
 
 from collections.abc import Sequence

@@ -211,7 +211,10 @@ class Library:
             (
                 "linear",
                 c_int,
-                (c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
+                (
+                    *(c_void_p, c_void_p, c_int64, c_int64, c_int),
+                    *(c_void_p, c_void_p, c_int, c_int, c_void_p),
+                ),
             ),
             (
                 "find_chains",
@@ -289,8 +292,8 @@ class Library:
     ) -> Tensor:
         """`x @ W.T + bias`, (..., in) -> (..., out) in the dtype of x, rounded once.
 
-        Where a large matrix has just been read, all that Python does is slow: its code and data have gone
-        from the cache. So little is done here.
+        Where a large matrix has just been read, all that Python does is slow: its code and data have
+        gone from the cache. So little is done here.
 
         Args:
             weight: see `describe`.

@@ -28,7 +28,7 @@ from fewbits.tensor import QuantizedTensor
 WORDS = 32  # of a chunk
 HALF = {2: 8, 3: 5, 4: 4, 8: 2}  # codes in half a word, by their bits
 MANY_ROWS = 128  # beyond them the matrix is unpacked first; measured on an H200
-_ROWS = 128  # of a program that unpacks
+_ROWS = 16  # of a program that unpacks; 128 took up to 16 % longer on an H200
 _LEAST_ROOM = 48 * 2**10  # bytes of shared memory that every GPU has
 _VALUES = 1024  # of a program that adds parts
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
