@@ -252,6 +252,38 @@ def test_those_that_do_not_follow_are_forgotten(readers, calls):
 
 
 @torch.no_grad()
+def test_what_was_made_ahead_of_a_change_is_made_again(readers):
+    other, x = copy.deepcopy(readers), torch.randn(1, 96).bfloat16()
+    torch.manual_seed(1)
+    new = Readers()
+    other(x)  # learns
+    changes = (
+        lambda: other.all[1].load_state_dict(new.all[1].state_dict()),
+        lambda: setattr(other.all[1], "kernel", copy.deepcopy(new.all[1].kernel)),
+        lambda: setattr(other.all[1], "bias", None),
+        lambda: setattr(other.all[1], "bias", nn.Parameter(torch.ones(33).bfloat16())),
+    )
+    for change in changes:
+        other(x.clone())  # learns, where it was forgotten
+        again = x.clone()
+        other.all[0](again)
+        change()
+        assert_equal([other.all[1](again)], exact(other, x)[1:2])
+
+
+@torch.no_grad()
+def test_one_that_reads_twice_is_learned_once(readers, calls):
+    other, x = copy.deepcopy(readers), torch.randn(1, 96).bfloat16()
+    for _ in range(5):
+        again = x.clone()
+        for i in (0, 1, 1, 1):
+            other.all[i](again)
+    calls.clear()
+    other.all[0](x.clone())
+    assert calls == [2]
+
+
+@torch.no_grad()
 def test_one_that_has_long_read_alone_looks_for_no_others(readers, calls):
     fresh = copy.deepcopy(readers)
     for _ in range(20):

@@ -57,14 +57,19 @@ def choose_qparams(
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid
     if scheme.symmetric:
         steps = scheme.middle - 1
-        scale = _round_scale(absmax / steps, absmax / (steps + 0.5), scale_dtype or weight.dtype)
+        wanted, least = _divided(absmax, steps), _divided(absmax, steps + 0.5)
+        scale = _round_scale(wanted, least, scale_dtype or weight.dtype)
         return scale, torch.full_like(scale, scheme.middle, dtype=torch.uint8)
     # The zero point rounds too, so the scale may not be rounded down: both could clip the same weight.
-    # By a tensor: by a number CUDA multiplies with its inverse, which may be off by a digit.
-    span = (high - low) / torch.full_like(high, scheme.max_code)
+    span = _divided(high - low, scheme.max_code)
     scale = _round_scale(span, span, scale_dtype or weight.dtype)
     zero_point = (-low / scale.to(low.dtype)).round().clamp(0, scheme.max_code)
     return scale, zero_point.to(torch.uint8)
+
+
+def _divided(x: Tensor, number: float) -> Tensor:
+    """x / number on every device: CUDA multiplies by a number's inverse, which may be a digit off."""
+    return x / torch.full_like(x, number)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:

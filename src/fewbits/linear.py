@@ -126,28 +126,24 @@ class QuantizedLinear(nn.Linear):
             made = last.ahead.pop(own, None)
             if made is None:
                 last.leader.learn(self)
-            elif made[1:] == self._of_bias():
-                return made[0]
+            elif made.holds(self):
+                return made.product
             return self._alone(x)
         if last.ahead:
             last.missed()
         last.x, last.version, last.place, last.leader = x, version, place, own
-        if not own.readers:
+        others = [other for other in (reading.of() for reading in own.readers) if other is not None]
+        if not others:
             own.calls += 1
             return self._alone(x)
-        others = [other for other in (reading.of() for reading in own.readers) if other is not None]
         biases = [each._parameters["bias"] for each in (self, *others)]
         if any(bias is not None and bias.dtype != x.dtype for bias in biases):
             return self._alone(x)
         kernels = [other._modules["kernel"] for other in others]
         y, *more = self._modules["kernel"].together(kernels, x, biases)  # type: ignore[union-attr, operator]
         for other, product in zip(others, more, strict=True):
-            last.ahead[other._reading] = (product, *other._of_bias())
+            last.ahead[other._reading] = _Made(product, other)
         return y  # type: ignore[no-any-return]
-
-    def _of_bias(self) -> tuple[Tensor | None, int]:
-        bias = self._parameters["bias"]
-        return bias, 0 if bias is None else bias._version
 
     def _forget(self) -> None:
         """Know no others; those who know this one must learn anew."""
@@ -157,6 +153,10 @@ class QuantizedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_reading"}
@@ -177,7 +177,7 @@ class _Reading:
     no `nn.Module`, whose attributes are slow to set.)
     """
 
-    __slots__ = ("__weakref__", "calls", "missed", "readers", "reference")
+    __slots__ = ("calls", "missed", "readers", "reference")
 
     def __init__(self, linear: QuantizedLinear) -> None:
         self.reference = weakref.ref(linear)
@@ -194,11 +194,29 @@ class _Reading:
         linear = self.of()
         if (
             linear is not None
+            and other._reading not in self.readers
             and self.missed < _MISSES
             and linear.order is other.order is None
             and linear.kernel.goes_with(other.kernel)
         ):
             self.readers, self.calls = (*self.readers, other._reading), 0
+
+
+class _Made:
+    """A product that was made ahead, and of what, beside the input."""
+
+    __slots__ = ("bias", "kernel", "product", "version")
+
+    def __init__(self, product: Tensor, linear: QuantizedLinear) -> None:
+        self.product, self.kernel = product, linear._modules["kernel"]
+        self.bias = linear._parameters["bias"]
+        self.version = 0 if self.bias is None else self.bias._version
+
+    def holds(self, linear: QuantizedLinear) -> bool:
+        """Whether it is still what the linear gives."""
+        bias = linear._parameters["bias"]
+        same = bias is self.bias and linear._modules["kernel"] is self.kernel
+        return same and (bias is None or bias._version == self.version)
 
 
 class _Read:
@@ -213,7 +231,7 @@ class _Read:
         self.x: Tensor | None = None
         self.version = self.place = 0
         self.leader: _Reading
-        self.ahead: dict[_Reading, tuple[Tensor, Tensor | None, int]] = {}
+        self.ahead: dict[_Reading, _Made] = {}
 
     def missed(self) -> None:
         """What was made ahead is of no use: let the one who made it forget those others."""

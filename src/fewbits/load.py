@@ -54,8 +54,8 @@ def load(
         dtype: of activations and of what is not quantized; the checkpoint's by default, but bfloat16
             where a quantized one in float16 runs on a CPU: its kernels are fast in that alone.
         device: where it runs.
-        int8_inputs: round the inputs of quantized matrices to 8 bits in groups of 32 on a CPU, as
-            llama.cpp does: faster for many tokens at once. What it costs is in docs/kernels.md.
+        int8_inputs: round the inputs of matrices of up to 4 bits to 8 bits on a CPU: faster for several
+            tokens at once. What it costs is in docs/kernels.md.
 
     Returns:
         The `PreTrainedModel`, in evaluation mode.

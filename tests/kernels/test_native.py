@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,20 @@ def test_several_weights_give_the_bits_of_each_alone(inputs):
             given = ([weights[i] for i in which], x, [biases[i] for i in which], inputs)
             for found in on_every_isa(lambda n, given=given: library().linears(*given, n)):
                 assert all(torch.equal(alone[i], y) for i, y in zip(which, found, strict=True))
+
+
+def test_zero_points_far_off_the_grid_are_refused():
+    scheme = QuantScheme(4, "group", 32, symmetric=False)
+    weight = random_weight(scheme, (40, 96))
+    for point, reason in ((16, None), (17, "takes zero points up to 16, not 17")):
+        moved = replace(weight, zero_point=torch.full_like(weight.zero_point, point))
+        assert Native.refuses(moved, BF16, CPU) == reason
+        name, _ = choose_kernel(moved, BF16, CPU)
+        assert (name == "native") == (reason is None)
+    moved = replace(weight, zero_point=torch.full_like(weight.zero_point, 16))
+    x = torch.randint(-8, 9, (20, 96)).bfloat16()
+    results = on_every_isa(lambda n: library().linear(Native(moved, BF16, CPU)._weight, x, threads=n))
+    assert all(torch.equal(y, results[0]) for y in results)
 
 
 def test_inputs_of_8_bits_are_not_shared_where_they_are_rounded_otherwise():

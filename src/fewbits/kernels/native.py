@@ -47,7 +47,7 @@ class Native(Kernel):
 
     @classmethod
     def refuses(cls, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Another device or dtype, rounded inputs, groups of no multiple of 32, or no library."""
+        """Another device or dtype, rounded inputs, odd groups or zero points, or no library."""
         reason = no_product(weight, device, "cpu", trellis=True)
         if reason is not None:
             return reason
@@ -56,6 +56,9 @@ class Native(Kernel):
         group = weight.scheme.group_size
         if group is not None and group % COLUMNS:
             return f"needs groups of a multiple of {COLUMNS} columns, not {group}"
+        most = 2**weight.scheme.bits  # one more than the largest code: GPTQ's files can hold it
+        if most < 256 and weight.offset is None and bool((weight.zero_point > most).any()):
+            return f"takes zero points up to {most}, not {int(weight.zero_point.max())}"
         found = library()
         if found is None:
             return f"is a library that {why_absent()}"

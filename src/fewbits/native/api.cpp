@@ -141,6 +141,14 @@ int64_t rows_at_once(int64_t columns, int inputs) {
   return fit < 64 ? 64 : fit < SLICE ? fit : SLICE;
 }
 
+// Slices of at most so many rows, alike: the weights are gone through for each.
+int64_t slice_of(int64_t rows, int64_t most) {
+  const int64_t count = (rows + most - 1) / most;
+  if (count <= 1) return rows;
+  const int64_t each = ((rows + count - 1) / count + 15) / 16 * 16;
+  return each < most ? each : most;
+}
+
 bool right(const fewbits_weight &w, int inputs, int type) {
   return w.out >= 0 && w.in >= 0 && w.group > 0 && w.group % CHUNK == 0 && w.columns >= w.in &&
          w.columns % w.group == 0 && (w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8) &&
@@ -196,8 +204,7 @@ extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, 
   const Planes *planes = planes_for(isa, count, weights, inputs, rows * parts);
   const auto product = inputs == FEWBITS_INPUTS_8 ? (planes ? planes->product8 : isa.product8)
                                                   : (planes ? planes->product16 : isa.product16);
-  const int64_t most = planes ? rows_at_once(first.columns, inputs) : SLICE;
-  const int64_t slice = rows < most / parts ? rows : most / parts;
+  const int64_t slice = slice_of(rows, (planes ? rows_at_once(first.columns, inputs) : SLICE) / parts);
   const Rounded rounded(first, isa, inputs, slice * parts, planes);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
@@ -279,7 +286,7 @@ extern "C" uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,
     const auto *line = static_cast<const uint64_t *>(data);
     uint64_t sum[8] = {};
     for (int64_t i = begin * 8; i < end * 8; i += 8) {
-      __builtin_prefetch(line + i + 384);  // as kernels do
+      __builtin_prefetch(line + i + 384);
       for (int j = 0; j < 8; j++) sum[j] ^= line[i + j];
     }
     uint64_t one = 0;

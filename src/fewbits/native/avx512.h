@@ -1,4 +1,4 @@
-// Products with AVX-512 and VNNI, for avx512.cpp and avx512vbmi.cpp. A vector is 16 rows of W times four columns of a byte each, or two of 16 bits, so
+// Products with AVX-512 and VNNI, for avx512.cpp, avx512vbmi.cpp and codes_amx.cpp. A vector is 16 rows of W times four columns of a byte each, or two of 16 bits, so
 // that a sum needs no adding across lanes: a lane is a row. A block is two such vectors wide.
 #pragma once
 #include <immintrin.h>
@@ -77,7 +77,6 @@ inline Floats offsets_at(const fewbits_weight &w, int64_t at) {
 
 // A unit is four bytes of x: what one instruction multiplies in each row.
 struct Eight {
-  using Input = int8_t;
   static constexpr bool centres = false;  // whether codes may be negative, and zero points taken off early
   static constexpr int units = 8;  // of a chunk
   static constexpr int planes = 1, most = 8;  // rows of x at a time; measured
@@ -92,7 +91,6 @@ struct Eight {
 };
 
 struct Sixteen {
-  using Input = int16_t;
   static constexpr bool centres = true;
   static constexpr int units = 16;
   static constexpr int planes = 1, most = 8;
@@ -318,9 +316,9 @@ void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *
         some_rows<Mode, MOST>(rest < most ? rest : most, w, source, panel, part, x, row, result + row * ROWS);
       }
     };
-    if (x.rows <= FEW) {
+    if (Mode::planes == 2 || x.rows <= FEW) {  // planes are taken for few rows alone
       in_turn(stored);
-    } else {
+    } else if constexpr (Mode::planes == 1) {
       Panel<Mode> unpacked;
       unpacked.fill(stored, w, x.middle, part);
       in_turn(unpacked);

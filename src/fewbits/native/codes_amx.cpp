@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t TILE = 16;  // rows
 constexpr int HALF = ROWS / 2;  // of a block: as many rows of W as a tile is wide
+
 // Zero points are taken off codes as they are unpacked: what is left must be a byte.
 bool takes(const fewbits_weight &w, int, int64_t rows) {
   const int64_t least = w.group == CHUNK ? 8 : 6;
@@ -38,7 +39,7 @@ struct Unpacked {
             _mm512_store_si512(to + q * 64, _mm512_sub_epi8(quad<BITS>(chunk, t, q), zero));
         }
       }
-      for (int c = part.begin; c < part.end; c++)
+      for (int c = part.begin; c < part.end && w.zero_type != FEWBITS_TRELLIS; c++)  // looked up before
         for (int i = 0; i < chunk_bytes(BITS); i += 64)
           _mm_prefetch(stored + c * chunk_bytes(BITS) + AHEAD + i, _MM_HINT_T1);
     }

@@ -26,7 +26,7 @@ enum { FEWBITS_BF16 = 0, FEWBITS_F16 = 1, FEWBITS_F32 = 2 };
 // What is taken off a code before it is scaled.
 enum {
   FEWBITS_MIDDLE = 0,      // 2^(bits-1)
-  FEWBITS_ZERO_POINT = 1,  // `zeros` is int8, distances from it: scale * (code - middle - zero)
+  FEWBITS_ZERO_POINT = 1,  // `zeros` is int8, distances from it: scale * (code - middle - zero), at most the middle
   FEWBITS_OFFSET = 2,      // `zeros` is float: scale * (code - middle) - zero
   FEWBITS_TABLE = 3,       // a code is looked up: scale * table[code], which has 11 bits; not with INPUTS_8
   FEWBITS_TRELLIS = 4,     // 8 bits are looked up, of codes of the row and of those before it: pack.cpp

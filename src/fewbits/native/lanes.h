@@ -12,7 +12,7 @@ typedef int32_t Whole __attribute__((vector_size(4 * FEWBITS_WIDTH)));
 typedef uint32_t Word __attribute__((vector_size(4 * FEWBITS_WIDTH)));
 typedef uint16_t Half __attribute__((vector_size(2 * FEWBITS_WIDTH)));
 constexpr int PARTS = LANES / FEWBITS_WIDTH;
-constexpr int AHEAD_BYTES = 3072;  // asked for before they are needed; as in avx512.cpp
+constexpr int AHEAD_BYTES = 3072;  // asked for before they are needed; measured
 
 // Sixteen floats.
 struct Lanes {
