@@ -166,8 +166,7 @@ static inline Step step_of(float largest, bool finite, int bits) {
 namespace {  // nor may the linker choose among these
 
 // The chunks of a panel in segments that are summed before they are scaled: they share the scale of the
-// weights and that of x, of which at most MOST chunks
-// have the same. A segment is from `begin` to `end`.
+// weights and that of x, of which at most MOST chunks have the same. A segment is from `begin` to `end`.
 template <int MOST>
 struct Segments {
   int count, begin = 0, end = 0;
