@@ -544,3 +544,17 @@ def test_a_quantized_float16_checkpoint_runs_in_bfloat16_on_a_cpu_and_says_so(tm
     assert kernel_notes(fast) == [
         "fact: the checkpoint is in torch.float16, the model runs in torch.bfloat16"
     ]
+
+
+def test_8_bit_inputs_that_were_asked_for_and_are_not_taken_are_said(tmp_path):
+    if fast_kernel("int8pack") != "native":
+        pytest.skip("no native library")
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    for bits in (4, 8):
+        quantize(source, tmp_path / str(bits), scheme=QuantScheme(bits, "group", 32))
+    said = kernel_notes(load(tmp_path / "8", int8_inputs=True))
+    assert len(said) == 1
+    assert said[0].startswith("fallback: ")
+    assert "keep their inputs: native-int8 loses more" in said[0]
+    assert kernel_notes(load(tmp_path / "8")) == []
+    assert kernel_notes(load(tmp_path / "4", int8_inputs=True)) == []

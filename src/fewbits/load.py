@@ -5,7 +5,7 @@ through its own renaming and conversion rules, into a model whose quantized weig
 before. Then each of those modules is replaced by one that holds the codes; a float copy never exists.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +174,8 @@ def _load(
 
         use_growing_cache(loaded)
         stream_floats(loaded)
+    if int8_inputs:
+        loaded.fewbits_notes = [*getattr(loaded, "fewbits_notes", []), *_kept_inputs(loaded)]
     return loaded.eval()
 
 
@@ -202,6 +204,20 @@ def kernel_notes(model: nn.Module) -> list[str]:
     return [*getattr(model, "fewbits_notes", [])] + [
         f"fallback: {names[0]} and {len(names) - 1} more run reference: {reason}"
         for reason, names in places.items()
+    ]
+
+
+def _kept_inputs(model: nn.Module) -> list[str]:
+    """Where inputs are not rounded to 8 bits, though that was asked for: a line per reason."""
+    linears = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    passed = Counter(
+        m.refusals["native-int8"]
+        for m in linears
+        if "native-int8" in m.refusals and m.kernel_name != "reference"
+    )
+    return [
+        f"fallback: {count} of {len(linears)} matrices keep their inputs: native-int8 {reason}"
+        for reason, count in passed.items()
     ]
 
 
