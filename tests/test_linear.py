@@ -1,7 +1,3 @@
-import copy
-import importlib
-import pickle
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -28,11 +24,10 @@ from fewbits.linear import (
     float_weight,
     replace_experts,
 )
+from fewbits.native import operators
 from fewbits.scheme import QuantScheme
 from fewbits.tensor import quantize_tensor
 from oracles import half_step
-
-native = importlib.import_module("fewbits.native.library")  # a function has its name too
 
 # -- one linear ------------------------------------------------------------------------------------
 
@@ -140,212 +135,12 @@ def test_a_scheme_that_does_not_fit_is_refused():
         QuantizedLinear.from_float(nn.Linear(100, 8), QuantScheme(4, "group", 32))
 
 
-# -- linears that read one tensor ------------------------------------------------------------------
-
-
-class Readers(nn.Module):
-    """Three linears of one input, the last of which can be left out."""
-
-    def __init__(self, labels=("w4-g32", "w8-channel-asym", "w3-g32")):
-        super().__init__()
-        self.all = nn.ModuleList(
-            QuantizedLinear.from_float(
-                nn.Linear(96, rows, bias=rows != 33, dtype=torch.bfloat16), QuantScheme.parse(label)
-            )
-            for rows, label in zip((300, 33, 64), labels, strict=True)
-        )
-
-    def forward(self, x, last=True):
-        return [linear(x) for linear in list(self.all)[: 3 if last else 2]]
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many weights each call of the library multiplied by."""
-    found = native.library()
-    if found is None:
-        pytest.skip(f"the native library {native.why_absent()}")
-    counts = []
-    for name, count in (("linear", lambda _: 1), ("linears", len)):
-        own = getattr(type(found), name)
-
-        def counted(self, weights, *others, own=own, count=count):
-            counts.append(count(weights))
-            return own(self, weights, *others)
-
-        monkeypatch.setattr(type(found), name, counted)
-    return counts
-
-
-@pytest.fixture
-def readers(calls):
-    """A module that has learned who reads what, and what it gives without having learned."""
-    module = Readers()
-    with torch.no_grad():
-        module(torch.ones(1, 96).bfloat16())
-    calls.clear()
-    return module
-
-
-def exact(module, x, **options):
-    """Each alone: where gradients are asked for, none is made ahead."""
-    with torch.enable_grad():
-        return module(x, **options)
-
-
-def assert_equal(found, expected):
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 @torch.no_grad()
-def test_linears_that_read_one_tensor_are_multiplied_in_one_call(readers, calls):
-    for rows in (1, 3, 8):
-        x = torch.randn(1, rows, 96).bfloat16()
-        found = readers(x)
-        assert calls == [3]
-        assert_equal(found, exact(readers, x))
-        calls.clear()
-    found = readers(torch.randn(9, 96).bfloat16())
-    assert calls == [1, 1, 1]
-
-
-@torch.no_grad()
-def test_an_input_that_was_written_to_is_read_again(readers):
-    x = torch.randn(1, 96).bfloat16()
-    before = x.clone()
-    first = readers.all[0](x)
-    x += 1
-    second = readers.all[1](x)
-    assert_equal([first, second], [exact(readers, before)[0], exact(readers, x.clone())[1]])
-    readers.all[0](x)
-    x.data = torch.randn(1, 96).bfloat16()
-    assert_equal([readers.all[1](x)], [exact(readers, x.clone())[1]])
-
-
-@torch.no_grad()
-def test_a_hook_that_changes_an_input_or_a_bias_is_heeded(readers):
-    x = torch.randn(1, 96).bfloat16()
-    expected = exact(readers, x)
-    handle = readers.all[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    assert_equal(readers(x), [expected[0], exact(readers, x)[1], expected[2]])
-    handle.remove()
-    raised = copy.deepcopy(readers)
-    raised.all[2].bias += 1
-
-    @readers.all[2].register_forward_pre_hook
-    def raise_bias(module, _):
-        module.bias += 1
-
-    assert_equal(readers(x), exact(raised, x))
-
-
-@torch.no_grad()
-def test_those_that_do_not_follow_are_forgotten(readers, calls):
-    x = torch.randn(1, 96).bfloat16()
-    for _ in range(3):
-        assert_equal(readers(x.clone(), last=False), exact(readers, x)[:2])
-        assert_equal(readers(x.clone()), exact(readers, x))
-    calls.clear()
-    for _ in range(3):
-        readers(x.clone(), last=False)
-    assert sum(calls) <= 3 * 3 + 1
-
-
-@torch.no_grad()
-def test_what_was_made_ahead_of_a_change_is_made_again(readers):
-    other, x = copy.deepcopy(readers), torch.randn(1, 96).bfloat16()
-    torch.manual_seed(1)
-    new = Readers()
-    other(x)  # learns
-    changes = (
-        lambda: other.all[1].load_state_dict(new.all[1].state_dict()),
-        lambda: setattr(other.all[1], "kernel", copy.deepcopy(new.all[1].kernel)),
-        lambda: setattr(other.all[1], "bias", nn.Parameter(torch.ones(33).bfloat16())),
-        lambda: setattr(other.all[1], "bias", None),
-    )
-    for change in changes:
-        other(x.clone())  # learns, where it was forgotten
-        again = x.clone()
-        other.all[0](again)
-        change()
-        assert_equal([other.all[1](again)], exact(other, x)[1:2])
-
-
-@torch.no_grad()
-def test_one_that_reads_twice_is_learned_once(readers, calls):
-    other, x = copy.deepcopy(readers), torch.randn(1, 96).bfloat16()
-    for _ in range(5):
-        again = x.clone()
-        for i in (0, 1, 1, 1):
-            other.all[i](again)
-    calls.clear()
-    other.all[0](x.clone())
-    assert calls == [2]
-
-
-@torch.no_grad()
-def test_one_that_has_long_read_alone_looks_for_no_others(readers, calls):
-    fresh = copy.deepcopy(readers)
-    for _ in range(20):
-        x = torch.randn(1, 96).bfloat16()
-        assert_equal([fresh.all[0](x)], exact(readers, x)[:1])
-    for expected in ([1, 1, 1], [1, 2]):  # the other two find each other
-        calls.clear()
-        found = fresh(x.clone())
-        assert calls == expected
-        assert_equal(found, exact(readers, x))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_learns_anew(readers, calls, how):
-    other, x = how(readers), torch.randn(1, 96).bfloat16()
-    for expected in ([1, 1, 1], [3]):
-        calls.clear()
-        found = other(x.clone())
-        assert calls == expected
-        assert_equal(found, exact(readers, x))
-
-
-@torch.no_grad()
-def test_those_that_were_moved_are_learned_anew(readers, calls):
-    readers.all[1].float()
-    x = torch.randn(1, 96).bfloat16()
-    assert_equal(readers(x), exact(readers, x))
-    assert calls[:2] == [2, 1]
-
-
-def test_threads_do_not_take_what_others_made_ahead(readers):
-    inputs = [torch.randn(1, 96).bfloat16() for _ in range(6)]
-    expected, wrong = [exact(readers, x) for x in inputs], []
-
-    @torch.no_grad()
-    def call(start):
-        for i in range(150):
-            which = (start + i) % len(inputs)
-            found = readers(inputs[which])
-            if not all(torch.equal(a, b) for a, b in zip(found, expected[which], strict=True)):
-                wrong.append(which)
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@torch.inference_mode()
-def test_inputs_that_do_not_tell_of_changes_are_read_by_each(readers, calls):
-    readers(torch.randn(1, 96).bfloat16())
-    assert calls == [1, 1, 1]
-
-
-@torch.no_grad()
-def test_a_float_linear_takes_few_rows_itself_and_leaves_the_rest_to_pytorch(monkeypatch, calls):
-    found, taken = native.library(), []
-    own = type(found).float_linear
-    monkeypatch.setattr(type(found), "float_linear", lambda *a: taken.append(len(a[2])) or own(*a))
+def test_a_float_linear_takes_few_rows_itself_and_leaves_the_rest_to_pytorch(monkeypatch):
+    if not operators.available():
+        pytest.skip("there is no native library")
+    own, taken = operators.float_linear, []
+    monkeypatch.setattr(operators, "float_linear", lambda x, *w: taken.append(len(x)) or own(x, *w))
     plain = nn.Linear(96, 40, dtype=torch.bfloat16)
     linear = FloatLinear.around(plain)
     assert linear.weight is plain.weight

@@ -558,3 +558,19 @@ def test_8_bit_inputs_that_were_asked_for_and_are_not_taken_are_said(tmp_path):
     assert "keep their inputs: native-int8 loses more" in said[0]
     assert kernel_notes(load(tmp_path / "8")) == []
     assert kernel_notes(load(tmp_path / "4", int8_inputs=True)) == []
+
+
+def test_steps_with_a_static_cache_are_one_graph_that_computes_the_same(case):
+    """`torch.compile(fullgraph=True)` takes a whole quantized model, attention and head included."""
+    from transformers import StaticCache
+
+    model = load(case("llama", "w4-g32-asym").out)
+    found = []
+    with torch.no_grad():
+        for forward in (model, torch.compile(model.forward, backend="aot_eager", fullgraph=True)):
+            past = StaticCache(config=model.config, max_cache_len=24)
+            model(IDS, past_key_values=past)
+            for step in range(3):
+                given = {"past_key_values": past, "position_ids": torch.tensor([[16 + step]])}
+                found.append(forward(torch.tensor([[5 + step]]), **given).logits)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))

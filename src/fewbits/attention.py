@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits import native
+from fewbits.native import operators
 
 FEW = 8  # queries, at most; not tuned
 NAME, FEW_NAME = "fewbits", "fewbits-few"  # under which transformers finds it; for few queries alone
@@ -77,13 +77,12 @@ def attend(
     plain = all(others.get(name) is None for name in _MORE) and not dropout
     few = queries == 1 or (queries <= FEW and attention_mask is not None)
     if query.device.type == "cpu" and plain and few:
-        result = grouped_attention(query, key, value, attention_mask, scaling)
-        return result.transpose(1, 2).contiguous(), None
-    library = native.library() if texts else None
+        return grouped_attention(query, key, value, attention_mask, scaling), None
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if library is not None and plain and attention_mask is None and _fits(library, query, key, value):
-        return library.attend(query, key, value, scaling or query.shape[3] ** -0.5, bool(causal)), None
+    if texts and plain and attention_mask is None and _fits(query, key, value):
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        return operators.attend(query, key, value, scaling, bool(causal)), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(
@@ -91,12 +90,12 @@ def attend(
     )
 
 
-def _fits(library: native.Library, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the library attends so: a whole text in bfloat16, and nobody wants a gradient."""
     parts = (query, key, value)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
     right = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in parts)
-    return library.has_bf16 and right and not wanted and query.shape[2] == key.shape[2]
+    return right and not wanted and query.shape[2] == key.shape[2] and operators.has_bf16()
 
 
 def grouped_attention(
@@ -111,15 +110,15 @@ def grouped_attention(
         scaling: 1 / sqrt(width) by default.
 
     Returns:
-        (batch, heads, queries, width of values). A query that sees no key gets zeros.
+        (batch, queries, heads, width of values) in one piece. A query that sees no key gets zeros.
     """
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1:3]
-    found = native.library()
-    if found is not None and _is_native(query, key, value, mask):
-        seen = None if mask is None else mask[..., :keys].expand(batch, heads, queries, keys)
+    if _is_native(query, key, value, mask) and operators.available():
+        seen = operators.NOTHING if mask is None else mask
         scale = width**-0.5 if scaling is None else scaling
-        return found.attend_few(query, key, value, seen, scale).transpose(1, 2)
+        result: Tensor = operators.attend_few(query, key, value, seen, scale)
+        return result
     together = (batch, groups, heads // groups * queries, -1)
     q = query.float().mul(width**-0.5 if scaling is None else scaling).reshape(together)
     scores = q @ key.float().mT  # (batch, groups, heads of a group * queries, keys)
@@ -129,7 +128,8 @@ def grouped_attention(
     weights = scores.softmax(-1)
     if mask is not None and mask.dtype == torch.bool:
         weights = weights.nan_to_num_(0.0)
-    return (weights @ value.float()).reshape(batch, heads, queries, -1).to(query.dtype)
+    result = (weights @ value.float()).reshape(batch, heads, queries, -1)
+    return result.transpose(1, 2).to(query.dtype).contiguous()
 
 
 def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -143,6 +143,5 @@ def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
             mask is None
             or (mask.dtype == torch.bool and mask.stride(-1) == 1 <= key.shape[2] <= mask.shape[-1])
         )
-        and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in inputs))
     )

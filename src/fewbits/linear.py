@@ -1,7 +1,5 @@
 """Modules with quantized weights: a linear, a mixture's experts run as linears, and an embedding."""
 
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -11,22 +9,14 @@ from torch import Tensor, nn
 
 from fewbits.errors import InputError
 from fewbits.kernels import KERNELS, Kernel, Reference, choose_kernel
-from fewbits.native.library import library
+from fewbits.native import operators
 from fewbits.scheme import QuantScheme
 from fewbits.structure import EXPERT_PARAMETERS, is_experts
 from fewbits.tensor import QuantizedTensor, quantize_tensor
 
-_FEW_ROWS = 8  # at most, of inputs that are looked at for who else reads them; not tuned
-_MISSES = 3  # products made ahead for nothing, after which none are; not tuned
-_CALLS = 16  # with no other that reads the same, after which nobody looks for one; not tuned
-
 
 class QuantizedLinear(nn.Linear):
     """`x @ W.T + bias` straight from codes; no float copy of the weight is kept.
-
-    Linears that read one tensor, one after the other, are multiplied in one call: the first of them
-    makes the products of all, if a run before has shown which they are, and the others find theirs made.
-    That is so for few rows, where no gradient is asked for. The bits are those of each alone.
 
     Gradients go to x, as if the product were exact, and not to the codes. It is an `nn.Linear` without
     the parameter `weight`, so that adapters (PEFT) find it and are trained on top; merging them raises.
@@ -45,8 +35,6 @@ class QuantizedLinear(nn.Linear):
     >>> quantized(torch.ones(1, 64).bfloat16()).shape
     torch.Size([1, 16])
     """
-
-    _reading: "_Reading"
 
     def __init__(
         self,
@@ -67,7 +55,6 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("order", None if weight.order is None else weight.order.to(device))
         own = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", own)
-        self._forget()
 
     @classmethod
     def from_float(cls, linear: nn.Module, scheme: QuantScheme) -> Self:
@@ -94,18 +81,6 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if (
-            torch.compiler.is_compiling()
-            or self._reading.calls > _CALLS
-            or torch.is_grad_enabled()
-            or type(x) is not Tensor
-            or x.numel() > _FEW_ROWS * self.in_features
-            or x.is_inference()  # such do not tell that they were changed
-        ):
-            return self._alone(x)
-        return self._beside_others(x)
-
-    def _alone(self, x: Tensor) -> Tensor:
         kernel, bias, order = self._modules["kernel"], self._parameters["bias"], self._buffers["order"]
         assert isinstance(kernel, Kernel)
         if order is not None:
@@ -119,136 +94,9 @@ class QuantizedLinear(nn.Linear):
             y = kernel.forward(*arguments)
         return y if bias is None or fused is not None else y + bias
 
-    def _beside_others(self, x: Tensor) -> Tensor:
-        last, own = _last.read, self._reading
-        version, place = x._version, x.data_ptr()
-        if last.x is x and last.version == version and last.place == place and last.leader is not own:
-            made = last.ahead.pop(own, None)
-            if made is None:
-                last.leader.learn(self)
-            elif made.holds(self):
-                return made.product
-            return self._alone(x)
-        if last.ahead:
-            last.missed()
-        last.x, last.version, last.place, last.leader = x, version, place, own
-        others = [other for other in (reading.of() for reading in own.readers) if other is not None]
-        if not others:
-            own.calls += 1
-            return self._alone(x)
-        biases = [each._parameters["bias"] for each in (self, *others)]
-        if any(bias is not None and bias.dtype != x.dtype for bias in biases):
-            return self._alone(x)
-        kernels = [other._modules["kernel"] for other in others]
-        y, *more = self._modules["kernel"].together(kernels, x, biases)  # type: ignore[union-attr, operator]
-        for other, product in zip(others, more, strict=True):
-            last.ahead[other._reading] = _Made(product, other)
-        return y  # type: ignore[no-any-return]
-
-    def _forget(self) -> None:
-        """Know no others; those who know this one must learn anew."""
-        self._reading = _Reading(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._forget()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_reading"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._forget()
-
     def extra_repr(self) -> str:
         """Shape, scheme and kernel, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, {self.kernel_name}"
-
-
-class _Reading:
-    """What a linear has learned of those that read what it does; a new one where it has changed.
-
-    `calls` counts those with no such reader, `missed` products that were made ahead in vain. (Slots, and
-    no `nn.Module`, whose attributes are slow to set.)
-    """
-
-    __slots__ = ("calls", "missed", "readers", "reference")
-
-    def __init__(self, linear: QuantizedLinear) -> None:
-        self.reference = weakref.ref(linear)
-        self.readers: tuple[_Reading, ...] = ()
-        self.calls = self.missed = 0
-
-    def of(self) -> QuantizedLinear | None:
-        """The linear, if it is as it was."""
-        linear = self.reference()
-        return linear if linear is not None and linear._reading is self else None
-
-    def learn(self, other: QuantizedLinear) -> None:
-        """Note that another read what this one did, unless their kernels do not go together."""
-        linear = self.of()
-        if (
-            linear is not None
-            and other._reading not in self.readers
-            and self.missed < _MISSES
-            and linear.order is other.order is None
-            and linear.kernel.goes_with(other.kernel)
-        ):
-            self.readers, self.calls = (*self.readers, other._reading), 0
-
-
-class _Made:
-    """A product that was made ahead, and of what, beside the input."""
-
-    __slots__ = ("bias", "kernel", "product", "version")
-
-    def __init__(self, product: Tensor, linear: QuantizedLinear) -> None:
-        self.product, self.kernel = product, linear._modules["kernel"]
-        self.bias = linear._parameters["bias"]
-        self.version = 0 if self.bias is None else self.bias._version
-
-    def holds(self, linear: QuantizedLinear) -> bool:
-        """Whether it is still what the linear gives."""
-        bias = linear._parameters["bias"]
-        same = bias is self.bias and linear._modules["kernel"] is self.kernel
-        return same and (bias is None or bias._version == self.version)
-
-
-class _Read:
-    """The last input of few rows: who read it first, and what was made ahead for others.
-
-    `version` and `place` tell whether the tensor was written to since.
-    """
-
-    __slots__ = ("ahead", "leader", "place", "version", "x")
-
-    def __init__(self) -> None:
-        self.x: Tensor | None = None
-        self.version = self.place = 0
-        self.leader: _Reading
-        self.ahead: dict[_Reading, _Made] = {}
-
-    def missed(self) -> None:
-        """What was made ahead is of no use: let the one who made it forget those others."""
-        leader = self.leader
-        leader.readers = tuple(reading for reading in leader.readers if reading not in self.ahead)
-        leader.missed += 1
-        self.ahead.clear()
-
-
-class _Last(threading.local):
-    """One for each thread."""
-
-    def __init__(self) -> None:
-        self.read = _Read()
-
-
-_last = _Last()
 
 
 class FloatLinear(nn.Linear):
@@ -270,12 +118,10 @@ class FloatLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not torch.compiler.is_compiling() and self._takes(input):
-            found = library()
-            if found is not None:
-                rows = input.reshape(-1, self.in_features)
-                y = found.float_linear(self.weight, rows, self.bias)
-                return y.view(*input.shape[:-1], self.out_features)
+        if self._takes(input) and operators.available():
+            bias = operators.NOTHING if self.bias is None else self.bias
+            y: Tensor = operators.float_linear(input, self.weight, bias)
+            return y
         return super().forward(input)
 
     def _takes(self, x: Tensor) -> bool:

@@ -6,7 +6,6 @@ the same bits on every processor, for any number of rows and threads. With `Nati
 32 where that is a group, are divided by their absmax / 127 and rounded: half the work.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fewbits import trellis
 from fewbits.kernels.reference import Kernel, no_product
+from fewbits.native import operators
 from fewbits.native.library import (
     COLUMNS,
     INPUTS_8,
@@ -83,39 +83,13 @@ class Native(Kernel):
         """`x @ W.T + bias`, each value rounded once, to the dtype of x."""
         if bias is not None and bias.dtype != x.dtype:
             return self.forward(x) + bias
-        if torch.compiler.is_compiling():
-            return self._as_operation(x, bias)
-        return self._library.linear(self._weight, x, bias, self.inputs)
-
-    def _as_operation(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """One that `torch.compile` sees."""
-        numbers = (self.shape[0], self.bits, self.group, self.zero_type, self.inputs)
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = torch.ops.fewbits.native_linear(
-            rows, bias, self.codes, self.scales, self.zeros, *numbers
-        )
-        return y.view(*x.shape[:-1], self.shape[0])
-
-    def goes_with(self, other: Kernel) -> bool:
-        """Whether both take x rounded alike, in as many columns."""
-        return (
-            isinstance(other, Native)
-            and (self.inputs, self._weight.in_, self._weight.columns)
-            == (other.inputs, other._weight.in_, other._weight.columns)
-            and all(each.zero_type in (MIDDLE, ZERO_POINT, OFFSET) for each in (self, other))
-            and (self.inputs != INPUTS_8 or (self.group == COLUMNS) == (other.group == COLUMNS))
-        )
-
-    def together(
-        self, others: Sequence[Kernel], x: Tensor, biases: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """One call of `fewbits_linears`."""
-        weights = [each._weight for each in (self, *others) if isinstance(each, Native)]
-        return self._library.linears(weights, x, biases, self.inputs)
+        y: Tensor = operators.linear(x, operators.NOTHING if bias is None else bias, *self._arguments)
+        return y
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), each value rounded once."""
-        return self._library.unpack(self._weight, dtype)
+        weight: Tensor = operators.weight(*self._arguments[:-1], dtype)
+        return weight
 
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of it, (n, in), each value rounded once."""
@@ -159,6 +133,7 @@ class Native(Kernel):
         self._weight: Weight = _described(
             self.shape, self.bits, self.group, self.codes, self.scales, self.zero_type, self.zeros
         )
+        self._arguments = (*operators.arguments(self._weight), self.inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As every module; the library is then told where the buffers have gone."""
@@ -168,7 +143,7 @@ class Native(Kernel):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_weight", "_library")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_weight", "_arguments", "_library")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -188,39 +163,7 @@ class NativeInt8(Native):
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(weight, dtype, device)
         self.inputs = INPUTS_8
-
-
-# What `torch.compile` sees of a product: one operation. Called without it, a product saves the time that
-# going through torch takes.
-_OPS = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]
-_OPS.define(  # type: ignore[no-untyped-call]
-    "native_linear(Tensor x, Tensor? bias, Tensor codes, Tensor scales, Tensor? zeros, int out, "
-    "int bits, int group, int zero_type, int inputs) -> Tensor"
-)
-
-
-def _native_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    out: int,
-    bits: int,
-    group: int,
-    zero_type: int,
-    inputs: int,
-) -> Tensor:
-    weight = _described((out, x.shape[1]), bits, group, codes, scales, zero_type, zeros)
-    return _library().linear(weight, x, bias, inputs)
-
-
-def _like_native_linear(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(x.shape[0], others[4])
-
-
-_OPS.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]
-_OPS.impl("native_linear", _like_native_linear, "Meta")  # type: ignore[no-untyped-call]
+        self._describe()
 
 
 def _described(
@@ -239,7 +182,7 @@ def _described(
 
 def _library() -> Library:
     found = library()
-    if found is None:
+    if found is None or not operators.available():
         raise RuntimeError(f"the native library {why_absent()}")
     return found
 

@@ -6,7 +6,6 @@ exist for a few rows at a time only.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -53,16 +52,6 @@ class Kernel(nn.Module):
         one = torch.eye(self.shape[1], dtype=self.dtype, device=buffer.device)
         weight: Tensor = self(one)
         return weight.t().to(dtype).contiguous()
-
-    def goes_with(self, other: "Kernel") -> bool:
-        """Whether `together` takes both: one x is multiplied by them in one call, with the same bits."""
-        return False
-
-    def together(
-        self, others: Sequence["Kernel"], x: Tensor, biases: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """What it and others give for one x; a bias each, in the dtype of x, or None."""
-        raise NotImplementedError
 
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of that weight, (n, in), by their numbers (n,).

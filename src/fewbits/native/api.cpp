@@ -62,9 +62,9 @@ class Rounded {
 
   bool made() const { return scales_ && totals_ && (x8_ || x16_); }
 
-  Inputs of(const fewbits_weight &w, int64_t rows) const {
-    const bool table = w.zero_type == FEWBITS_TABLE, trellis = w.zero_type == FEWBITS_TRELLIS;
-    const int32_t middle = trellis ? MIDDLE_8 : table ? 0 : 1 << (w.bits - 1);
+  Inputs of(int64_t rows) const {
+    const bool table = w_.zero_type == FEWBITS_TABLE, trellis = w_.zero_type == FEWBITS_TRELLIS;
+    const int32_t middle = trellis ? MIDDLE_8 : table ? 0 : 1 << (w_.bits - 1);
     return {rows, x8_.get(), x16_.get(), scales_.get(), totals_.get(), middle, table ? table_ : nullptr,
             trellis ? isa_.look_up : nullptr, x8_.get()};
   }
@@ -125,13 +125,10 @@ class Rounded {
   int16_t table_[16] = {};
 };
 
-// What is faster for so many rows, and takes all weights.
-const Planes *planes_for(const Isa &isa, int count, const fewbits_weight *const *weights, int inputs, int64_t rows) {
-  for (const Planes *planes : isa.planes) {
-    bool takes = planes;
-    for (int i = 0; takes && i < count; i++) takes = planes->takes(*weights[i], inputs, rows);
-    if (takes) return planes;
-  }
+// What is faster for so many rows, and takes the weight.
+const Planes *planes_for(const Isa &isa, const fewbits_weight &w, int inputs, int64_t rows) {
+  for (const Planes *planes : isa.planes)
+    if (planes && planes->takes(w, inputs, rows)) return planes;
   return nullptr;
 }
 
@@ -180,63 +177,42 @@ extern "C" int fewbits_use(int which) {
 extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64_t rows, int64_t stride,
                               int type, const void *bias, void *y, int inputs, int threads,
                               fewbits_parallel parallel) {
-  return fewbits_linears(1, &weight, x, rows, stride, type, &bias, &y, inputs, threads, parallel);
-}
-
-extern "C" int fewbits_linears(int count, const fewbits_weight *const *weights, const void *x, int64_t rows,
-                               int64_t stride, int type, const void *const *bias, void *const *y, int inputs,
-                               int threads, fewbits_parallel parallel) {
-  if (count < 1 || rows < 0) return 1;
-  const fewbits_weight &first = *weights[0];
-  int64_t all_blocks = 0, bytes = 0;
-  for (int i = 0; i < count; i++) {
-    const fewbits_weight &w = *weights[i];
-    if (!right(w, inputs, type)) return 1;
-    if (count > 1 && (w.in != first.in || w.columns != first.columns || w.zero_type == FEWBITS_TABLE ||
-                      rounded_together(w, inputs) != rounded_together(first, inputs)))
-      return 1;
-    all_blocks += (w.out + ROWS - 1) / ROWS;
-    bytes += w.columns / CHUNK * chunk_bytes(w.bits);
-  }
+  const fewbits_weight &w = *weight;
+  if (rows < 0 || !right(w, inputs, type)) return 1;
   const Isa &isa = *isa_of(fewbits_isa());
-  const int64_t least = 1 + PART * count / (bytes + count);
+  const int64_t least = 1 + PART / (w.columns / CHUNK * chunk_bytes(w.bits) + 1);
   const int parts = inputs == FEWBITS_INPUTS_32 ? 2 : 1;  // of a row
-  const Planes *planes = planes_for(isa, count, weights, inputs, rows * parts);
+  const Planes *planes = planes_for(isa, w, inputs, rows * parts);
   const auto product = inputs == FEWBITS_INPUTS_8 ? (planes ? planes->product8 : isa.product8)
                                                   : (planes ? planes->product16 : isa.product16);
-  const int64_t slice = slice_of(rows, (planes ? rows_at_once(first.columns, inputs) : SLICE) / parts);
-  const Rounded rounded(first, isa, inputs, slice * parts, planes);
+  const int64_t slice = slice_of(rows, (planes ? rows_at_once(w.columns, inputs) : SLICE) / parts);
+  const Rounded rounded(w, isa, inputs, slice * parts, planes);
   if (!rounded.made()) return 2;
   std::atomic<bool> failed{false};
   for (int64_t begun = 0; begun < rows; begun += slice) {
     const int64_t some = rows - begun < slice ? rows - begun : slice;
     in_parts(some, FEW_ROWS, threads, parallel, [&](int64_t begin, int64_t end) {
-      const auto line = array<float>(first.columns);
+      const auto line = array<float>(w.columns);
       if (!line) return failed.store(true);
       for (int64_t row = begin; row < end; row++) {
         const int64_t from = (begun + row) * stride;
-        isa.load_some(x, type, from, first.in, line.get());
-        std::memset(line.get() + first.in, 0, (first.columns - first.in) * sizeof(float));
+        isa.load_some(x, type, from, w.in, line.get());
+        std::memset(line.get() + w.in, 0, (w.columns - w.in) * sizeof(float));
         rounded.round(line.get(), row, some);
       }
     });
     if (failed) return 2;
-    in_parts(all_blocks, least, threads, parallel, [&](int64_t begin, int64_t end) {
+    const Inputs in = rounded.of(some * parts);
+    in_parts((w.out + ROWS - 1) / ROWS, least, threads, parallel, [&](int64_t begin, int64_t end) {
       alignas(64) float result[SLICE * ROWS];
-      int which = 0;
-      int64_t before = 0;  // blocks of the weights before
-      for (int64_t at = begin; at < end; at++) {
-        for (int64_t own; at - before >= (own = (weights[which]->out + ROWS - 1) / ROWS); which++) before += own;
-        const fewbits_weight &w = *weights[which];
-        const Inputs in = rounded.of(w, some * parts);
-        const int64_t block = at - before;
+      for (int64_t block = begin; block < end; block++) {
         product(w, block, in, result);
         const int64_t from = block * ROWS, filled = w.out - from < ROWS ? w.out - from : ROWS;
         float added[ROWS] = {};
-        for (int64_t i = 0; bias[which] && i < filled; i++) added[i] = load(bias[which], type, from + i);
+        for (int64_t i = 0; bias && i < filled; i++) added[i] = load(bias, type, from + i);
         if (parts == 2)
           for (int64_t i = 0; i < some * ROWS; i++) result[i] += result[some * ROWS + i];
-        isa.store_rows(result, some, bias[which] ? added : nullptr, filled, type, y[which], begun * w.out + from, w.out);
+        isa.store_rows(result, some, bias ? added : nullptr, filled, type, y, begun * w.out + from, w.out);
       }
     });
   }

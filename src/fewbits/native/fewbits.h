@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 14
+#define FEWBITS_INTERFACE 15
 
 #ifdef __cplusplus
 extern "C" {
@@ -82,12 +82,6 @@ FEWBITS_API int fewbits_linear(const fewbits_weight *w, const void *x, int64_t r
                                int type, const void *bias, void *y, int inputs, int threads,
                                fewbits_parallel parallel);
 
-// `count` such products of one x, in which it is rounded once and threads are woken once: the same bits as
-// alone. Weights must have the same `in` and `columns`, and no table.
-FEWBITS_API int fewbits_linears(int count, const fewbits_weight *const *w, const void *x, int64_t rows,
-                                int64_t stride, int type, const void *const *bias, void *const *y, int inputs,
-                                int threads, fewbits_parallel parallel);
-
 // The same with a weight (out, in) in `type`, which is FEWBITS_BF16: few rows as fast as it can be read, summed
 // in float32.
 FEWBITS_API int fewbits_float_linear(const void *weight, int64_t out, int64_t in, const void *x, int64_t rows,
@@ -118,6 +112,26 @@ typedef struct {
 } fewbits_few;
 
 FEWBITS_API int fewbits_attend_few(const fewbits_few *few, int threads, fewbits_parallel parallel);
+
+// Functions of PyTorch's stable C interface; each returns 0, or a number that says that it failed.
+typedef struct {
+  int (*data)(void *tensor, void **data);
+  int (*dim)(void *tensor, int64_t *dim);
+  int (*sizes)(void *tensor, int64_t **sizes);
+  int (*strides)(void *tensor, int64_t **strides);
+  int (*type)(void *tensor, int32_t *type);
+  int (*empty)(int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t type, int32_t device_type,
+               int32_t device, void **tensor);
+  int (*copy)(void *tensor, void *source, int32_t non_blocking);
+  int (*release)(void *tensor);
+  int (*threads)(uint32_t *count);
+  int (*library)(const char *name, const char *key, const char *file, uint32_t line, void **library);
+  int (*implement)(void *library, const char *name, void (*)(uint64_t *stack, uint64_t given, uint64_t results),
+                   uint64_t version);
+} fewbits_torch;
+
+// Let the operators that operators.py defines be these functions, in torch's threads or in `parallel`. Called once.
+FEWBITS_API int fewbits_operators(const fewbits_torch *functions, fewbits_parallel parallel);
 
 // Codes (chains, 32) of the closed chains of a trellis whose squared errors against x (chains, 32) are least;
 // 2, 3 or 4 bits. scale (chains, 32) is what entries of the table (256,) are multiplied by. See trellis.py.

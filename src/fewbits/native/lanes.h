@@ -146,8 +146,8 @@ void dots_of(const uint16_t *w, int64_t columns, const float *x, int64_t padded,
   };
   const int64_t whole = columns / STEP * STEP;
   for (int64_t i = 0; i < whole; i += STEP) {
-    __builtin_prefetch(w + i + AHEAD_BYTES / 2);
-    __builtin_prefetch(w + i + AHEAD_BYTES / 2 + 32);
+    __builtin_prefetch(w + i + AHEAD_BYTES / 2, 0, 2);  // into the second cache: measured
+    __builtin_prefetch(w + i + AHEAD_BYTES / 2 + 32, 0, 2);
     step(w + i, i);
   }
   if (whole < columns) {

@@ -7,7 +7,6 @@ missing where fewbits was installed without a C++ compiler. `FEWBITS_NATIVE=0` t
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 14  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 15  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
@@ -27,6 +26,20 @@ _ZEROS = {ZERO_POINT: torch.int8, OFFSET: torch.float32}
 _TABLES = {TABLE: (torch.float32, 16), TRELLIS: (torch.int8, 256)}
 ROWS, COLUMNS = 32, 32  # of a block; what a group is a multiple of
 _SWITCH = "FEWBITS_NATIVE"
+# Functions of PyTorch's C interface, in the order of `fewbits_torch`.
+_OF_TORCH = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_empty_strided",
+    "aoti_torch_copy_",
+    "aoti_torch_delete_tensor_object",
+    "torch_get_num_threads",
+    "aoti_torch_library_init_impl",
+    "torch_library_impl",
+)
 _FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
 
 
@@ -231,14 +244,6 @@ class Library:
             ),
             ("attend", c_int, (POINTER(Attention), c_int, c_void_p)),
             (
-                "linears",
-                c_int,
-                (
-                    *(c_int, c_void_p, c_void_p, c_int64, c_int64, c_int),
-                    *(c_void_p, c_void_p, c_int, c_int, c_void_p),
-                ),
-            ),
-            (
                 "float_linear",
                 c_int,
                 (
@@ -247,6 +252,7 @@ class Library:
                 ),
             ),
             ("attend_few", c_int, (POINTER(Few), c_int, c_void_p)),
+            ("operators", c_int, (POINTER(c_void_p), c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -265,6 +271,21 @@ class Library:
     def threads(self) -> str:
         """Whose threads work: "torch's" or "its own"."""
         return "its own" if self._parallel is None else "torch's"
+
+    def serve_torch(self) -> bool:
+        """Let PyTorch call the operators of operators.cpp, which must be defined; once in a process.
+
+        Returns:
+            Whether it does: PyTorch before 2.10 cannot.
+        """
+        path = next((path for path in _torch_libraries() if path.is_file()), None)
+        try:
+            torch_library = ctypes.CDLL(str(path))
+            functions = [ctypes.cast(getattr(torch_library, name), c_void_p) for name in _OF_TORCH]
+        except (OSError, AttributeError):
+            return False
+        places = (c_void_p * len(functions))(*functions)
+        return int(self._c.fewbits_operators(places, self._parallel)) == 0
 
     def pack(self, codes: Tensor, bits: int, columns: int) -> Tensor:
         """Codes (out, in), uint8, in the layout that is streamed, padded to `columns`: (bytes,)."""
@@ -514,49 +535,6 @@ class Library:
         _raise(error, f"{queries} queries of {heads} heads to {keys} keys of {groups}")
         return result
 
-    def linears(
-        self,
-        weights: Sequence[Weight],
-        x: Tensor,
-        biases: Sequence[Tensor | None],
-        inputs: int = INPUTS_16,
-        threads: int | None = None,
-    ) -> list[Tensor]:
-        """As many products of one x as `linear` gives, the same bits, in one call.
-
-        Args:
-            weights: of as many columns, padded alike; without a table.
-            x: see `linear`.
-            biases: one for each weight.
-            inputs, threads: see `linear`.
-        """
-        count = len(weights)
-        for weight, bias in zip(weights, biases, strict=True):
-            if weight.in_ != weights[0].in_:
-                raise ValueError(f"weights of {weights[0].in_} and {weight.in_} columns read one x")
-            if bias is not None:
-                _check("bias", bias, x.dtype, weight.out)
-        x, rows, stride = self._rows(x, weights[0])
-        before = x.shape[:-1]
-        ys = [torch.empty((*before, weight.out), dtype=x.dtype) for weight in weights]
-        pointers = c_void_p * count
-        error = self._c.fewbits_linears(
-            count,
-            pointers(*[weight.address for weight in weights]),
-            x.data_ptr(),
-            rows,
-            stride,
-            TYPES[x.dtype],
-            pointers(*[None if bias is None else bias.data_ptr() for bias in biases]),
-            pointers(*[y.data_ptr() for y in ys]),
-            inputs,
-            torch.get_num_threads() if threads is None else threads,
-            self._parallel,
-        )
-        if error:
-            _raise(error, f"{rows} rows of {x.dtype} times {count} weights of {x.shape[-1]} columns")
-        return ys
-
     def float_linear(
         self, weight: Tensor, x: Tensor, bias: Tensor | None = None, threads: int | None = None
     ) -> Tensor:
@@ -685,6 +663,12 @@ def _open() -> Library | str:
         return f"cannot be used: {error}"
 
 
+def _torch_libraries() -> list[Path]:
+    """Where PyTorch's own library may be."""
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    return [Path(torch.__file__).parent / "lib" / name for name in names]
+
+
 def torch_parallel() -> int | None:
     """The address of the very `GOMP_parallel` that torch calls, whose threads exist and are warm.
 
@@ -693,7 +677,7 @@ def torch_parallel() -> int | None:
     """
     if sys.platform != "linux":
         return None
-    own = _address(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    own = _address(_torch_libraries()[0])
     return own and (_address(None) or own)
 
 
