@@ -55,14 +55,15 @@ constexpr Planes few_rows{1, takes, nullptr, place16, nullptr, product_of_bytes}
 
 // -- inputs ------------------------------------------------------------------------------------------
 
+// Without their signs floats are ordered as integers are, and what is not finite is beyond all others.
 Step range(const float *x, int64_t n, int bits) {
-  Floats largest = _mm512_setzero_ps(), odd = largest;
-  for (int64_t i = 0; i < n; i += 16) {
-    const Floats v = _mm512_loadu_ps(x + i);
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-    odd = _mm512_add_ps(odd, _mm512_sub_ps(v, v));  // NaN where v is not finite
-  }
-  return step_of(_mm512_reduce_max_ps(largest), _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q) == 0, bits);
+  Ints largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16)
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
+  const int32_t most = _mm512_reduce_max_epi32(largest);
+  float value;
+  std::memcpy(&value, &most, 4);
+  return step_of(value, most < 0x7f800000, bits);
 }
 
 // Zeros where the factor is 0, whatever x is.

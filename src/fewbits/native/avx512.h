@@ -161,8 +161,16 @@ inline Ints zeros_of(const fewbits_weight &w, int32_t middle, int64_t at) {
 // -- where codes come from ---------------------------------------------------------------------------
 
 // Codes are asked for this many bytes before they are needed: a processor's own foresight ends with a
-// page. Measured.
+// page. Measured. Of a chunk a unit's share at a time: a core waits for 16 lines, and asked for more at once it
+// stands still.
 constexpr int AHEAD = 4096;
+
+template <int BITS, int UNITS>
+inline void ask_ahead(const uint8_t *chunk, int unit) {
+  constexpr int lines = int(chunk_bytes(BITS) / 64);
+  for (int i = unit * lines / UNITS; i < (unit + 1) * lines / UNITS; i++)
+    _mm_prefetch(chunk + AHEAD + i * 64, _MM_HINT_T1);
+}
 
 // A block as it is stored.
 template <class Mode, int BITS>
@@ -179,9 +187,9 @@ struct Stored {
   Ints operator()(int chunk, int tile, int unit) const {
     return Mode::template codes<BITS>(codes + chunk * chunk_bytes(BITS), tile, unit, table);
   }
-  void fetch(int chunk) const {
-    const uint8_t *from = codes + chunk * chunk_bytes(BITS) + AHEAD;
-    for (int i = 0; i < chunk_bytes(BITS); i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+  template <int UNITS>
+  void fetch(int chunk, int unit) const {
+    ask_ahead<BITS, UNITS>(codes + chunk * chunk_bytes(BITS), unit);
   }
 };
 
@@ -189,7 +197,8 @@ struct Stored {
 template <class Mode>
 struct LookedUp : Stored<Mode, 8> {
   using Stored<Mode, 8>::Stored;
-  void fetch(int) const {}
+  template <int>
+  void fetch(int, int) const {}
 };
 
 // A panel that was unpacked, since many rows of x go through it.
@@ -201,7 +210,8 @@ struct Panel {
   Ints operator()(int chunk, int tile, int unit) const {
     return _mm512_load_si512(vectors + ((chunk * Mode::units + unit) * 2 + tile) * 64);
   }
-  void fetch(int) const {}
+  template <int>
+  void fetch(int, int) const {}
 
   template <class Source, class Part>
   void fill(const Source &source, const fewbits_weight &w, int32_t middle, Part part) {
@@ -249,11 +259,13 @@ inline void rows(const fewbits_weight &w, const Source &source, int64_t panel, S
                                                    _mm512_mullo_epi32(zero, _mm512_set1_epi32(total[m])));
       }
     }
+    constexpr bool apart = M < 4 || Mode::units == 8;  // measured: else registers are few
     const auto add_chunk = [&](int c) {
-      source.fetch(c);
+      if constexpr (!apart) source.template fetch<1>(c, 0);
       const uint8_t *own = inputs + Mode::at(c);
 #pragma GCC unroll 16
       for (int unit = 0; unit < Mode::units; unit++) {
+        if constexpr (apart) source.template fetch<Mode::units>(c, unit);
         const Ints w0 = source(c, 0, unit), w1 = source(c, 1, unit);
         for (int m = 0; m < M; m++) {
           const auto add = [&](auto plane) {

@@ -130,9 +130,9 @@ struct Chains {
     if (quads == 1) return v;
     return unit % 2 ? _mm512_srli_epi16(v, 8) : _mm512_and_si512(v, _mm512_set1_epi16(255));
   }
-  void fetch(int chunk) const {
-    const uint8_t *from = codes + chunk * chunk_bytes(BITS) + AHEAD;
-    for (int i = 0; i < chunk_bytes(BITS); i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+  template <int UNITS>
+  void fetch(int chunk, int unit) const {
+    ask_ahead<BITS, UNITS>(codes + chunk * chunk_bytes(BITS), unit);
   }
 };
 
@@ -140,10 +140,11 @@ template <int BITS>
 void look_up_of(const uint8_t *codes, int chunks, const fewbits_weight &w, uint8_t *result) {
   const Chains<Eight, BITS> source(codes, w, {});
   for (int c = 0; c < chunks; c++) {
-    source.fetch(c);
 #pragma GCC unroll 8
-    for (int q = 0; q < 8; q++)
+    for (int q = 0; q < 8; q++) {
+      source.template fetch<8>(c, q);
       for (int t = 0; t < 2; t++, result += 64) _mm512_store_si512(result, source(c, t, q));
+    }
   }
 }
 

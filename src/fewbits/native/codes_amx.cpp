@@ -8,11 +8,28 @@ namespace {
 constexpr int64_t TILE = 16;  // rows
 constexpr int HALF = ROWS / 2;  // of a block: as many rows of W as a tile is wide
 
-// Zero points are taken off codes as they are unpacked: what is left must be a byte.
-bool takes(const fewbits_weight &w, int, int64_t rows) {
-  const int64_t least = w.group == CHUNK ? 8 : 6;
+// Zero points are taken off codes as they are unpacked: what is left must be a byte. How many rows it is faster for was
+// measured.
+bool takes(const fewbits_weight &w, int inputs, int64_t rows) {
+  const bool eight = inputs == FEWBITS_INPUTS_8, dear = w.group == CHUNK || (eight && w.zero_type == FEWBITS_TRELLIS);
+  const int64_t least = !dear ? 4 : eight ? 6 : 8;
   return rows >= least && w.zero_type != FEWBITS_TABLE && (w.bits < 8 || w.zero_type != FEWBITS_ZERO_POINT);
 }
+
+// What is asked for two panels before it is needed, bit by bit: a core waits for 16 lines, and asked for more at once
+// it stands still.
+struct Ahead {
+  const uint8_t *next, *end;
+  Ahead(const uint8_t *codes, int64_t panel) : next(codes + 2 * panel), end(next + panel) {}
+
+  void fetch(int lines) {
+    for (const uint8_t *stop = next + lines * 64; next < stop && next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+  static void fetch_scales(const fewbits_weight &w, int64_t at) {
+    const int64_t bytes = w.scale_type == FEWBITS_F32 ? 4 : 2;
+    _mm_prefetch(static_cast<const char *>(w.scales) + (at + 16 * ROWS) * bytes, _MM_HINT_T0);
+  }
+};
 
 // A panel of codes: of each half the columns below each other, four a vector. And what belongs to its segments.
 struct Unpacked {
@@ -21,11 +38,12 @@ struct Unpacked {
   int begin[PANEL], end[PANEL], segments = 0;
 
   template <int BITS, int MOST>
-  void fill(const uint8_t *stored, const fewbits_weight &w, int32_t middle, Segments<MOST> part) {
+  void fill(const uint8_t *stored, const fewbits_weight &w, int32_t middle, Segments<MOST> part, Ahead &ahead) {
     const Ints lowest = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
     for (segments = 0; part.next(); segments++) {
       begin[segments] = part.begin;
       end[segments] = part.end;
+      ahead.fetch_scales(w, part.scales());
       for (int t = 0; t < 2; t++) {
         const int64_t at = part.scales() + t * HALF;
         const Ints zero = _mm512_shuffle_epi8(zeros_of(w, middle, at), lowest);
@@ -37,11 +55,9 @@ struct Unpacked {
 #pragma GCC unroll 8
           for (int q = 0; q < 8; q++)
             _mm512_store_si512(to + q * 64, _mm512_sub_epi8(quad<BITS>(chunk, t, q), zero));
+          ahead.fetch(chunk_bytes(BITS) / 256);
         }
       }
-      for (int c = part.begin; c < part.end && w.zero_type != FEWBITS_TRELLIS; c++)  // looked up before
-        for (int i = 0; i < chunk_bytes(BITS); i += 64)
-          _mm_prefetch(stored + c * chunk_bytes(BITS) + AHEAD + i, _MM_HINT_T1);
     }
   }
 };
@@ -52,23 +68,10 @@ struct Sums {
   alignas(64) int32_t of[PLANES][2][TILE * HALF];
 };
 
-// Tiles of sums are used in pairs, one for each half: while one pair waits for its sums and is stored, the
-// other is multiplied into.
+// Tiles of sums are used in pairs: while one pair waits for its sums and is stored, the other is multiplied into. A
+// pair is of both halves, and with two planes of both planes of a half: what is unpacked is loaded once.
 template <int PAIR>
-inline void store(int32_t (*sums)[TILE * HALF]) {
-  constexpr int64_t stride = HALF * sizeof(int32_t);
-  if constexpr (PAIR == 0) {
-    _tile_stored(0, sums[0], stride);
-    _tile_stored(1, sums[1], stride);
-  } else {
-    _tile_stored(2, sums[0], stride);
-    _tile_stored(3, sums[1], stride);
-  }
-}
-
-// One plane of a tile of x, steps `stride` bytes apart, times a segment of a panel. A step has `chunks`.
-template <int PAIR, bool LOW>
-inline void multiply(const int8_t *x, int64_t stride, int chunks, const Unpacked &panel, int s) {
+inline void clear() {
   if constexpr (PAIR == 0) {
     _tile_zero(0);
     _tile_zero(1);
@@ -76,20 +79,56 @@ inline void multiply(const int8_t *x, int64_t stride, int chunks, const Unpacked
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+template <int PAIR>
+inline void store(int32_t *first, int32_t *second) {
+  constexpr int64_t stride = HALF * sizeof(int32_t);
+  if constexpr (PAIR == 0) {
+    _tile_stored(0, first, stride);
+    _tile_stored(1, second, stride);
+  } else {
+    _tile_stored(2, first, stride);
+    _tile_stored(3, second, stride);
+  }
+}
+
+// A tile of x, whose steps of 64 columns are `apart`, times a segment of both halves of a panel.
+template <int PAIR>
+inline void multiply(const int8_t *x, int64_t apart, int chunks, const Unpacked &panel, int s, Ahead &ahead) {
+  clear<PAIR>();
   for (int c = panel.begin[s]; c < panel.end[s]; c += chunks) {
-    _tile_loadd(4, x + (c >> 1) * stride + (c & 1) * CHUNK, 64);
+    _tile_loadd(4, x + (c >> 1) * apart + (c & 1) * CHUNK, 64);
     _tile_loadd(6, panel.codes[0] + c * 8 * 64, 64);
     _tile_loadd(7, panel.codes[1] + c * 8 * 64, 64);
-    if constexpr (LOW) {  // these bytes have no sign
-      _tile_dpbusd(2, 4, 6);
-      _tile_dpbusd(3, 4, 7);
-    } else if constexpr (PAIR == 0) {
+    if constexpr (PAIR == 0) {
       _tile_dpbssd(0, 4, 6);
       _tile_dpbssd(1, 4, 7);
     } else {
       _tile_dpbssd(2, 4, 6);
       _tile_dpbssd(3, 4, 7);
     }
+    ahead.fetch(4);
+  }
+}
+
+// Both planes of a tile of x, the low one a half of `apart` behind the high one, times half `PAIR`.
+template <int PAIR>
+inline void multiply_planes(const int8_t *x, int64_t apart, int chunks, const Unpacked &panel, int s, Ahead &ahead) {
+  clear<PAIR>();
+  for (int c = panel.begin[s]; c < panel.end[s]; c += chunks) {
+    const int8_t *high = x + (c >> 1) * apart + (c & 1) * CHUNK;
+    _tile_loadd(6, panel.codes[PAIR] + c * 8 * 64, 64);
+    _tile_loadd(4, high, 64);
+    _tile_loadd(5, high + apart / 2, 64);
+    if constexpr (PAIR == 0) {  // bytes of the low plane have no sign
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbusd(1, 5, 6);
+    } else {
+      _tile_dpbssd(2, 4, 6);
+      _tile_dpbusd(3, 5, 6);
+    }
+    ahead.fetch(4);
   }
 }
 
@@ -134,7 +173,9 @@ void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *
   Sums<PLANES> sums[2];
   for (int64_t p = 0; p * WIDE < w.columns; p++) {
     const Segments<MOST> part(w, block, p);
-    panel.fill<BITS>(panels.next(part.count), w, x.middle, part);
+    const uint8_t *codes = panels.next(part.count);
+    Ahead ahead(codes, w.zero_type == FEWBITS_TRELLIS ? 0 : part.count * chunk_bytes(BITS));  // looked up before
+    panel.fill<BITS>(codes, w, x.middle, part, ahead);
     const int8_t *own = x.tiles + p * filled * WIDE * PLANES;
     // One step behind, sums are stored and scaled.
     int64_t row_before = -1;
@@ -149,16 +190,16 @@ void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *
       for (int s = 0; s < panel.segments; s++, step++) {
         auto &now = sums[step & 1], &last = sums[~step & 1];
         if constexpr (PLANES == 2) {
-          multiply<0, false>(own, 2 * side * 64, chunks, panel, s);
-          if (step) store<1>(last.of[1]);
-          multiply<1, true>(own + side * 64, 2 * side * 64, chunks, panel, s);
-          store<0>(now.of[0]);
+          multiply_planes<0>(own, 2 * side * 64, chunks, panel, s, ahead);
+          if (step) store<1>(last.of[0][1], last.of[1][1]);
+          multiply_planes<1>(own, 2 * side * 64, chunks, panel, s, ahead);
+          store<0>(now.of[0][0], now.of[1][0]);
         } else if (step % 2) {
-          multiply<1, false>(own, side * 64, chunks, panel, s);
-          store<0>(last.of[0]);
+          multiply<1>(own, side * 64, chunks, panel, s, ahead);
+          store<0>(last.of[0][0], last.of[0][1]);
         } else {
-          multiply<0, false>(own, side * 64, chunks, panel, s);
-          if (step) store<1>(last.of[0]);
+          multiply<0>(own, side * 64, chunks, panel, s, ahead);
+          if (step) store<1>(last.of[0][0], last.of[0][1]);
         }
         if (step) scale();
         row_before = row;
@@ -166,10 +207,11 @@ void product_of(const fewbits_weight &w, int64_t block, const Inputs &x, float *
       }
     auto &last = sums[~step & 1];
     if (PLANES == 1 && step % 2)
-      store<0>(last.of[0]);
+      store<0>(last.of[0][0], last.of[0][1]);
     else
-      store<1>(last.of[PLANES - 1]);
+      store<1>(PLANES == 1 ? last.of[0][0] : last.of[0][1], last.of[PLANES - 1][1]);
     scale();
+    ahead.fetch(PANEL * chunk_bytes(BITS) / 64);
   }
 }
 
