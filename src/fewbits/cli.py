@@ -144,6 +144,14 @@ Format = Annotated[
 ]
 
 
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Run steps after the prompt as one graph on a CPU: faster, once PyTorch's compiler has "
+        "made it, in the first.",
+    ),
+]
 Int8Inputs = Annotated[
     bool,
     typer.Option(
@@ -858,6 +866,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     int8_inputs: Int8Inputs = False,
+    compile_: Compiled = False,
     device: RunsOn = "cpu",
 ) -> None:
     """Stream text that MODEL writes after PROMPT."""
@@ -873,7 +882,7 @@ def generate(
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature is {temperature}; accepted are numbers from 0")
     check_seed(seed)
-    network = load(model, device=find_device(device), int8_inputs=int8_inputs)
+    network = load(model, device=find_device(device), int8_inputs=int8_inputs, compiled=compile_)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
@@ -902,6 +911,7 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     int8_inputs: Int8Inputs = False,
+    compile_: Compiled = False,
     device: RunsOn = "cpu",
     json_: Json = False,
 ) -> None:
@@ -915,7 +925,7 @@ def bench(
     if prompt < 1 or new_tokens < 1:
         raise InputError("--prompt and --new-tokens need numbers from 1")
     size = measure_size(resolve(model))
-    network = load(model, device=find_device(device), int8_inputs=int8_inputs)
+    network = load(model, device=find_device(device), int8_inputs=int8_inputs, compiled=compile_)
     notes = kernel_notes(network)
     speed = measure_speed(network, prompt, new_tokens)
     if json_:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewbits.attention import use_grouped_attention
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
+from fewbits.compiled import compile_steps
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
 from fewbits.gguf_file import GgufCheckpoint, open_gguf
@@ -46,6 +47,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     int8_inputs: bool = False,
+    compiled: bool = False,
 ) -> Any:
     """A transformers model, quantized or not, ready for `generate()`.
 
@@ -56,12 +58,14 @@ def load(
         device: where it runs.
         int8_inputs: round the inputs of matrices of up to 4 bits to 8 bits on a CPU: faster for several
             tokens at once. What it costs is in docs/kernels.md.
+        compiled: run steps of `generate()` on a CPU as one graph, made by PyTorch's compiler in the
+            first: see `compile_steps`.
 
     Returns:
         The `PreTrainedModel`, in evaluation mode.
 
     Raises:
-        InputError: no checkpoint, or a quantization that is not read.
+        InputError: no checkpoint, a quantization that is not read, or steps that cannot be compiled.
 
     >>> model = load("reference/model")
     >>> model.generate(torch.tensor([[0, 1]]), max_new_tokens=3, min_new_tokens=3).shape
@@ -70,7 +74,10 @@ def load(
     folder = resolve(model)
     checkpoint = open_model(folder)
     with _one_line(folder):
-        return _load(checkpoint, dtype, device, int8_inputs)
+        loaded = _load(checkpoint, dtype, device, int8_inputs)
+    if compiled:
+        compile_steps(loaded)
+    return loaded
 
 
 def find_device(name: str | torch.device) -> torch.device:

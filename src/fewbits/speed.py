@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import LEDGER
+from fewbits.compiled import fixed_cache
 from fewbits.errors import InputError, ResourceError
 from fewbits.estimate import Estimate, mean_estimate
 from fewbits.ledger import read_ledger
@@ -168,14 +169,16 @@ def _prompt(model: Any, prompt: int, new_tokens: int) -> tuple[Tensor, int]:
 def _time_round(model: Any, ids: Tensor, new_tokens: int) -> _Round:
     ids = ids.to(model.device)
     began = time.perf_counter()
-    output = model(ids, use_cache=True)
+    fixed = fixed_cache(model, ids.shape[1] + new_tokens)
+    given = {} if fixed is None else {"past_key_values": fixed}
+    output = model(input_ids=ids, use_cache=True, **given)
     token = output.logits[:, -1:].argmax(-1)
     _wait(model)
     prefill_s = time.perf_counter() - began
     steps = []
     for _ in range(new_tokens):
         began = time.perf_counter()
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         _wait(model)
         steps.append(time.perf_counter() - began)

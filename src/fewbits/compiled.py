@@ -1,0 +1,63 @@
+"""Steps of `generate()` as one graph, which PyTorch's compiler makes.
+
+Between the products of a block a step calls some forty small operations, and Python for each. While
+weights stream through the caches that takes a quarter of a step; compiled, a tenth.
+"""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache
+
+from fewbits.errors import InputError
+from fewbits.linear import ExpertLinears
+
+# Python keeps what its functions hold in pieces of 16 KB. Where the end of one falls between a graph and
+# the operations that it calls, each call takes a new piece from the system: 41 ms a step instead of 33.
+# A function that asks for so many places has a larger piece, with room for all that it calls.
+_ROOM = 2**14
+
+
+def compile_steps(model: Any) -> None:
+    """Let a transformers model on a CPU run what comes after the prompt, token by token, as one graph.
+
+    `generate()` then keeps keys and values in a cache of a fixed size, for which graphs can be made. The
+    first step compiles (17 s for 16 blocks of a Llama), and once more where the cache has another size;
+    it needs a C++ compiler. All else runs as before. The logits may differ in their last bits.
+
+    Raises:
+        InputError: it is not on a CPU, its class says that it cannot be one graph, or it is a mixture.
+    """
+    name = type(model).__name__
+    if model.device.type != "cpu":
+        raise InputError(
+            f"compiled steps on {model.device}; accepted is a CPU: elsewhere transformers compiles by "
+            "itself, with generate(cache_implementation='static')"
+        )
+    if not getattr(model, "_can_compile_fullgraph", False):
+        raise InputError(f"compiled steps of {name}, which says that it cannot be one graph")
+    if any(isinstance(module, ExpertLinears) for module in model.modules()):
+        raise InputError(f"compiled steps of {name}: which experts run is known in each step alone")
+    own = model.forward
+    compiled = torch.compile(own, fullgraph=True)
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if not args and _is_step(kwargs) else own)(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace(co_stacksize=_ROOM)
+    model.forward, model.fewbits_compiled = forward, True
+    model.generation_config.cache_implementation = "static"
+
+
+def fixed_cache(model: Any, tokens: int) -> StaticCache | None:
+    """A cache for so many tokens, for one text, where steps are compiled; None where not."""
+    compiled = getattr(model, "fewbits_compiled", False)
+    return StaticCache(config=model.config, max_cache_len=tokens) if compiled else None
+
+
+def _is_step(given: dict[str, Any]) -> bool:
+    ids = given.get("input_ids")
+    fixed = type(given.get("past_key_values")) is StaticCache
+    return fixed and ids is not None and ids.shape[-1] == 1 and not torch.is_grad_enabled()

@@ -1,0 +1,99 @@
+"""Steps that were compiled compute what they did before, and only steps are."""
+
+import shutil
+
+import pytest
+import torch
+
+from fewbits import InputError, QuantScheme, load, quantize
+from fewbits.compiled import fixed_cache
+from fewbits.linear import FloatLinear
+from fewbits.speed import measure_speed
+from models import VOCABULARY, tiny_checkpoint
+
+IDS = torch.arange(1, 17)[None] * 7 % VOCABULARY
+SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            source = tiny_checkpoint(folder / "model", kind)
+            made[kind] = folder / "out"
+            quantize(source, made[kind], scheme=QuantScheme(4, "group", 32, symmetric=False))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """PyTorch's graphs without its compiler, which would round otherwise: the tokens of each call."""
+    own, calls = torch.compile, []
+
+    def compile_(forward, **options):
+        graph = own(forward, backend="aot_eager", **options)
+
+        def call(**given):
+            calls.append(given["input_ids"].shape[1])
+            return graph(**given)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
+def test_generation_writes_the_same_and_every_step_is_a_graph(quantized, graphs, kind):
+    plain, compiled = load(quantized(kind)), load(quantized(kind), compiled=True)
+    assert any(isinstance(module, FloatLinear) for module in compiled.modules())
+    for length in (16, 11):
+        ids, more = IDS[:, :length], {"return_dict_in_generate": True, "output_logits": True}
+        found = compiled.generate(ids, **SETTINGS, **more)
+        expected = plain.generate(ids, **SETTINGS, **more, cache_implementation="static")
+        assert torch.equal(found.sequences, expected.sequences)
+        for a, b in zip(found.logits, expected.logits, strict=True):
+            assert torch.equal(a, b)
+    assert graphs == [1] * 10  # of six tokens the first is the prompt's
+
+
+def test_prompts_gradients_and_growing_caches_are_left_alone(quantized, graphs):
+    model = load(quantized("llama"), compiled=True)
+    with torch.no_grad():
+        cache = model(input_ids=IDS, past_key_values=fixed_cache(model, 20)).past_key_values
+        grown = model(input_ids=IDS, use_cache=True).past_key_values
+        model(input_ids=IDS[:, :1], past_key_values=grown)
+        model(input_ids=IDS[:, :2], past_key_values=cache)
+        assert graphs == []
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    assert graphs == [1]
+    model(input_ids=IDS[:, :1], past_key_values=cache)
+    assert graphs == [1]
+    assert fixed_cache(load(quantized("llama")), 20) is None
+
+
+def test_models_that_cannot_be_one_graph_are_refused(quantized):
+    with pytest.raises(InputError, match="compiled steps of MixtralForCausalLM: which experts run"):
+        load(quantized("mixtral"), compiled=True)
+    model = load(quantized("llama"))
+    type(model)._can_compile_fullgraph, before = False, type(model)._can_compile_fullgraph
+    try:
+        with pytest.raises(InputError, match="LlamaForCausalLM, which says that it cannot be one graph"):
+            load(quantized("llama"), compiled=True)
+    finally:
+        type(model)._can_compile_fullgraph = before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
+def test_pytorchs_compiler_takes_them(quantized):
+    model = load(quantized("llama"), dtype=torch.float32, compiled=True)
+    plain = load(quantized("llama"), dtype=torch.float32)
+    assert torch.equal(model.generate(IDS, **SETTINGS), plain.generate(IDS, **SETTINGS))
+    speed = measure_speed(model, 16, 4, 1)
+    assert speed.decode > 0
+    assert speed.prompt == 16
