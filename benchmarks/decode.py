@@ -31,7 +31,7 @@ LEAST = {
     ("Q4_0", "llama.cpp"): (0.95, 1.2),
     ("Q8_0", "llama.cpp"): (1.0, 1.2),
     ("Q4_0", "bfloat16"): (4.5, 0.9),
-    ("w4-g128", "bfloat16"): (0, 1.1),
+    ("w4-g128", "bfloat16"): (4.5, 1.1),
     ("w4-g128-head8", "bfloat16"): (4.5, 1.1),
 }
 
@@ -81,8 +81,8 @@ def make(folder: Path) -> Path:
         if not out.is_dir():
             scheme = fewbits.QuantScheme(bits, "group", group)
             overrides = (("lm_head", fewbits.QuantScheme(8)),) if head else ()
-            recipe = fewbits.Recipe(scheme=scheme, overrides=overrides)
-            fewbits.quantize(model, out, recipe=recipe, format="gguf" if "Q" in name else "fewbits")
+            kind = "gguf" if "Q" in name else "fewbits"
+            fewbits.quantize(model, out, scheme=scheme, overrides=overrides, format=kind)
     return model
 
 
@@ -107,9 +107,11 @@ def main() -> None:
     model, rest = make(folder), (PROMPT, NEW, args.threads, REPEATS)
     failed = []
     for name in args.schemes:
-        who = {"16-bit inputs": (sys.executable, OURS, folder / name, 16, *rest)}
+        ours = (sys.executable, OURS, folder / name)
+        who = {"16-bit inputs": (*ours, 16, *rest, "")}
         if name != "Q8_0":  # whose inputs stay in 16 bits
-            who["int8 inputs"] = (sys.executable, OURS, folder / name, 8, *rest)
+            who["int8 inputs"] = (*ours, 8, *rest, "")
+        who["compiled, " + list(who)[-1]] = (*list(who.values())[-1][:-1], "compiled")
         fastest = list(who)[-1]
         who["bfloat16"] = (sys.executable, FLOAT, model, 16, *rest)
         if args.python and "Q" in name:

@@ -290,15 +290,13 @@ float below(float *scores, int64_t keys) {
 
 // Of those that are seen; minus infinity where there are none.
 float below(float *scores, int64_t keys, const uint8_t *mask) {
-  float largest = -INFINITY;
-  bool any = false;
+  uint8_t any = 0;
   for (int64_t t = 0; t < keys; t++) {
-    any |= mask[t] != 0;
-    if (mask[t] && scores[t] > largest) largest = scores[t];
+    any |= mask[t];
+    scores[t] = mask[t] ? scores[t] : -INFINITY;
   }
-  if (any && largest == -INFINITY) largest = 0;
-  for (int64_t t = 0; t < keys; t++) scores[t] = mask[t] ? scores[t] - largest : -INFINITY;
-  return largest;
+  const float largest = below(scores, keys);
+  return any ? largest : -INFINITY;
 }
 
 template <int J, class T>
