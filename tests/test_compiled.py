@@ -33,10 +33,11 @@ def quantized(tmp_path_factory):
 @pytest.fixture
 def graphs(monkeypatch):
     """PyTorch's graphs without its compiler, which would round otherwise: the tokens of each call."""
+    torch.compiler.reset()  # or graphs of other tests count
     own, calls = torch.compile, []
 
     def compile_(forward, **options):
-        graph = own(forward, backend="aot_eager", **options)
+        graph = own(forward, backend="aot_eager", fullgraph=True, **options)
 
         def call(**given):
             calls.append(given["input_ids"].shape[1])
@@ -90,9 +91,11 @@ def test_models_that_cannot_be_one_graph_are_refused(quantized):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
-def test_pytorchs_compiler_takes_them(quantized):
-    model = load(quantized("llama"), dtype=torch.float32, compiled=True)
-    plain = load(quantized("llama"), dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_pytorchs_compiler_takes_them(quantized, kind):
+    torch.compiler.reset()
+    model = load(quantized(kind), dtype=torch.float32, compiled=True)
+    plain = load(quantized(kind), dtype=torch.float32)
     assert torch.equal(model.generate(IDS, **SETTINGS), plain.generate(IDS, **SETTINGS))
     speed = measure_speed(model, 16, 4, 1)
     assert speed.decode > 0

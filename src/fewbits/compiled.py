@@ -4,7 +4,7 @@ Between the products of a block a step calls some forty small operations, and Py
 weights stream through the caches that takes a quarter of a step; compiled, a tenth.
 """
 
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -40,14 +40,15 @@ def compile_steps(model: Any) -> None:
     if any(isinstance(module, ExpertLinears) for module in model.modules()):
         raise InputError(f"compiled steps of {name}: which experts run is known in each step alone")
     own = model.forward
-    compiled = torch.compile(own, fullgraph=True)
+    # Not `fullgraph`: a process that makes more graphs than PyTorch's limit (8) is warned, and goes on
+    # without.
+    compiled = torch.compile(own)
 
-    @wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if not args and _is_step(kwargs) else own)(*args, **kwargs)
 
     forward.__code__ = forward.__code__.replace(co_stacksize=_ROOM)
-    model.forward, model.fewbits_compiled = forward, True
+    model.forward, model.fewbits_compiled = update_wrapper(forward, own), True
     model.generation_config.cache_implementation = "static"
 
 

@@ -5,7 +5,7 @@ between two products is slow, for its code and data have gone from the cache whi
 Before, Python functions do the same.
 """
 
-from functools import cache
+import threading
 from typing import Any
 
 import torch
@@ -39,14 +39,16 @@ attend = torch.ops.fewbits.native_attend.default
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether there is a library; only then they may be called."""
-    return _installed(library())
+    found = library()
+    if found is not None and not _given_functions:
+        _give_functions(found)
+    return found is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bf16() -> bool:
     """Whether `attend` may be called: the processor has products of bfloat16."""
-    found = library()
-    return _installed(found) and found is not None and found.has_bf16
+    return available() and _library().has_bf16
 
 
 def arguments(described: Weight) -> tuple[Any, ...]:
@@ -56,15 +58,19 @@ def arguments(described: Weight) -> tuple[Any, ...]:
     return *tensors, *shape
 
 
-@cache
-def _installed(found: Library | None) -> bool:
-    """Give the operators their functions, once."""
-    if found is None:
-        return False
-    functions = _IN_PYTHON if found.serve_torch() else _IN_PYTHON | _WITHOUT_TORCH
-    for name, function in functions.items():
-        _DEFINED.impl(f"native_{name}", function, "CPU")  # type: ignore[no-untyped-call]
-    return True
+_given_functions: list[str] = []
+_GIVING = threading.Lock()
+
+
+def _give_functions(found: Library) -> None:
+    """To the operators, once in a process."""
+    with _GIVING:
+        if _given_functions:
+            return
+        functions = _IN_PYTHON if found.serve_torch() else _IN_PYTHON | _WITHOUT_TORCH
+        for name, function in functions.items():
+            _DEFINED.impl(f"native_{name}", function, "CPU")  # type: ignore[no-untyped-call]
+        _given_functions.extend(functions)
 
 
 def _library() -> Library:
