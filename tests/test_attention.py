@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fewbits import native
 from fewbits.attention import FEW, NAME, attend, grouped_attention, use_grouped_attention
@@ -161,9 +162,23 @@ def test_texts_in_bfloat16_without_mask_and_gradient_are_the_librarys(library, m
         (parts, torch.ones(2, 1, 20, 20, dtype=torch.bool).tril(), {}),
         (tuple(t.float() for t in parts), None, {}),
         (tuple(t.clone().requires_grad_() for t in parts), None, {}),
-        ((parts[0][:, :, :10], *parts[1:]), None, {}),
+        ((parts[0][:, :, :10], *parts[1:]), None, {"is_causal": False}),
     ):
         module.num_key_value_groups = 2
         found, _ = attend(module, *given, mask, scaling=0.25, **more)
         assert found.shape == (2, given[0].shape[2], 4, 16)
     assert calls == [True, False]
+
+
+@torch.no_grad()
+def test_a_text_in_a_cache_with_room_for_more_sees_itself_alone(library):
+    query, key, value = text(20)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (t.to(dtype) for t in (query[:, :, :10], key, value))
+        found, _ = attend(module, q, k, v, None, scaling=0.25)
+        expected, _ = attend(module, q, k[:, :, :10], v[:, :, :10], None, scaling=0.25)
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+        assert torch.equal(found, expected)
+        assert (found - plain.transpose(1, 2)).abs().max() < 0.03

@@ -1,5 +1,6 @@
 """Steps that were compiled compute what they did before, and only steps are."""
 
+import copy
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fewbits import InputError, QuantScheme, load, quantize
 from fewbits.compiled import fixed_cache
 from fewbits.linear import FloatLinear
+from fewbits.native import operators
 from fewbits.speed import measure_speed
 from models import VOCABULARY, tiny_checkpoint
 
@@ -39,9 +41,9 @@ def graphs(monkeypatch):
     def compile_(forward, **options):
         graph = own(forward, backend="aot_eager", fullgraph=True, **options)
 
-        def call(**given):
+        def call(model, **given):
             calls.append(given["input_ids"].shape[1])
-            return graph(**given)
+            return graph(model, **given)
 
         return call
 
@@ -76,6 +78,28 @@ def test_prompts_gradients_and_growing_caches_are_left_alone(quantized, graphs):
     model(input_ids=IDS[:, :1], past_key_values=cache)
     assert graphs == [1]
     assert fixed_cache(load(quantized("llama")), 20) is None
+
+
+def test_a_copy_runs_its_own_weights(quantized, graphs):
+    model = load(quantized("llama"), compiled=True)
+    other = copy.deepcopy(model)
+    assert other.forward.__self__ is other
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        for each in (model, other):
+            cache = each(input_ids=IDS, past_key_values=fixed_cache(each, 20)).past_key_values
+            logits = each(input_ids=IDS[:, :1], past_key_values=cache).logits
+            assert bool((logits == 0).all()) == (each is other)
+    assert graphs == [1, 1]
+
+
+def test_prompts_attend_in_the_library_as_without(quantized):
+    if not operators.has_bf16():
+        pytest.skip("the native library has no products of bfloat16 here")
+    plain, compiled = load(quantized("llama")), load(quantized("llama"), compiled=True)
+    with torch.no_grad():
+        logits = compiled(input_ids=IDS, past_key_values=fixed_cache(compiled, 30)).logits
+        assert torch.equal(logits, plain(input_ids=IDS, use_cache=True).logits)
 
 
 def test_models_that_cannot_be_one_graph_are_refused(quantized):

@@ -80,6 +80,8 @@ def attend(
         return grouped_attention(query, key, value, attention_mask, scaling), None
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    if causal and attention_mask is None and 1 < queries < key.shape[2]:
+        key, value = key[:, :, :queries], value[:, :, :queries]  # of a cache with room for more
     if texts and plain and attention_mask is None and _fits(query, key, value):
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         return operators.attend(query, key, value, scaling, bool(causal)), None

@@ -5,6 +5,7 @@ weights stream through the caches that takes a quarter of a step; compiled, a te
 """
 
 from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ _ROOM = 2**14
 def compile_steps(model: Any) -> None:
     """Let a transformers model on a CPU run what comes after the prompt, token by token, as one graph.
 
-    `generate()` then keeps keys and values in a cache of a fixed size, for which graphs can be made. The
-    first step compiles (17 s for 16 blocks of a Llama), and once more where the cache has another size;
-    it needs a C++ compiler. All else runs as before. The logits may differ in their last bits.
+    `generate()` then keeps keys and values in a cache of a fixed size, for which graphs can be made: of
+    the prompt and all that may follow, which every step goes through. It takes no other cache, and no
+    assisting model. The first step compiles (12 to 17 s for 16 blocks of a Llama), and once more where
+    the cache has another size; it needs a C++ compiler. Prompts and training run as before. The logits
+    may differ in their last bits.
 
     Raises:
         InputError: it is not on a CPU, its class says that it cannot be one graph, or it is a mixture.
@@ -39,16 +42,18 @@ def compile_steps(model: Any) -> None:
         raise InputError(f"compiled steps of {name}, which says that it cannot be one graph")
     if any(isinstance(module, ExpertLinears) for module in model.modules()):
         raise InputError(f"compiled steps of {name}: which experts run is known in each step alone")
-    own = model.forward
+    own = type(model).forward
     # Not `fullgraph`: a process that makes more graphs than PyTorch's limit (8) is warned, and goes on
     # without.
     compiled = torch.compile(own)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if not args and _is_step(kwargs) else own)(*args, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if not args and _is_step(kwargs) else own)(self, *args, **kwargs)
 
     forward.__code__ = forward.__code__.replace(co_stacksize=_ROOM)
-    model.forward, model.fewbits_compiled = update_wrapper(forward, own), True
+    # A method, so that copies of the model call their own.
+    model.forward = MethodType(update_wrapper(forward, own), model)
+    model.fewbits_compiled = True
     model.generation_config.cache_implementation = "static"
 
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
     kernel = Native(random_weight(QuantScheme(4, "group", 32, symmetric=False), (40, 96)), BF16, CPU)
     x, given = torch.randn(2, 96).bfloat16(), kernel._arguments
     codes, scales, zeros, _, *numbers = given
-    less = "codes, scales, zeros or a table are not as many"
+    less = "codes, scales, zeros or a table are not as the weight has them"
     head, key = torch.randn(8, 96).bfloat16(), torch.randn(1, 2, 5, 16).bfloat16()
     nothing = operators.NOTHING
     for call, words in [
@@ -95,10 +95,17 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
         (lambda: kernel(x.view(1, 1, 1, 1, 1, 1, 1, 2, 96)), "1 to 8 dimensions, not 9"),
         (lambda: kernel(x, torch.randn(39).bfloat16()), "a bias has 40 numbers"),
         (lambda: operators.linear(x, torch.randn(40), *given), "a bias has 40 numbers"),
+        (
+            lambda: kernel(x, torch.zeros(2).bfloat16().as_strided((2, 20), (1, 0))),
+            "a bias has 40 numbers",
+        ),
         (lambda: operators.linear(x, nothing, codes[1:], *given[1:]), less),
         (lambda: operators.linear(x, nothing, codes, scales[:, 1:], *given[2:]), less),
         (lambda: operators.linear(x, nothing, codes, scales, zeros[1:], *given[3:]), less),
         (lambda: operators.linear(x, nothing, codes, scales, nothing, *given[3:]), less),
+        (lambda: operators.linear(x, nothing, codes.view(torch.int8), *given[1:]), less),
+        (lambda: operators.linear(x, nothing, codes, scales, zeros.float(), *given[3:]), less),
+        (lambda: operators.linear(x, nothing, codes, scales.mT, *given[2:]), less),
         (lambda: operators.linear(x, nothing, codes, scales, zeros, codes, *numbers), less),
         (lambda: operators.linear(x, nothing, *given[:7], 24, *given[8:]), "a multiple of 32 columns"),
         (lambda: operators.linear(x, nothing, *given[:8], 9, 0), less),
@@ -115,6 +122,15 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
     ]:
         with pytest.raises(RuntimeError, match=words):
             call()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_were_loaded_are_multiplied(assign):
+    scheme = QuantScheme(4, "group", 32)
+    ours, others = (Native(random_weight(scheme, (40, 96)), BF16, CPU) for _ in range(2))
+    ours.load_state_dict(others.state_dict(), assign=assign)
+    x = torch.randn(3, 96).bfloat16()
+    assert torch.equal(ours(x), others(x))
 
 
 BEFORE = """

@@ -142,6 +142,11 @@ class Native(Kernel):
             self._describe()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As every module; buffers may be others now."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._describe()
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_weight", "_arguments", "_library")}
 

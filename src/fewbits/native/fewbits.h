@@ -1,6 +1,6 @@
-// x @ W.T straight from codes: the C interface. Python reaches it through ctypes, so that one library
-// serves every version of Python and torch. Nothing here allocates what outlives a call, and nothing
-// throws: a function returns 0, or a number that says what it was given wrongly.
+// x @ W.T straight from codes: the C interface. Python reaches it through ctypes, and PyTorch through its own C
+// interface (operators.cpp), so that one library serves every version of Python and torch. No function allocates what
+// outlives a call, but for `fewbits_operators`, or throws: it returns 0, or a number that says what it was given wrongly.
 #pragma once
 #include <stdint.h>
 

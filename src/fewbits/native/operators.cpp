@@ -18,11 +18,13 @@ void check(int error, const char *what) {
   if (error) throw std::runtime_error(std::string("PyTorch does not give ") + what);
 }
 
+enum { UINT8 = 0, INT8 = 1, FLOAT16 = 5, FLOAT32 = 6, BOOL = 11, BFLOAT16 = 15 };  // PyTorch's dtypes
+
 int type_of(int32_t scalar_type) {
   switch (scalar_type) {
-    case 15: return FEWBITS_BF16;
-    case 5: return FEWBITS_F16;
-    case 6: return FEWBITS_F32;
+    case BFLOAT16: return FEWBITS_BF16;
+    case FLOAT16: return FEWBITS_F16;
+    case FLOAT32: return FEWBITS_F32;
     default: return -1;
   }
 }
@@ -56,40 +58,35 @@ class Tensor {
     handle_ = handle;
   }
   void *handle() const { return handle_; }
-  void *data() const {
-    void *data;
-    check(torch.data(handle_, &data), "data");
-    return data;
-  }
-  int64_t dim() const {
-    int64_t dim;
-    check(torch.dim(handle_, &dim), "dimensions");
-    return dim;
-  }
-  const int64_t *sizes() const {
-    int64_t *sizes;
-    check(torch.sizes(handle_, &sizes), "sizes");
-    return sizes;
-  }
-  const int64_t *strides() const {
-    int64_t *strides;
-    check(torch.strides(handle_, &strides), "strides");
-    return strides;
-  }
-  int32_t scalar_type() const {
-    int32_t type;
-    check(torch.type(handle_, &type), "a dtype");
-    return type;
-  }
+  void *data() const { return ask(torch.data, "data"); }
+  int64_t dim() const { return ask(torch.dim, "dimensions"); }
+  const int64_t *sizes() const { return ask(torch.sizes, "sizes"); }
+  const int64_t *strides() const { return ask(torch.strides, "strides"); }
+  int32_t scalar_type() const { return ask(torch.type, "a dtype"); }
   int64_t count() const {
     int64_t count = 1;
     for (int64_t i = 0, n = dim(); i < n; i++) count *= sizes()[i];
     return count;
   }
+  // Whether it is so many numbers in one piece, or there are none, as there shall be.
+  bool holds(int64_t expected, int32_t type) const {
+    if (count() != expected) return false;
+    int64_t apart = 1;
+    for (int64_t i = dim() - 1; expected && i >= 0; apart *= sizes()[i--])
+      if (sizes()[i] != 1 && strides()[i] != apart) return false;
+    return !expected || scalar_type() == type;
+  }
   // NULL of one without numbers, which stands for none.
   void *data_or_null() const { return count() ? data() : nullptr; }
 
  private:
+  template <class T>
+  T ask(int (*function)(void *, T *), const char *what) const {
+    T value;
+    check(function(handle_, &value), what);
+    return value;
+  }
+
   void *handle_;
 };
 
@@ -142,7 +139,7 @@ struct Rows {
 
 void check_bias(const Tensor &bias, const Rows &rows, int64_t out) {
   if (!bias.count()) return;
-  if (bias.count() != out || bias.scalar_type() != rows.scalar_type || bias.strides()[0] != 1)
+  if (!bias.holds(out, rows.scalar_type))
     refuse("a bias has " + std::to_string(out) + " numbers in the dtype of x");
 }
 
@@ -161,11 +158,13 @@ void linear(uint64_t *stack, uint64_t, uint64_t) {
   const fewbits_weight weight = {
       out, in, columns, int32_t(stack[8]), int32_t(group), type_of(scales.scalar_type()), int32_t(stack[10]),
       static_cast<const uint8_t *>(codes.data()), scales.data(), zeros.data_or_null(), table.data_or_null()};
-  const int64_t tables[] = {0, 0, 0, 16, 256}, with_zeros = weight.zero_type == FEWBITS_ZERO_POINT || weight.zero_type == FEWBITS_OFFSET;
-  if (weight.zero_type < 0 || weight.zero_type > FEWBITS_TRELLIS || table.count() != tables[weight.zero_type] ||
-      codes.count() != fewbits_packed_bytes(out, columns, weight.bits) || scales.count() != scaled ||
-      zeros.count() != with_zeros * scaled)
-    refuse("codes, scales, zeros or a table are not as many as the weight has");
+  const int kind = weight.zero_type;
+  const bool points = kind == FEWBITS_ZERO_POINT, offsets = kind == FEWBITS_OFFSET, entries = kind == FEWBITS_TABLE;
+  if (!codes.holds(fewbits_packed_bytes(out, columns, weight.bits), UINT8) ||
+      !scales.holds(scaled, scales.scalar_type()) ||
+      !zeros.holds(points || offsets ? scaled : 0, points ? INT8 : FLOAT32) ||
+      !table.holds(entries ? 16 : kind == FEWBITS_TRELLIS ? 256 : 0, entries ? FLOAT32 : INT8))
+    refuse("codes, scales, zeros or a table are not as the weight has them");
   Tensor y(Tensor::empty(rows.dim, rows.sizes, rows.scalar_type));
   done(fewbits_linear(&weight, x.data(), rows.count, rows.stride, rows.type, bias.data_or_null(), y.data(),
                       int(stack[11]), threads(), parallel),
@@ -179,7 +178,7 @@ void float_linear(uint64_t *stack, uint64_t, uint64_t) {
   const int64_t out = weight.sizes()[0], in = weight.sizes()[1];
   const Rows rows(x, in, out);
   check_bias(bias, rows, out);
-  if (weight.scalar_type() != rows.scalar_type || weight.strides()[1] != 1 || weight.strides()[0] != in)
+  if (!weight.holds(out * in, rows.scalar_type))
     refuse("a weight lies in one piece, in the dtype of x");
   Tensor y(Tensor::empty(rows.dim, rows.sizes, rows.scalar_type));
   done(fewbits_float_linear(weight.data(), out, in, x.data(), rows.count, rows.stride, rows.type, bias.data_or_null(),
@@ -206,7 +205,7 @@ void attend_few(uint64_t *stack, uint64_t, uint64_t) {
     few.v_strides[i] = value.strides()[i];
   }
   if (mask.count()) {
-    if (mask.dim() != 4 || mask.scalar_type() != 11 || mask.strides()[3] != 1 || mask.sizes()[3] < k[2])
+    if (mask.dim() != 4 || mask.scalar_type() != BOOL || mask.strides()[3] != 1 || mask.sizes()[3] < k[2])
       refuse("a mask is of bool, (batch, heads, queries, keys), its last dimension in one piece");
     few.mask = static_cast<const uint8_t *>(mask.data());
     for (int i = 0; i < 3; i++) {
