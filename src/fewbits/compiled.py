@@ -9,7 +9,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticCache
 
 from fewbits.errors import InputError
 from fewbits.linear import ExpertLinears
@@ -48,7 +47,7 @@ def compile_steps(model: Any) -> None:
     compiled = torch.compile(own)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if not args and _is_step(kwargs) else own)(self, *args, **kwargs)
+        return (compiled if _is_step(*args, **kwargs) else own)(self, *args, **kwargs)
 
     forward.__code__ = forward.__code__.replace(co_stacksize=_ROOM)
     # A method, so that copies of the model call their own.
@@ -57,13 +56,17 @@ def compile_steps(model: Any) -> None:
     model.generation_config.cache_implementation = "static"
 
 
-def fixed_cache(model: Any, tokens: int) -> StaticCache | None:
-    """A cache for so many tokens, for one text, where steps are compiled; None where not."""
-    compiled = getattr(model, "fewbits_compiled", False)
-    return StaticCache(config=model.config, max_cache_len=tokens) if compiled else None
+def fixed_cache(model: Any, tokens: int) -> Any:
+    """A `StaticCache` for so many tokens, for one text, where steps are compiled; None where not."""
+    if not getattr(model, "fewbits_compiled", False):
+        return None
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=tokens)
 
 
-def _is_step(given: dict[str, Any]) -> bool:
-    ids = given.get("input_ids")
-    fixed = type(given.get("past_key_values")) is StaticCache
-    return fixed and ids is not None and ids.shape[-1] == 1 and not torch.is_grad_enabled()
+def _is_step(input_ids: Any = None, *_: Any, past_key_values: Any = None, **__: Any) -> bool:
+    from transformers.cache_utils import StaticCache
+
+    one = isinstance(input_ids, torch.Tensor) and input_ids.shape[-1] == 1
+    return one and type(past_key_values) is StaticCache and not torch.is_grad_enabled()

@@ -171,14 +171,14 @@ def _time_round(model: Any, ids: Tensor, new_tokens: int) -> _Round:
     began = time.perf_counter()
     fixed = fixed_cache(model, ids.shape[1] + new_tokens)
     given = {} if fixed is None else {"past_key_values": fixed}
-    output = model(input_ids=ids, use_cache=True, **given)
+    output = model(ids, use_cache=True, **given)
     token = output.logits[:, -1:].argmax(-1)
     _wait(model)
     prefill_s = time.perf_counter() - began
     steps = []
     for _ in range(new_tokens):
         began = time.perf_counter()
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         _wait(model)
         steps.append(time.perf_counter() - began)

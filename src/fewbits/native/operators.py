@@ -36,19 +36,23 @@ attend_few = torch.ops.fewbits.native_attend_few.default
 attend = torch.ops.fewbits.native_attend.default
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_bf16: list[bool] = []  # of the library that serves, once it does: whether `attend` may be called
+_GIVING = threading.Lock()
+
+
 def available() -> bool:
-    """Whether there is a library; only then they may be called."""
+    """Whether there is a library; else none may be called. In a graph: whether it was used before."""
+    if torch.compiler.is_compiling():
+        return bool(_bf16)
     found = library()
-    if found is not None and not _given_functions:
+    if found is not None and not _bf16:
         _give_functions(found)
     return found is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bf16() -> bool:
     """Whether `attend` may be called: the processor has products of bfloat16."""
-    return available() and _library().has_bf16
+    return available() and _bf16[0]
 
 
 def arguments(described: Weight) -> tuple[Any, ...]:
@@ -58,19 +62,15 @@ def arguments(described: Weight) -> tuple[Any, ...]:
     return *tensors, *shape
 
 
-_given_functions: list[str] = []
-_GIVING = threading.Lock()
-
-
 def _give_functions(found: Library) -> None:
     """To the operators, once in a process."""
     with _GIVING:
-        if _given_functions:
+        if _bf16:
             return
         functions = _IN_PYTHON if found.serve_torch() else _IN_PYTHON | _WITHOUT_TORCH
         for name, function in functions.items():
             _DEFINED.impl(f"native_{name}", function, "CPU")  # type: ignore[no-untyped-call]
-        _given_functions.extend(functions)
+        _bf16.append(found.has_bf16)
 
 
 def _library() -> Library:
