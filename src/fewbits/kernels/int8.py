@@ -169,7 +169,8 @@ def step_of(rows: Tensor, columns: Tensor | None, shared: bool) -> Tensor:
         finite = largest.isfinite()
         largest = torch.where(finite, torch.where(finite, largest, 0).max(), largest)
     # A normal number even for zeros and subnormals, so that its inverse is finite.
-    return largest.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    # By a tensor: CUDA multiplies by the inverse of a number.
+    return largest.div_(largest.new_tensor(127)).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def to_codes(rows: Tensor, columns: Tensor | None, step: Tensor, width: int) -> Tensor:
