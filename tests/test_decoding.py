@@ -1,4 +1,4 @@
-"""Steps that were compiled compute what they did before, and only steps are."""
+"""Steps that are compiled or run together compute what they did before, and only steps are."""
 
 import copy
 import shutil
@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fewbits import InputError, QuantScheme, load, quantize
-from fewbits.compiled import fixed_cache
+from fewbits.attention import attend
+from fewbits.decoding import fixed_cache, multiplies_natively
 from fewbits.linear import FloatLinear
 from fewbits.native import operators
+from fewbits.native.library import Library, library
 from fewbits.speed import measure_speed
 from models import VOCABULARY, tiny_checkpoint
 
@@ -38,8 +40,9 @@ def graphs(monkeypatch):
     torch.compiler.reset()  # or graphs of other tests count
     own, calls = torch.compile, []
 
-    def compile_(forward, **options):
-        graph = own(forward, backend="aot_eager", fullgraph=True, **options)
+    def compile_(forward, options):
+        assert options == {"cpp.threads": 1}
+        graph = own(forward, backend="aot_eager", fullgraph=True)
 
         def call(model, *args, **given):
             calls.append((args[0] if args else given["input_ids"]).shape[1])
@@ -124,3 +127,53 @@ def test_pytorchs_compiler_takes_them(quantized, kind):
     speed = measure_speed(model, 16, 4, 1)
     assert speed.decode > 0
     assert speed.prompt == 16
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
+def test_steps_run_together_are_the_same_bits(quantized, monkeypatch, kind):
+    model, calls = load(quantized(kind)), []
+    if operators.available():
+        own = Library.together
+        monkeypatch.setattr(Library, "together", lambda *given: calls.append(1) or own(*given))
+    settings = {**SETTINGS, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(IDS, **settings)
+    assert len(calls) == (5 if operators.available() else 0)
+    model.fewbits_together = False
+    alone = model.generate(IDS, **settings)
+    for a, b in zip(together.logits, alone.logits, strict=True):
+        assert torch.equal(a, b)
+    assert len(calls) == (5 if operators.available() else 0)
+
+
+def test_steps_of_many_texts_and_gradients_are_not_run_together(quantized):
+    model = load(quantized("llama"))
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1].expand(9, 1))
+    model(input_ids=IDS[:, :1])
+    assert "fewbits_together" not in model.__dict__
+
+
+@pytest.mark.skipif(not operators.available(), reason="there is no native library here")
+def test_what_pytorch_computes_in_a_step_keeps_its_threads(quantized):
+    model = load(quantized("llama"))
+    assert multiplies_natively(model)
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 172, dtype=torch.bfloat16)
+    assert not multiplies_natively(model)
+    assert "forward" not in load(quantized("gemma2")).__dict__  # it attends in a way of its own
+    model = load(quantized("llama"))
+    some = torch.ones(1, 4, 1, 16)
+    attend(model.model.layers[1].self_attn, some, some, some, None, position_bias=some[..., :1])
+    assert not multiplies_natively(model)
+
+
+@pytest.mark.skipif(not operators.available(), reason="there is no native library here")
+def test_what_fails_together_fails_as_alone():
+    found = library()
+    assert found.together(lambda: found.together(lambda: 3)) == 3
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        found.together(lambda: found.together(_interrupt))
+    assert found.together(torch.get_num_threads) == torch.get_num_threads()
+
+
+def _interrupt():
+    raise KeyboardInterrupt("now")

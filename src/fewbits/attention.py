@@ -19,6 +19,7 @@ from fewbits.native import operators
 
 FEW = 8  # queries, at most; not tuned
 NAME, FEW_NAME = "fewbits", "fewbits-few"  # under which transformers finds it; for few queries alone
+_FALLS_BACK = "fewbits_falls_back"
 _MORE = ("position_bias", "cache", "softcap")  # of all that models hand over, what changes the result
 
 
@@ -76,6 +77,8 @@ def attend(
     queries = query.shape[2]
     plain = all(others.get(name) is None for name in _MORE) and not dropout
     few = queries == 1 or (queries <= FEW and attention_mask is not None)
+    if not plain:
+        module.__dict__[_FALLS_BACK] = True
     if query.device.type == "cpu" and plain and few:
         return grouped_attention(query, key, value, attention_mask, scaling), None
     causal = others.get("is_causal")
@@ -90,6 +93,11 @@ def attend(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )
+
+
+def falls_back(module: nn.Module) -> bool:
+    """Whether it has attended in a way that is PyTorch's alone, if all it does is `attend`."""
+    return _FALLS_BACK in module.__dict__
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewbits.attention import use_grouped_attention
 from fewbits.checkpoint import Checkpoint, has_weights, open_checkpoint, resolve
-from fewbits.compiled import compile_steps
+from fewbits.decoding import check_compiled, run_steps_together
 from fewbits.errors import FewbitsError, InputError, VerificationError, first_line
 from fewbits.formats import FORMATS, READ_ONLY, GgufLayout, Reader, format_of
 from fewbits.gguf_file import GgufCheckpoint, open_gguf
@@ -59,7 +59,7 @@ def load(
         int8_inputs: round the inputs of matrices of up to 4 bits to 8 bits on a CPU: faster for several
             tokens at once. What it costs is in docs/kernels.md.
         compiled: run steps of `generate()` on a CPU as one graph, made by PyTorch's compiler in the
-            first: see `compile_steps`.
+            first: see `run_steps_together`.
 
     Returns:
         The `PreTrainedModel`, in evaluation mode.
@@ -74,10 +74,7 @@ def load(
     folder = resolve(model)
     checkpoint = open_model(folder)
     with _one_line(folder):
-        loaded = _load(checkpoint, dtype, device, int8_inputs)
-    if compiled:
-        compile_steps(loaded)
-    return loaded
+        return _load(checkpoint, dtype, device, int8_inputs, compiled)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -138,11 +135,15 @@ def _load(
     dtype: torch.dtype | None,
     device: torch.device | str,
     int8_inputs: bool,
+    compiled: bool,
 ) -> Any:
     folder = checkpoint.folder
     network = skeleton(checkpoint.config)
     _check_size(checkpoint, network)
     weights = quantized_matrices(checkpoint, network)
+    if compiled:
+        mixture = any(matrix.expert is not None for matrix in weights.values())
+        check_compiled(network, torch.device(device), mixture)
     found = quantization_of(checkpoint)
     own = set() if found is None else {t for name in weights for t in found[0].tensors(name).every}
     stored = config_dtype(network) or checkpoint.dtype
@@ -175,12 +176,15 @@ def _load(
             share_codes(loaded, module, tied)
     checkpoint.close()
     hand_back_memory()  # of unpacking: it was as much as the codes take
-    use_grouped_attention(loaded, texts=bool(weights))  # in float it computes what transformers' does
+    # In float it computes what transformers' does.
+    grouped = use_grouped_attention(loaded, texts=bool(weights))
     if weights and loaded.device.type == "cpu":
         from fewbits.cache import use_growing_cache
 
         use_growing_cache(loaded)
         stream_floats(loaded)
+    if compiled or (weights and grouped):
+        run_steps_together(loaded, compiled)
     if int8_inputs:
         loaded.fewbits_notes = [*getattr(loaded, "fewbits_notes", []), *_kept_inputs(loaded)]
     return loaded.eval()

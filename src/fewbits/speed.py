@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import LEDGER
-from fewbits.compiled import fixed_cache
+from fewbits.decoding import fixed_cache
 from fewbits.errors import InputError, ResourceError
 from fewbits.estimate import Estimate, mean_estimate
 from fewbits.ledger import read_ledger

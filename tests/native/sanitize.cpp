@@ -3,6 +3,7 @@
 // this machine; then eight threads call at once.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -268,7 +269,7 @@ int check_products(int count) {
 
 // -- calls at once -----------------------------------------------------------------------------------
 
-constexpr int CALLERS = 8, CALLS = 10000;
+constexpr int CALLERS = 8, CALLS = 10000, STEPS = 50;
 
 struct Call {
   Case c;
@@ -294,6 +295,41 @@ void check_calls() {
       const int threads = 2 + i % 3;
       const auto y = product(call.c, call.r, call.inputs, threads, i % 100 == 0 ? team : nullptr);
       check(y == call.y, call.c, "one of many calls", call.r.type, call.inputs, call.r.rows, i);
+    }
+  }, &calls, CALLERS, 0);
+}
+
+void expect(bool right, const char *what, std::initializer_list<int64_t> sizes) {
+  if (right) return;
+  std::printf("%s: %s is wrong, of sizes", name, what);
+  for (int64_t size : sizes) std::printf(" %lld", (long long)size);
+  std::printf("\n");
+  std::exit(1);
+}
+
+// Steps of several threads at once, whose helpers wait awake between products, or have gone to sleep. Products come in
+// an order that changes now and then, so that what is read ahead is another's, or nobody's.
+void check_steps() {
+  std::vector<Call> calls;
+  for (int i = 0; i < 12; i++) calls.emplace_back(pick(60, 200), pick(300, 1500), pick(1, 12), i % 3);
+  team([](void *data) {
+    static std::atomic<int> next{0};
+    struct Step {
+      const std::vector<Call> &calls;
+      int number;
+    } step{*static_cast<std::vector<Call> *>(data), 0};
+    const bool pool = next++ % 2;
+    for (; step.number < STEPS; step.number++) {
+      const int error = fewbits_together([](void *data) {
+        const Step &step = *static_cast<Step *>(data);
+        for (int i = 0; i < 12; i++) {
+          const Call &call = step.calls[(step.number / 5 + i) % (step.number % 7 ? 12 : 5)];
+          if (step.number % 50 == 49 && i == 6) std::this_thread::sleep_for(std::chrono::milliseconds(4));
+          const auto y = product(call.c, call.r, call.inputs, 3, nullptr);
+          check(y == call.y, call.c, "a product of a step", call.r.type, call.inputs, call.r.rows, step.number);
+        }
+      }, &step, 3, pool ? nullptr : team);
+      expect(!error, "a step", {error});
     }
   }, &calls, CALLERS, 0);
 }
@@ -358,14 +394,6 @@ void check_refusals() {
 }  // namespace
 
 // -- what calibration calls ---------------------------------------------------------------------------
-
-void expect(bool right, const char *what, std::initializer_list<int64_t> sizes) {
-  if (right) return;
-  std::printf("%s: %s is wrong, of sizes", name, what);
-  for (int64_t size : sizes) std::printf(" %lld", (long long)size);
-  std::printf("\n");
-  std::exit(1);
-}
 
 std::vector<float> floats(int64_t count, float least, float most) {
   std::vector<float> data(count);
@@ -513,11 +541,13 @@ int main(int arguments, char **argument) {
     }
     const int done = check_products(count);
     check_calls();
+    check_steps();
     for (int i = 0; i < 1 + count / 50; i++) {
       check_columns(), check_grids();
       if (fewbits_has_bf16()) check_gram(), check_attention();
     }
-    std::printf("%s: %d products, and %d calls of %d threads, are right\n", name, done, CALLS, CALLERS);
+    std::printf("%s: %d products, and %d calls and %d steps of %d threads, are right\n", name, done, CALLS,
+                CALLERS * STEPS, CALLERS);
     std::fflush(stdout);
   }
   return 0;

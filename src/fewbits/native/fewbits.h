@@ -12,7 +12,7 @@
 
 // Counts up with every change of this file that library.py must know of, so that a library that was built
 // before is not called.
-#define FEWBITS_INTERFACE 15
+#define FEWBITS_INTERFACE 16
 
 #ifdef __cplusplus
 extern "C" {
@@ -137,6 +137,10 @@ FEWBITS_API int fewbits_operators(const fewbits_torch *functions, fewbits_parall
 // 2, 3 or 4 bits. scale (chains, 32) is what entries of the table (256,) are multiplied by. See trellis.py.
 FEWBITS_API int fewbits_find_chains(const float *x, const float *scale, const float *table, int64_t chains,
                                     int bits, uint8_t *codes, int threads, fewbits_parallel parallel);
+
+// Run `work(data)` in the caller, and keep threads - 1 others of `parallel` awake meanwhile for all that it asks of
+// this library, in its thread. PyTorch's own operations run in one thread there.
+FEWBITS_API int fewbits_together(void (*work)(void *), void *data, int threads, fewbits_parallel parallel);
 
 // Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.
 FEWBITS_API uint64_t fewbits_stream(const void *data, int64_t bytes, int threads,

@@ -69,7 +69,7 @@ extern "C" int fewbits_float_linear(const void *weight, int64_t out, int64_t in,
       for (int64_t row = 0; row < rows; row++)
         store(bias ? sums[row] + load(bias, type, o) : sums[row], type, y, row * out + o);
     }
-  });
+  }, {weight, 2 * in});
   return 0;
 }
 

@@ -7,17 +7,18 @@ missing where fewbits was installed without a C++ compiler. `FEWBITS_NATIVE=0` t
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import InputError
 
-INTERFACE = 15  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
+INTERFACE = 16  # FEWBITS_INTERFACE of the fewbits.h that this file mirrors
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MIDDLE, ZERO_POINT, OFFSET, TABLE, TRELLIS = range(5)
@@ -41,6 +42,10 @@ _OF_TORCH = (
     "torch_library_impl",
 )
 _FILE = "_fewbits.dll" if sys.platform == "win32" else "_fewbits.so"
+
+
+_WORK = ctypes.CFUNCTYPE(None, c_void_p)
+T = TypeVar("T")
 
 
 class Weight(ctypes.Structure):
@@ -253,6 +258,7 @@ class Library:
             ),
             ("attend_few", c_int, (POINTER(Few), c_int, c_void_p)),
             ("operators", c_int, (POINTER(c_void_p), c_void_p)),
+            ("together", c_int, (_WORK, c_void_p, c_int, c_void_p)),
             ("stream", c_uint64, (c_void_p, c_int64, c_int, c_void_p)),
         ):
             function = getattr(self._c, f"fewbits_{name}")
@@ -606,6 +612,27 @@ class Library:
         error = self._c.fewbits_attend_few(ctypes.byref(described), threads, self._parallel)
         _raise(error, f"attention of {queries} queries of {query.dtype} to {keys} keys")
         return result
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call it, with torch's other threads awake for what it asks of this library in this thread.
+
+        They read the beginning of what the next product reads, if all is as in the call before.
+        PyTorch's own operations run in one thread there.
+        """
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def work(_: int | None) -> None:
+            try:
+                results.append(function())
+            except BaseException as error:  # it comes out below
+                errors.append(error)
+
+        error = self._c.fewbits_together(_WORK(work), None, torch.get_num_threads(), self._parallel)
+        if errors:
+            raise errors[0]
+        _raise(error, "threads")
+        return results[0]
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:
         """Read a tensor once, and return the xor of its words: as fast as memory can be read."""

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "crew.h"
 #include "kernel.h"
 
 namespace fewbits {
@@ -31,10 +32,17 @@ class Parts {
   std::atomic<int64_t> next_{0};
 };
 
-// `work(begin, end)` for parts of 0 to count.
+// `work(begin, end)` for parts of 0 to count, each of which reads its piece of the stream.
 template <class Work>
-static void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel parallel, const Work &work) {
+static void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel parallel, const Work &work,
+                     const Stream &stream = {}) {
   if (threads <= 1 || count <= least) return work(int64_t(0), count);
+  if (Crew *const own = crew()) {
+    const auto part = [](const void *work, int64_t begin, int64_t end) {
+      (*static_cast<const Work *>(work))(begin, end);
+    };
+    return in_crew(*own, count, least, stream, part, &work);
+  }
   struct Job {
     Parts parts;
     const Work &work;
