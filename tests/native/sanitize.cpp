@@ -307,12 +307,12 @@ void expect(bool right, const char *what, std::initializer_list<int64_t> sizes) 
   std::exit(1);
 }
 
-// Steps of several threads at once, whose helpers wait awake between products, or have gone to sleep. Products come in
-// an order that changes now and then, so that what is read ahead is another's, or nobody's.
+// Steps of one thread, and of several at once, whose helpers wait awake between products, or have gone to sleep.
+// Products come in an order that changes now and then, so that what is read ahead is another's, or nobody's.
 void check_steps() {
   std::vector<Call> calls;
   for (int i = 0; i < 12; i++) calls.emplace_back(pick(60, 200), pick(300, 1500), pick(1, 12), i % 3);
-  team([](void *data) {
+  const auto steps = [](void *data) {
     static std::atomic<int> next{0};
     struct Step {
       const std::vector<Call> &calls;
@@ -331,7 +331,10 @@ void check_steps() {
       }, &step, 3, pool ? nullptr : team);
       expect(!error, "a step", {error});
     }
-  }, &calls, CALLERS, 0);
+  };
+  for (int i = 0; i < 4; i++) steps(&calls);
+  team(steps, &calls, 2, 0);
+  team(steps, &calls, CALLERS, 0);
 }
 
 // -- the rest ----------------------------------------------------------------------------------------
@@ -546,8 +549,8 @@ int main(int arguments, char **argument) {
       check_columns(), check_grids();
       if (fewbits_has_bf16()) check_gram(), check_attention();
     }
-    std::printf("%s: %d products, and %d calls and %d steps of %d threads, are right\n", name, done, CALLS,
-                CALLERS * STEPS, CALLERS);
+    std::printf("%s: %d products, and %d calls and %d steps of up to %d threads, are right\n", name, done, CALLS,
+                (4 + 2 + CALLERS) * STEPS, CALLERS);
     std::fflush(stdout);
   }
   return 0;

@@ -214,8 +214,7 @@ extern "C" int fewbits_linear(const fewbits_weight *weight, const void *x, int64
           for (int64_t i = 0; i < some * ROWS; i++) result[i] += result[some * ROWS + i];
         isa.store_rows(result, some, bias ? added : nullptr, filled, type, y, begun * w.out + from, w.out);
       }
-    }, {w.codes, w.columns / CHUNK * chunk_bytes(w.bits), w.scales,
-        w.columns / w.group * ROWS * (w.scale_type == FEWBITS_F32 ? 4 : 2)});
+    }, {w.codes, w.columns / CHUNK * chunk_bytes(w.bits)});
   }
   return 0;
 }

@@ -15,11 +15,11 @@
 namespace fewbits {
 namespace {
 
-constexpr int MOST = 256;                 // threads
-constexpr int64_t AHEAD = 1 << 20;        // bytes that a thread reads ahead: half of a second cache
-constexpr int NEXT = 4;                   // jobs
-constexpr int64_t AT_ONCE = 4 * 64;      // bytes, between two looks whether there is work
-constexpr int LOOKS = 64;                 // between two looks at the clock
+constexpr int MOST = 256;            // threads
+constexpr int64_t AHEAD = 1 << 20;   // bytes that a thread reads ahead: half of a second cache, measured
+constexpr int NEXT = 4;              // jobs, of which it reads
+constexpr int64_t AT_ONCE = 4 * 64;  // bytes, between two looks whether there is work
+constexpr int LOOKS = 64;            // between two looks at the clock
 constexpr std::chrono::microseconds AWAKE(1000);
 
 void pause() {
@@ -59,6 +59,11 @@ struct alignas(64) Helper {
   std::atomic<int> state{WAITING};
 };
 
+// Steps that run at this moment. Of several none keeps threads awake: each has the others for neighbours.
+std::atomic<int> steps{0};
+
+bool crowded() { return steps.load(std::memory_order_relaxed) > 1; }
+
 struct Ahead {
   Stream stream;
   int64_t count = 0;
@@ -87,9 +92,11 @@ class Reader {
         continue;
       }
       const auto *data = static_cast<const char *>(stream.data) + begin * stream.bytes;
+      held += read_;
       for (; read_ < all; read_ += AT_ONCE, held += AT_ONCE) {
         if (held >= AHEAD || state.load(std::memory_order_relaxed) != WAITING) return;
-        for (int64_t line = read_; line < read_ + AT_ONCE && line < all; line += 64) __builtin_prefetch(data + line, 0, 2);
+        for (int64_t line = read_; line < read_ + AT_ONCE && line < all; line += 64)
+          __builtin_prefetch(data + line, 0, 2);
       }
       number_++;
       read_ = 0;
@@ -125,7 +132,7 @@ class Crew {
         reader.read(next, from, count, own, threads_, state);
         since = std::chrono::steady_clock::now();
         looked = 0;
-      } else if (looked % LOOKS == 0 && std::chrono::steady_clock::now() - since > AWAKE) {
+      } else if (looked % LOOKS == 0 && (crowded() || std::chrono::steady_clock::now() - since > AWAKE)) {
         sleep(state);
         since = std::chrono::steady_clock::now();
       }
@@ -168,6 +175,7 @@ class Crew {
   bool call(std::atomic<int> &state) {
     int waiting = WAITING;
     if (state.compare_exchange_strong(waiting, CALLED, std::memory_order_acq_rel)) return true;
+    if (crowded()) return false;
     // For the next job.
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -240,8 +248,12 @@ void in_crew(Crew &crew, int64_t count, int64_t least, const Stream &stream,
 using namespace fewbits;
 
 extern "C" int fewbits_together(void (*work)(void *), void *data, int threads, fewbits_parallel parallel) {
+  struct Counted {
+    const bool alone = steps.fetch_add(1) == 0;
+    ~Counted() { steps.fetch_sub(1); }
+  } const counted;
   Tape *const order = tape();
-  if (own_crew || threads <= 1 || !order) {
+  if (!counted.alone || threads <= 1 || !order) {
     work(data);
     return 0;
   }

@@ -9,12 +9,10 @@
 
 namespace fewbits {
 
-// What each item of a job reads: (items, bytes), and beside it (items, more_bytes).
+// What the items of a job read, one after the other: so many bytes each.
 struct Stream {
   const void *data = nullptr;
   int64_t bytes = 0;
-  const void *more = nullptr;
-  int64_t more_bytes = 0;
 };
 
 class Crew;
