@@ -19,12 +19,13 @@ from pathlib import Path
 
 PROMPT, NEW, ROUNDS = 512, 24, 3
 REPEATS = 4  # in a process, after one that warms it up; the first few are slower still
-# Bits, group, and whether the head has 8 bits; those without a Q are in our own format.
+# Bits and group, and of the head (in bfloat16 if None); those without a Q are in our own format.
 SCHEMES = {
-    "Q4_0": (4, 32, False),
-    "Q8_0": (8, 32, False),
-    "w4-g128": (4, 128, False),
-    "w4-g128-head8": (4, 128, True),
+    "Q4_0": (4, 32, None),
+    "Q8_0": (8, 32, None),
+    "w4-g128": (4, 128, None),
+    "w4-g128-head8": (4, 128, (8, None)),
+    "w4-g128-head4": (4, 128, (4, 128)),
 }
 # Ours over the other's: tokens per second of decoding and of the prompt.
 LEAST = {
@@ -33,6 +34,7 @@ LEAST = {
     ("Q4_0", "bfloat16"): (4.5, 0.9),
     ("w4-g128", "bfloat16"): (4.5, 1.1),
     ("w4-g128-head8", "bfloat16"): (4.5, 1.1),
+    ("w4-g128-head4", "bfloat16"): (4.5, 1.1),
 }
 
 OURS = """
@@ -80,7 +82,11 @@ def make(folder: Path) -> Path:
         out = folder / name
         if not out.is_dir():
             scheme = fewbits.QuantScheme(bits, "group", group)
-            overrides = (("lm_head", fewbits.QuantScheme(8)),) if head else ()
+            overrides = ()
+            if head is not None:
+                bits, group = head
+                own = fewbits.QuantScheme(bits, "group" if group else "channel", group)
+                overrides = (("lm_head", own),)
             kind = "gguf" if "Q" in name else "fewbits"
             fewbits.quantize(model, out, scheme=scheme, overrides=overrides, format=kind)
     return model
