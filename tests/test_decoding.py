@@ -1,14 +1,17 @@
 """Steps that are compiled or run together compute what they did before, and only steps are."""
 
 import copy
+import gc
+import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
 
 from fewbits import InputError, QuantScheme, load, quantize
 from fewbits.attention import attend
-from fewbits.decoding import fixed_cache, multiplies_natively
+from fewbits.decoding import fixed_cache, texts_together
 from fewbits.linear import FloatLinear
 from fewbits.native import operators
 from fewbits.native.library import Library, library
@@ -40,8 +43,8 @@ def graphs(monkeypatch):
     torch.compiler.reset()  # or graphs of other tests count
     own, calls = torch.compile, []
 
-    def compile_(forward, options):
-        assert options == {"cpp.threads": 1}
+    def compile_(forward, options=None):
+        assert options in (None, {"cpp.threads": 1})
         graph = own(forward, backend="aot_eager", fullgraph=True)
 
         def call(model, *args, **given):
@@ -86,7 +89,7 @@ def test_prompts_gradients_and_growing_caches_are_left_alone(quantized, graphs):
 def test_a_copy_runs_its_own_weights(quantized, graphs):
     model = load(quantized("llama"), compiled=True)
     other = copy.deepcopy(model)
-    assert other.forward.__self__ is other
+    assert other.forward._model() is other
     with torch.no_grad():
         other.lm_head.weight.zero_()
         for each in (model, other):
@@ -145,25 +148,59 @@ def test_steps_run_together_are_the_same_bits(quantized, monkeypatch, kind):
     assert len(calls) == (5 if operators.available() else 0)
 
 
-def test_steps_of_many_texts_and_gradients_are_not_run_together(quantized):
+def test_steps_of_many_texts_and_gradients_are_not_run_together(quantized, monkeypatch):
+    model = load(quantized("llama"))
+    together = []
+    monkeypatch.setattr(Library, "together", lambda _, step: together.append(1) or step())
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1].expand(3, 1))  # PyTorch multiplies by the head then
+    model(input_ids=IDS[:, :1])
+    assert not together
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1])
+        assert len(together) == operators.available()
+        model.set_attn_implementation("sdpa")
+        model(input_ids=IDS[:, :1])
+    assert len(together) == operators.available()
+
+
+def test_a_model_goes_when_nobody_names_it(quantized):
+    gc.collect()
+    gc.disable()
+    try:
+        model = load(quantized("llama"))
+        model.generate(IDS, **SETTINGS)
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_pickled_and_compiled_by_others(quantized):
+    source = load(quantized("llama").parent / "model", compiled=True)
     model = load(quantized("llama"))
     with torch.no_grad():
-        model(input_ids=IDS[:, :1].expand(9, 1))
-    model(input_ids=IDS[:, :1])
-    assert "fewbits_together" not in model.__dict__
+        expected = source(input_ids=IDS[:, :1]).logits
+        other = pickle.loads(pickle.dumps(source))
+        assert torch.equal(other(input_ids=IDS[:, :1]).logits, expected)
+        expected = model(input_ids=IDS[:, :1]).logits
+        theirs = torch._dynamo.optimize("eager", nopython=True)(model)
+        assert torch.equal(theirs(input_ids=IDS[:, :1]).logits, expected)
 
 
 @pytest.mark.skipif(not operators.available(), reason="there is no native library here")
 def test_what_pytorch_computes_in_a_step_keeps_its_threads(quantized):
     model = load(quantized("llama"))
-    assert multiplies_natively(model)
+    assert texts_together(model) == FloatLinear.ROWS
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 172, dtype=torch.bfloat16)
-    assert not multiplies_natively(model)
+    assert not texts_together(model)
     assert "forward" not in load(quantized("gemma2")).__dict__  # it attends in a way of its own
     model = load(quantized("llama"))
     some = torch.ones(1, 4, 1, 16)
-    attend(model.model.layers[1].self_attn, some, some, some, None, position_bias=some[..., :1])
-    assert not multiplies_natively(model)
+    with torch.no_grad():
+        attend(model.model.layers[1].self_attn, some, some, some, None, position_bias=some[..., :1])
+    assert not texts_together(model)
 
 
 @pytest.mark.skipif(not operators.available(), reason="there is no native library here")

@@ -77,7 +77,7 @@ def attend(
     queries = query.shape[2]
     plain = all(others.get(name) is None for name in _MORE) and not dropout
     few = queries == 1 or (queries <= FEW and attention_mask is not None)
-    if not plain:
+    if not plain and not torch.is_grad_enabled():
         module.__dict__[_FALLS_BACK] = True
     if query.device.type == "cpu" and plain and few:
         return grouped_attention(query, key, value, attention_mask, scaling), None
@@ -93,6 +93,11 @@ def attend(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )
+
+
+def attends_here(model: Any) -> bool:
+    """Whether a model of transformers attends so, for all that its config says."""
+    return getattr(model.config, "_attn_implementation", None) in (NAME, FEW_NAME)
 
 
 def falls_back(module: nn.Module) -> bool:

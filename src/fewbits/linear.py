@@ -106,7 +106,7 @@ class FloatLinear(nn.Linear):
     Everything else is PyTorch's. Sums are in float32 and rounded once, as there.
     """
 
-    _ROWS = 2  # at most: PyTorch is as fast with 4
+    ROWS = 2  # at most: PyTorch is as fast with 4
 
     @classmethod
     def around(cls, linear: nn.Linear) -> Self:
@@ -128,7 +128,7 @@ class FloatLinear(nn.Linear):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         return (
-            0 < x.numel() <= self._ROWS * self.in_features
+            0 < x.numel() <= self.ROWS * self.in_features
             and not torch.is_grad_enabled()
             and type(x) is Tensor
             and x.shape[-1] == weight.shape[1]

@@ -142,7 +142,7 @@ def _load(
     _check_size(checkpoint, network)
     weights = quantized_matrices(checkpoint, network)
     if compiled:
-        mixture = any(matrix.expert is not None for matrix in weights.values())
+        mixture = any(matrix.kind == "expert" for matrix in weights.values())
         check_compiled(network, torch.device(device), mixture)
     found = quantization_of(checkpoint)
     own = set() if found is None else {t for name in weights for t in found[0].tensors(name).every}

@@ -9,6 +9,9 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
 
 #include "kernel.h"
 
@@ -16,11 +19,20 @@ namespace fewbits {
 namespace {
 
 constexpr int MOST = 256;            // threads
-constexpr int64_t AHEAD = 1 << 20;   // bytes that a thread reads ahead: half of a second cache, measured
 constexpr int NEXT = 4;              // jobs, of which it reads
 constexpr int64_t AT_ONCE = 4 * 64;  // bytes, between two looks whether there is work
 constexpr int LOOKS = 64;            // between two looks at the clock
+constexpr int YIELDS = 1024;         // looks, between two offers to let others run
 constexpr std::chrono::microseconds AWAKE(1000);
+
+// Bytes that a thread reads ahead: half of its second cache (a quarter to all of it did as well), if that is known.
+int64_t ahead_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (known > 0) return known / 2;
+#endif
+  return 128 << 10;
+}
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -82,6 +94,7 @@ class Reader {
   // From `next`, `count` jobs of which the first is number `from` of the step, until there is work.
   void read(const Ahead *next, int from, int count, int own, int threads, const std::atomic<int> &state) {
     if (number_ < from) number_ = from, read_ = 0;
+    const int64_t most = ahead_bytes();
     int64_t held = 0;
     for (int i = 0; i < count; i++) {
       const Stream &stream = next[i].stream;
@@ -94,7 +107,7 @@ class Reader {
       const auto *data = static_cast<const char *>(stream.data) + begin * stream.bytes;
       held += read_;
       for (; read_ < all; read_ += AT_ONCE, held += AT_ONCE) {
-        if (held >= AHEAD || state.load(std::memory_order_relaxed) != WAITING) return;
+        if (held >= most || state.load(std::memory_order_relaxed) != WAITING) return;
         for (int64_t line = read_; line < read_ + AT_ONCE && line < all; line += 64)
           __builtin_prefetch(data + line, 0, 2);
       }
@@ -136,7 +149,7 @@ class Crew {
         sleep(state);
         since = std::chrono::steady_clock::now();
       }
-      pause();
+      looked % YIELDS ? pause() : std::this_thread::yield();
     }
   }
 
@@ -149,11 +162,11 @@ class Crew {
     }
     bool called[MOST];
     const int joined = this->joined();
-    for (int i = 1; i < joined; i++) called[i] = call(helpers_[i].state);
+    call(joined, called);
     take_all(0);
     for (int i = 1; i < joined; i++)
       for (int64_t looked = 1; called[i] && helpers_[i].state.load(std::memory_order_acquire) == CALLED; looked++)
-        looked % 4096 ? pause() : std::this_thread::yield();
+        looked % YIELDS ? pause() : std::this_thread::yield();
   }
 
   void end() {
@@ -172,17 +185,21 @@ class Crew {
     return joined < threads_ ? joined : threads_;
   }
 
-  bool call(std::atomic<int> &state) {
-    int waiting = WAITING;
-    if (state.compare_exchange_strong(waiting, CALLED, std::memory_order_acq_rel)) return true;
-    if (crowded()) return false;
-    // For the next job.
+  // Those that wait; and those that sleep, which take part when they are awake.
+  void call(int joined, bool *called) {
+    bool all = true;
+    for (int i = 1; i < joined; i++) {
+      int waiting = WAITING;
+      called[i] = helpers_[i].state.compare_exchange_strong(waiting, CALLED, std::memory_order_acq_rel);
+      all = all && called[i];
+    }
+    if (all || crowded()) return;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      state.store(WAITING, std::memory_order_release);
+      for (int i = 1; i < joined; i++)
+        if (!called[i]) helpers_[i].state.store(CALLED, std::memory_order_release), called[i] = true;
     }
     wake_.notify_all();
-    return false;
   }
 
   void sleep(std::atomic<int> &state) {
@@ -248,23 +265,24 @@ void in_crew(Crew &crew, int64_t count, int64_t least, const Stream &stream,
 using namespace fewbits;
 
 extern "C" int fewbits_together(void (*work)(void *), void *data, int threads, fewbits_parallel parallel) {
+  const auto alone = [&] {
+    work(data);
+    return 0;
+  };
+  if (own_crew || threads <= 1 || threads > MOST) return alone();
   struct Counted {
-    const bool alone = steps.fetch_add(1) == 0;
+    const bool first = steps.fetch_add(1) == 0;
     ~Counted() { steps.fetch_sub(1); }
   } const counted;
   Tape *const order = tape();
-  if (!counted.alone || threads <= 1 || !order) {
-    work(data);
-    return 0;
-  }
-  const std::unique_ptr<Crew> made(new (std::nothrow) Crew(threads < MOST ? threads : MOST, *order));
-  if (!made) return 2;
+  Crew *const made = counted.first && order ? new (std::nothrow) Crew(threads, *order) : nullptr;
+  if (!made) return alone();
   struct Step {
     void (*work)(void *);
     void *data;
     Crew &crew;
   } step{work, data, *made};
-  own_crew = made.get();
+  own_crew = made;
   (parallel ? parallel : own_threads)(
       [](void *data) {
         Step &step = *static_cast<Step *>(data);
@@ -272,7 +290,8 @@ extern "C" int fewbits_together(void (*work)(void *), void *data, int threads, f
         step.work(step.data);
         step.crew.end();
       },
-      &step, unsigned(threads < MOST ? threads : MOST), 0);
+      &step, unsigned(threads), 0);
   own_crew = nullptr;
+  delete made;  // not where a thread is ended in its step: helpers may still look
   return 0;
 }

@@ -139,7 +139,7 @@ FEWBITS_API int fewbits_find_chains(const float *x, const float *scale, const fl
                                     int bits, uint8_t *codes, int threads, fewbits_parallel parallel);
 
 // Run `work(data)` in the caller, and keep threads - 1 others of `parallel` awake meanwhile for all that it asks of
-// this library, in its thread. PyTorch's own operations run in one thread there.
+// this library, in its thread. PyTorch's own operations run in one thread there. Alone where another such call runs.
 FEWBITS_API int fewbits_together(void (*work)(void *), void *data, int threads, fewbits_parallel parallel);
 
 // Read `bytes` once with `threads` threads and return their xor: the limit that kernels are held to.

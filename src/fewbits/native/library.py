@@ -628,10 +628,11 @@ class Library:
             except BaseException as error:  # it comes out below
                 errors.append(error)
 
-        error = self._c.fewbits_together(_WORK(work), None, torch.get_num_threads(), self._parallel)
+        self._c.fewbits_together(_WORK(work), None, torch.get_num_threads(), self._parallel)
         if errors:
-            raise errors[0]
-        _raise(error, "threads")
+            raise errors.pop()  # whose traceback would else hold itself
+        if not results:
+            raise KeyboardInterrupt  # before `work` had begun
         return results[0]
 
     def stream(self, data: Tensor, threads: int | None = None) -> int:

@@ -22,7 +22,7 @@ struct Pool {
   std::mutex mutex;
   std::condition_variable begun, ended;
   std::deque<Job *> jobs;
-  unsigned threads = 0;
+  unsigned threads = 0, busy = 0;
 
   void help() {
     std::unique_lock<std::mutex> lock(mutex);
@@ -31,16 +31,18 @@ struct Pool {
       Job &job = *jobs.front();
       job.running++;
       if (--job.waiting == 0) jobs.pop_front();
+      busy++;
       lock.unlock();
       job.work(job.data);
       lock.lock();
+      busy--;
       if (--job.running == 0) ended.notify_all();
     }
   }
 
   void run(Job &job) {
     std::unique_lock<std::mutex> lock(mutex);
-    while (threads < job.waiting) {
+    while (threads - busy < job.waiting) {
       std::thread([this] { help(); }).detach();
       threads++;
     }
