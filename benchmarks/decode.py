@@ -19,13 +19,13 @@ from pathlib import Path
 
 PROMPT, NEW, ROUNDS = 512, 24, 3
 REPEATS = 4  # in a process, after one that warms it up; the first few are slower still
-# Bits and group, and of the head (in bfloat16 if None); those without a Q are in our own format.
+# Bits, group, and the scheme of the head (in bfloat16 if None); those without a Q are in our own format.
 SCHEMES = {
     "Q4_0": (4, 32, None),
     "Q8_0": (8, 32, None),
     "w4-g128": (4, 128, None),
-    "w4-g128-head8": (4, 128, (8, None)),
-    "w4-g128-head4": (4, 128, (4, 128)),
+    "w4-g128-head8": (4, 128, "w8-channel"),
+    "w4-g128-head4": (4, 128, "w4-g128"),
 }
 # Ours over the other's: tokens per second of decoding and of the prompt.
 LEAST = {
@@ -84,9 +84,7 @@ def make(folder: Path) -> Path:
             scheme = fewbits.QuantScheme(bits, "group", group)
             overrides = ()
             if head is not None:
-                bits, group = head
-                own = fewbits.QuantScheme(bits, "group" if group else "channel", group)
-                overrides = (("lm_head", own),)
+                overrides = (("lm_head", fewbits.QuantScheme.parse(head)),)
             kind = "gguf" if "Q" in name else "fewbits"
             fewbits.quantize(model, out, scheme=scheme, overrides=overrides, format=kind)
     return model
