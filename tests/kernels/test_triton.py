@@ -1,14 +1,16 @@
 """The Triton kernels, in Triton's interpreter, which knows no GPU; and on one, where there is one."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from checks import TWO_LEVEL, check_kernel, random_weight, weights
+from checks import KERNEL_SCHEMES, TWO_LEVEL, check_kernel, random_weight, weights
+from fewbits.errors import InputError
 from fewbits.kernels import Triton
 from fewbits.kernels.gpu import multiply
-from fewbits.kernels.gpu.kernel import HALF, Tile, pack_words, unpack_words
+from fewbits.kernels.gpu.kernel import HALF, Tile, _Launch, pack_words, unpack_words
 from fewbits.scheme import QuantScheme
 
 pytest.importorskip("triton")
@@ -39,8 +41,9 @@ def test_products_are_within_the_rounding_of_sums(label):
 
 
 @pytest.mark.skipif(not GPU, reason="takes minutes in the interpreter")
-def test_every_scheme_and_shape_passes_the_suite():
-    check_kernel(Triton, DEVICE)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES, ids=lambda scheme: scheme.label)
+def test_every_shape_passes_the_suite(scheme):
+    check_kernel(Triton, DEVICE, [scheme])
 
 
 @pytest.mark.parametrize("bits", HALF)
@@ -86,6 +89,99 @@ def test_the_columns_may_be_cut_into_any_number_of_parts(parts, bias):
     )
     y = multiply(x.to(DEVICE), None if b is None else b.to(DEVICE), *own, tile=tile)
     assert torch.equal(y.cpu().double(), x.double() @ weights(weight).t() + (0 if b is None else b))
+
+
+@pytest.mark.parametrize("label", ["w2-g64-asym", "w3-g128", "w4-g128", "w8-channel-asym"])
+@pytest.mark.parametrize("columns", [2560 + 128, 4096])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_is_multiplied_by_all_columns(label, columns, bias):
+    scheme = QuantScheme.parse(label)
+    weight = random_weight(scheme, (5, columns), scales=torch.tensor([0.5, 1.0]))
+    kernel = Triton(weight, torch.float32, torch.device(DEVICE))
+    x = torch.randint(-4, 5, (1, 1, columns)).float()  # sums are exact
+    b = torch.randint(-8, 9, (5,)).float() if bias else None
+    y = kernel(x.to(DEVICE), None if b is None else b.to(DEVICE))
+    exact = x.double() @ weights(weight).t() + (0 if b is None else b)
+    assert torch.equal(y.cpu().double(), exact)
+
+
+def test_inputs_of_other_columns_are_refused():
+    weight = random_weight(QuantScheme(4, "group", 32), (9, 96))
+    kernel = Triton(weight, torch.float32, torch.device(DEVICE))
+    for columns in (95, 97, 3 * 96):
+        with pytest.raises(InputError, match=f"{columns} columns; accepted are 96"):
+            kernel(torch.zeros(1, columns, device=DEVICE))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_compiled_is_started_again_only_with_what_it_was_compiled_for(rows):
+    weight = random_weight(QuantScheme(4, "group", 32), (20, 640), scales=torch.tensor([0.5, 1.0]))
+    kernel = Triton(weight, torch.float32, torch.device(DEVICE))
+    numbers = torch.randint(-8, 9, (rows * 640 + 1,), device=DEVICE).float()
+    calls = {0: numbers[:-1], 1: numbers[1:]}  # the second begins at 4 bytes beyond a multiple of 16
+    for where in (0, 1, 0, 0, 1, 1):
+        x = calls[where].view(rows, 640)
+        assert torch.equal(kernel(x).cpu().double(), x.cpu().double() @ weights(weight).t())
+    half = Triton(weight, torch.float16, torch.device(DEVICE))
+    x = numbers[:-1].view(rows, 640).half()
+    exact = x.cpu().double() @ weights(weight).t()
+    assert torch.equal(half(x).cpu(), exact.half())
+
+
+class Program:
+    """Stands for one of Triton's: what it is given, and what its compiled form is started with."""
+
+    arg_names = ("x", "y", "out", "GROUP", "rows")
+
+    def __init__(self):
+        self.given, self.started = [], []
+
+    def __getitem__(self, grid):
+        def run(*tensors, **named):
+            self.given.append((grid, tensors, named))
+            return {grid: lambda *arguments: self.started.append(arguments)}
+
+        return run
+
+
+@pytest.fixture
+def program(monkeypatch):
+    programs = SimpleNamespace(program=Program())
+    monkeypatch.setattr("fewbits.kernels.gpu.kernel._programs", lambda: programs)
+    return programs.program
+
+
+def test_a_launch_gives_a_compiled_program_pointers_and_the_rest_in_their_order(program):
+    launch = _Launch("program", (2, 1, 1), {"rows": 3, "GROUP": 32, "out": 7}, num_warps=4)
+    x = torch.zeros(9)
+    launch(x, None)
+    ((grid, tensors, named),) = program.given
+    assert (grid, tensors[1]) == ((2, 1, 1), None)
+    assert tensors[0] is x
+    assert named == {"rows": 3, "GROUP": 32, "out": 7, "num_warps": 4}
+    launch(x, None)
+    assert program.started == [(x.data_ptr(), None, 7, 32, 3)]
+    launch(x[1:], None)  # compiled for multiples of 16 bytes
+    assert len(program.given) == 2
+    assert len(program.started) == 1
+
+
+def test_what_was_compiled_for_other_places_is_not_kept(program):
+    launch = _Launch("program", (1, 1, 1), {"out": 1, "GROUP": 1, "rows": 1})
+    x = torch.zeros(9)
+    launch(x[1:], x)
+    launch(x, x)
+    assert (len(program.given), len(program.started)) == (2, 0)
+    launch(x, x)
+    assert len(program.started) == 1
+
+
+def test_a_triton_that_wants_other_arguments_is_asked_each_time(program, monkeypatch):
+    monkeypatch.setattr("fewbits.kernels.gpu.kernel._starts_compiled", lambda: False)
+    launch = _Launch("program", (1, 1, 1), {"out": 1, "GROUP": 1, "rows": 1})
+    for _ in range(3):
+        launch(torch.zeros(1), None)
+    assert (len(program.given), len(program.started)) == (3, 0)
 
 
 def test_many_rows_are_multiplied_by_the_unpacked_weight(monkeypatch):

@@ -11,18 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
-def fields_of(words, field: tl.constexpr, BITS: tl.constexpr, point):
-    """The codes of a field in the lower half of each word, and of its twin, less `point`: float32.
+def field_of(words, field: tl.constexpr, BITS: tl.constexpr, point, LOGIC: tl.constexpr = None):
+    """The codes of a field in the lower half of each word, less `point`: float32.
 
     Bits that are put under the exponent of 2^23 are a number beyond it: logic and a multiply-add instead
-    of shifts and a conversion, for which a processor has fewer units. All exactly.
+    of shifts and a conversion, for which a processor has fewer units. All exactly. LOGIC: PTX that takes
+    one instruction for both.
     """
     place: tl.constexpr = field * BITS
     mask: tl.constexpr = (2**BITS - 1) << place
-    low = ((words & mask) | 0x4B000000).to(tl.float32, bitcast=True)
-    high = (((words >> 16) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
-    less = 2.0 ** (23 - place) + point
-    return low * (1.0 / 2**place) - less, high * (1.0 / 2**place) - less
+    if LOGIC is None:
+        beyond = (words & mask) | 0x4B000000
+    else:
+        beyond = tl.inline_asm_elementwise(
+            LOGIC, "=r,r,r,r", [words, mask, 0x4B000000], tl.int32, is_pure=True, pack=1
+        )
+    return beyond.to(tl.float32, bitcast=True) * (1.0 / 2**place) - (2.0 ** (23 - place) + point)
+
+
+@triton.jit
+def fields_of(words, field: tl.constexpr, BITS: tl.constexpr, point):
+    """The same of both halves of each word."""
+    return field_of(words, field, BITS, point), field_of(words >> 16, field, BITS, point)
 
 
 @triton.jit
@@ -106,6 +116,58 @@ def multiply(
         total += tl.load(bias + own).to(tl.float32)[:, None]
     target = y + part.to(tl.int64) * rows * out + given.to(tl.int64)[None, :] * out + row[:, None]
     tl.store(target, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def multiply_one(
+    x, words, scale, zero, offset, bias, y, out, columns,
+    GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, TOGETHER: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, LOGIC: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The same for one row of x, on all columns, CHUNKS chunks of them at a time; in float32.
+
+    A thread keeps its own words, and the inputs that belong to them for all ROWS rows: nothing goes
+    through shared memory but the sums at the end. EVEN: chunks are full, and there are so many that
+    CHUNKS divides them.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, CHUNKS * 32)
+    own, last = tl.minimum(row, out - 1)[None, :], (columns - 1) // GROUP
+    chunks = tl.cdiv(columns, 64 * HALF)
+    start = own.to(tl.int64) * (chunks * 32)
+    # Rows that Triton takes for neighbours would have scales laid out by rows, and sums moved to them.
+    apart = own * (out // out)
+    total = tl.zeros((CHUNKS * 32, ROWS), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk, lane = first + at // 32, at % 32
+        where = words + start + (first * 32 + at)[:, None]
+        code = tl.load(where) if EVEN else tl.load(where, (chunk < chunks)[:, None], other=0)
+        for half in tl.static_range(2):
+            part = code >> 16 if half else code
+            for together in tl.static_range(0, HALF, TOGETHER):
+                column = (chunk * 2 + half) * (HALF * 32) + together * 32
+                group = tl.minimum(column // GROUP, last)[:, None] * out + apart
+                sums = tl.zeros((CHUNKS * 32, ROWS), tl.float32)
+                inputs = tl.zeros((CHUNKS * 32,), tl.float32)
+                for i in tl.static_range(TOGETHER):
+                    there = column + i * 32 + lane
+                    if EVEN:
+                        given = tl.load(x + there).to(tl.float32)
+                    else:
+                        given = tl.load(x + there, there < columns, other=0).to(tl.float32)
+                    sums += field_of(part, together + i, BITS, POINT, LOGIC) * given[:, None]
+                    inputs += given
+                if ZERO:
+                    sums -= tl.load(zero + group).to(tl.float32) * inputs[:, None]
+                total += sums * tl.load(scale + group).to(tl.float32)
+                if OFFSET:
+                    total -= tl.load(offset + group) * inputs[:, None]
+    result = tl.sum(total, 0)
+    if BIAS:
+        result += tl.load(bias + tl.minimum(row, out - 1)).to(tl.float32)
+    tl.store(y + row, result.to(y.dtype.element_ty), row < out)
 
 
 @triton.jit

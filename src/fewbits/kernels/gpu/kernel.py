@@ -12,6 +12,8 @@ rows of inputs it pays to unpack the matrix, and multiply it by PyTorch.
 
 import math
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.errors import InputError
 from fewbits.kernels.reference import Kernel, no_product
 from fewbits.tensor import QuantizedTensor
 
@@ -31,6 +34,7 @@ MANY_ROWS = 128  # beyond them the matrix is unpacked first; measured on an H200
 _ROWS = 16  # of a program that unpacks; 128 took up to 16 % longer on an H200
 _LEAST_ROOM = 48 * 2**10  # bytes of shared memory that every GPU has
 _VALUES = 1024  # of a program that adds parts
+_HERE = nullcontext()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -94,15 +98,20 @@ class Triton(Kernel):
             self.register_buffer(name, None if part is None else part.t().contiguous().to(device))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias`, in the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > MANY_ROWS:
+        """`x @ W.T + bias`, in the dtype of x.
+
+        Raises:
+            InputError: x has other columns than the weight.
+        """
+        if x.shape[-1] != self.shape[1]:  # the program would read past the end
+            raise InputError(f"inputs have {x.shape[-1]} columns; accepted are {self.shape[1]}")
+        if x.numel() > MANY_ROWS * x.shape[-1]:
             return F.linear(x, self.weight(x.dtype), bias)
         fused = bias if bias is not None and bias.dtype == x.dtype else None
-        call = torch.ops.fewbits.triton_linear if torch.compiler.is_compiling() else multiply
-        arguments = (self.words, self.scale, self.zero, self.offset, self.bits, self.group, self.point)
-        y: Tensor = call(rows.contiguous(), fused, *arguments)
-        y = y.view(*x.shape[:-1], self.shape[0])
+        call: Any = torch.ops.fewbits.triton_linear if torch.compiler.is_compiling() else multiply
+        own = self._buffers  # a module looks for its attributes in three places
+        parts = (own["words"], own["scale"], own["zero"], own["offset"])
+        y: Tensor = call(x.contiguous(), fused, *parts, self.bits, self.group, self.point)
         return y if bias is None or fused is not None else y + bias
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -111,11 +120,11 @@ class Triton(Kernel):
             return self.weight(torch.float32).to(dtype)
         out, columns = self.shape
         weight = torch.empty(out, columns, dtype=dtype, device=self.words.device)
+        parts = (self.words, self.scale, self.zero, self.offset)
+        kind = (self.bits, self.group, self.point, self.zero is not None, self.offset is not None)
         grid = (math.ceil(out / _ROWS), self.words.shape[1] // WORDS)
-        _programs().unpack[grid](
-            self.words, self.scale, self.zero, self.offset, weight, out, columns,
-            **_constants(self.bits, self.group, self.point, self.zero, self.offset), ROWS=_ROWS,
-        )  # fmt: skip
+        with _on(weight.device):
+            _programs().unpack[grid](*parts, weight, out, columns, **_constants(*kind), ROWS=_ROWS)
         return weight
 
     def rows(self, which: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,6 +194,23 @@ def choose_tile(rows: int, out: int, chunks: int, input_bytes: int, room: int) -
     return Tile(own, inputs, parts, warps, max(1, min(3, stages)))
 
 
+def choose_strip(out: int, chunks: int, together: int) -> tuple[int, int, int] | None:
+    """For one row of inputs: rows of the weight for a program, chunks of columns at a time, and warps.
+
+    As measured on an H200: a thread has four words of each row, and two warps are best where there are
+    rows enough. None where each field has a scale of its own: tensor cores were faster.
+
+    Args:
+        out: rows of the weight.
+        chunks: of columns.
+        together: fields that share a scale.
+    """
+    if together == 1:
+        return None
+    warps = 1 if chunks <= 4 else 4 if out <= 2048 and chunks >= 16 else 2
+    return 4, 4 * warps, warps
+
+
 def multiply(
     x: Tensor,
     bias: Tensor | None,
@@ -200,53 +226,124 @@ def multiply(
     """`x @ W.T + bias`.
 
     Args:
-        x: (rows, in), contiguous.
+        x: (..., in), contiguous.
         bias: (out,), in the dtype of x.
         words, scale, zero, offset, bits, group, point: as a `Triton` has them.
         tile: what a program works on; chosen by default.
 
     Returns:
-        (rows, out), in the dtype of x.
+        (..., out), in the dtype of x.
     """
-    rows, columns = x.shape
-    out, chunks = len(words), words.shape[1] // WORDS
+    shape, out = x.shape, words.shape[0]
+    columns, result = shape[-1], (*shape[:-1], out)
+    rows = x.numel() // columns
     if not rows:
-        return x.new_empty(0, out)
+        return x.new_empty(result)
     if _truncates(x.dtype):
         own = None if bias is None else bias.float()
         return multiply(x.float(), own, words, scale.float(), zero, offset, bits, group, point, tile).to(
             x.dtype
         )
-    input_bytes = 2 * HALF[bits] * WORDS * x.element_size()
-    tile = tile or choose_tile(rows, out, chunks, input_bytes, _room(x.device))
-    length = math.ceil(chunks / tile.parts)
-    parts = math.ceil(chunks / length)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    # Parts are added in one order, so that a product is the same each time.
-    some = y if parts == 1 else torch.empty(parts, rows, out, dtype=torch.float32, device=x.device)
-    constants = _constants(bits, group, point, zero, offset)
-    fused = parts == 1 and bias is not None
-    grid = (math.ceil(out / tile.rows), math.ceil(rows / tile.inputs), parts)
-    _programs().multiply[grid](
-        x, words, scale, zero, offset, bias, some, out, columns, rows, length, **constants,
-        # Fields that share their scale wherever in a row their chunk lies.
-        TOGETHER=math.gcd(group // WORDS, HALF[bits]),
-        BIAS=fused, EVEN=columns == chunks * 2 * HALF[bits] * WORDS, ASM=_assembly(bits, x.dtype, point),
-        ROWS=tile.rows, INPUTS=tile.inputs, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if parts > 1:
-        _programs().add_parts[(math.ceil(y.numel() / _VALUES),)](
-            some, bias, y, y.numel(), out, PARTS=parts, BIAS=bias is not None, VALUES=_VALUES
-        )
+    weight = (words.shape, bits, group, point, zero is not None, offset is not None, bias is not None)
+    parts, product, adding = _launches(rows, columns, weight, (x.dtype, scale.dtype), x.device, tile)
+    with _on(x.device):
+        y = x.new_empty(result)
+        if adding is None:
+            product(x, words, scale, zero, offset, bias, y)
+        else:
+            # Parts are added in one order, so that a product is the same each time.
+            some = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device)
+            product(x, words, scale, zero, offset, bias, some)
+            adding(some, bias, y)
     return y
 
 
-def _constants(
-    bits: int, group: int, point: int, zero: Tensor | None, offset: Tensor | None
-) -> dict[str, Any]:
+class _Launch:
+    """A program of `code.py` and all its arguments but the tensors, which come first.
+
+    Triton looks at every argument of every call, which takes longer than the product of a few rows. What
+    it has compiled is right as long as tensors have the same dtypes and begin at multiples of 16 bytes,
+    so that is started as it is from the second time on.
+
+    Args:
+        name: of the program.
+        grid: of programs.
+        named: the other arguments.
+        options: of Triton.
+    """
+
+    def __init__(
+        self, name: str, grid: tuple[int, int, int], named: dict[str, Any], **options: int
+    ) -> None:
+        self.program, self.grid, self.named = getattr(_programs(), name), grid, named | options
+        self.rest = tuple(named[name] for name in self.program.arg_names if name in named)
+        self.start: Callable[..., object] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start it on the current stream."""
+        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        aligned = not any(place % 16 for place in places if place)
+        if aligned and self.start is not None:
+            self.start(*places, *self.rest)  # of a tensor Triton asks the driver where it is
+            return
+        compiled = self.program[self.grid](*tensors, **self.named)
+        if aligned and compiled is not None and _starts_compiled():  # Triton's interpreter gives None
+            self.start = compiled[self.grid]
+
+
+@cache
+def _launches(
+    rows: int,
+    columns: int,
+    weight: tuple[tuple[int, int], int, int, int, bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+    tile: Tile | None,
+) -> tuple[int, _Launch, _Launch | None]:
+    """The parts that columns are cut into, the program that multiplies, and the one that adds parts.
+
+    Args:
+        rows, columns: of the inputs.
+        weight: the shape of its words, bits, group, point, and whether there are zero points, offsets
+            and a bias.
+        dtypes: of inputs and scales.
+        device: where it all is.
+        tile: what a program works on; chosen if None.
+    """
+    (out, words), bits, group, point, zero, offset, bias = weight
+    chunks = words // WORDS
+    # Fields that share their scale wherever in a row their chunk lies.
+    together = math.gcd(group // WORDS, HALF[bits])
+    named: dict[str, Any] = {
+        "out": out, "columns": columns, **_constants(bits, group, point, zero, offset),
+        "TOGETHER": together,
+    }  # fmt: skip
+    full = columns == chunks * 2 * HALF[bits] * WORDS
+    strip = choose_strip(out, chunks, together) if rows == 1 and tile is None else None
+    if strip is not None:
+        own, some, warps = strip
+        named |= {"BIAS": bias, "EVEN": full and chunks % some == 0, "LOGIC": _logic(), "ROWS": own}
+        grid = (math.ceil(out / own), 1, 1)
+        return 1, _Launch("multiply_one", grid, named | {"CHUNKS": some}, num_warps=warps), None
+    input_bytes = 2 * HALF[bits] * WORDS * dtypes[0].itemsize
+    tile = tile or choose_tile(rows, out, chunks, input_bytes, _room(device))
+    length = math.ceil(chunks / tile.parts)
+    parts = math.ceil(chunks / length)
+    named |= {
+        "rows": rows, "length": length, "BIAS": parts == 1 and bias, "EVEN": full,
+        "ASM": _assembly(bits, dtypes[0], point), "ROWS": tile.rows, "INPUTS": tile.inputs,
+    }  # fmt: skip
+    grid = (math.ceil(out / tile.rows), math.ceil(rows / tile.inputs), parts)
+    product = _Launch("multiply", grid, named, num_warps=tile.warps, num_stages=tile.stages)
+    if parts == 1:
+        return parts, product, None
+    named = {"values": rows * out, "out": out, "PARTS": parts, "BIAS": bias, "VALUES": _VALUES}
+    return parts, product, _Launch("add_parts", (math.ceil(rows * out / _VALUES), 1, 1), named)
+
+
+def _constants(bits: int, group: int, point: int, zero: bool, offset: bool) -> dict[str, Any]:
     return {
-        "GROUP": group, "BITS": bits, "HALF": HALF[bits],
-        "ZERO": zero is not None, "POINT": point, "OFFSET": offset is not None,
+        "GROUP": group, "BITS": bits, "HALF": HALF[bits], "ZERO": zero, "POINT": point, "OFFSET": offset,
     }  # fmt: skip
 
 
@@ -272,6 +369,13 @@ def _assembly(bits: int, dtype: torch.dtype, point: int) -> str | None:
     )
 
 
+def _logic() -> str | None:
+    """PTX that puts the bits of a code under an exponent, with one instruction; None: without."""
+    if _interpreted() or torch.version.hip is not None:
+        return None
+    return "lop3.b32 $0, $1, $2, $3, 0xEA;"
+
+
 @cache
 def _room(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
@@ -281,6 +385,21 @@ def _room(device: torch.device) -> int:
     return int(getattr(known, "shared_memory_per_block_optin", _LEAST_ROOM))
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton starts programs on the current device, whatever tensors it is given."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+@cache
+def _starts_compiled() -> bool:
+    """Whether what Triton has compiled is started with all arguments, constants too: from 3.3 on."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
 def _programs() -> Any:
     """Imported when they are first run: Triton takes its time."""
     from fewbits.kernels.gpu import code
@@ -288,13 +407,15 @@ def _programs() -> Any:
     return code
 
 
+@cache
 def _interpreted() -> bool:
+    """As Triton sees it when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _truncates(dtype: torch.dtype) -> bool:
     """Whether Triton's interpreter runs, which knows bfloat16 by its bits only, and cuts them off."""
-    return _interpreted() and dtype == torch.bfloat16
+    return dtype == torch.bfloat16 and _interpreted()
 
 
 # What `torch.compile` sees of a product: one operation.
@@ -306,7 +427,7 @@ _OPS.define(  # type: ignore[no-untyped-call]
 
 
 def _like_multiply(x: Tensor, _bias: Tensor | None, words: Tensor, *_others: Any) -> Tensor:
-    return x.new_empty(x.shape[0], words.shape[0])
+    return x.new_empty(*x.shape[:-1], words.shape[0])
 
 
 _OPS.impl("triton_linear", multiply, "CUDA")  # type: ignore[no-untyped-call]
