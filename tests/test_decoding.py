@@ -109,8 +109,12 @@ def test_prompts_attend_in_the_library_as_without(quantized):
 
 
 def test_models_that_cannot_be_one_graph_are_refused(quantized):
-    with pytest.raises(InputError, match="compiled steps of MixtralForCausalLM: which experts run"):
-        load(quantized("mixtral"), compiled=True)
+    for kind, name in (
+        ("mixtral", "Mixtral"),
+        ("gpt_oss", "GptOss"),
+    ):  # experts apart, and as one tensor
+        with pytest.raises(InputError, match=f"compiled steps of {name}ForCausalLM: which experts run"):
+            load(quantized(kind), compiled=True)
     model = load(quantized("llama"))
     type(model)._can_compile_fullgraph, before = False, type(model)._can_compile_fullgraph
     try:

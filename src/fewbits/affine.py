@@ -160,7 +160,10 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 def _choose_trellis(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = slices(len(weight), weight.shape[1], scheme, _SLICE)
     squares = [parts_of(weight[r], scheme).to(working_dtype(weight)).square().mean(-1) for r in rows]
-    exact = torch.cat(squares).sqrt_().div_(trellis.UNIT[scheme.bits])
+    exact = torch.cat(squares).sqrt_()
+    exact.div_(
+        exact.new_tensor(trellis.UNIT[scheme.bits])
+    )  # a number's inverse is multiplied by, on CUDA
     scale = _round_scale(exact, exact / 2, dtype) * (exact > 0)
     return scale, torch.zeros_like(scale, dtype=torch.uint8)
 

@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
         self.order: Tensor | None
         self.register_buffer("order", None if weight.order is None else weight.order.to(device))
-        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.to(device), requires_grad=False)
         self.register_parameter("bias", own)
 
     @classmethod

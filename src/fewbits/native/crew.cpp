@@ -14,6 +14,7 @@
 #endif
 
 #include "kernel.h"
+#include "parts.h"
 
 namespace fewbits {
 namespace {
@@ -43,21 +44,7 @@ void pause() {
 }
 
 // The items of a job that a thread begins with; others take from it when they have none left.
-struct alignas(64) Share {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
-
-  bool take(int64_t least, int64_t &begin, int64_t &stop) {
-    begin = next.load(std::memory_order_relaxed);
-    do {
-      if (begin >= end) return false;
-      const int64_t half = (end - begin) / 2;
-      stop = begin + (half > least ? half : least);
-      stop = stop < end ? stop : end;
-    } while (!next.compare_exchange_weak(begin, stop, std::memory_order_relaxed));
-    return true;
-  }
-};
+struct alignas(64) Share : Parts {};
 
 struct Job {
   int64_t least;
@@ -156,10 +143,7 @@ class Crew {
   void run(int64_t count, const Stream &stream, const Job &job) {
     follow(count, stream);
     job_ = job;
-    for (int i = 0; i < threads_; i++) {
-      shares_[i].end = count * (i + 1) / threads_;
-      shares_[i].next.store(count * i / threads_, std::memory_order_relaxed);
-    }
+    for (int i = 0; i < threads_; i++) shares_[i].fill(count * i / threads_, count * (i + 1) / threads_, 1);
     bool called[MOST];
     const int joined = this->joined();
     call(joined, called);

@@ -13,23 +13,29 @@ namespace fewbits {
 // so that no thread waits long for the last.
 class Parts {
  public:
-  Parts(int64_t count, int64_t least, int threads) : count_(count), least_(least), threads_(threads) {}
+  // Items from `begin` to `end`, for so many takers.
+  void fill(int64_t begin, int64_t end, int takers) {
+    end_ = end;
+    takers_ = takers;
+    next_.store(begin, std::memory_order_relaxed);
+  }
 
-  bool take(int64_t &begin, int64_t &end) {
+  // At least so many of them, if there are as many.
+  bool take(int64_t least, int64_t &begin, int64_t &end) {
     begin = next_.load(std::memory_order_relaxed);
     do {
-      if (begin >= count_) return false;
-      const int64_t share = (count_ - begin) / (2 * threads_);
-      end = begin + (share > least_ ? share : least_);
-      end = end < count_ ? end : count_;
+      if (begin >= end_) return false;
+      const int64_t share = (end_ - begin) / (2 * takers_);
+      end = begin + (share > least ? share : least);
+      end = end < end_ ? end : end_;
     } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
     return true;
   }
 
  private:
-  const int64_t count_, least_;
-  const int threads_;
   std::atomic<int64_t> next_{0};
+  int64_t end_ = 0;
+  int takers_ = 1;
 };
 
 // `work(begin, end)` for parts of 0 to count, each of which reads its piece of the stream.
@@ -44,12 +50,14 @@ static void in_parts(int64_t count, int64_t least, int threads, fewbits_parallel
     return in_crew(*own, count, least, stream, part, &work);
   }
   struct Job {
-    Parts parts;
     const Work &work;
-  } job{{count, least, threads}, work};
+    int64_t least;
+    Parts parts;
+  } job{work, least, {}};
+  job.parts.fill(0, count, threads);
   const auto take_all = [](void *data) {
     Job &shared = *static_cast<Job *>(data);
-    for (int64_t begin, end; shared.parts.take(begin, end);) shared.work(begin, end);
+    for (int64_t begin, end; shared.parts.take(shared.least, begin, end);) shared.work(begin, end);
   };
   (parallel ? parallel : own_threads)(take_all, &job, unsigned(threads), 0);
 }

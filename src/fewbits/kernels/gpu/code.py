@@ -1,9 +1,9 @@
-"""The programs that run on a GPU, in Triton; `kernel.py` says how a weight lies in memory.
+"""The programs that run on a GPU, in Triton; `words.py` says how a weight lies in memory.
 
-All of them take `words`, `scale`, `zero` and `offset` of a weight of `out` rows and `columns`, and read
-ROWS of its rows. TOGETHER fields of one half have one scale; POINT is the zero point where `zero` has
-none (else 0). Inputs past the last column count as zero, so the scale that is read for them is any; rows
-past the last are the last again.
+All but `add_parts` take `words`, `scale` and `zero` of a weight of `out` rows and `columns`, two of them
+`offset` too, and read ROWS of its rows. TOGETHER fields of one half have one scale; POINT is the zero
+point where `zero` has none (else 0). Inputs past the last column count as zero, so the scale that is
+read for them is any; rows past the last are the last again.
 """
 
 import triton
@@ -56,7 +56,7 @@ def operands_of(
 
 @triton.jit
 def multiply(
-    x, words, scale, zero, offset, bias, y, out, columns, rows, length,
+    x, words, scale, zero, bias, y, offset, out, columns, rows, length,
     GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TOGETHER: tl.constexpr,
     ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
@@ -120,10 +120,9 @@ def multiply(
 
 @triton.jit
 def multiply_one(
-    x, words, scale, zero, offset, bias, y, out, columns,
-    GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    ZERO: tl.constexpr, POINT: tl.constexpr, OFFSET: tl.constexpr, TOGETHER: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, LOGIC: tl.constexpr,
+    x, words, scale, zero, bias, y, out, columns,
+    GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TOGETHER: tl.constexpr,
+    ZERO: tl.constexpr, POINT: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, LOGIC: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The same for one row of x, on all columns, CHUNKS chunks of them at a time; in float32.
@@ -162,8 +161,6 @@ def multiply_one(
                 if ZERO:
                     sums -= tl.load(zero + group).to(tl.float32) * inputs[:, None]
                 total += sums * tl.load(scale + group).to(tl.float32)
-                if OFFSET:
-                    total -= tl.load(offset + group) * inputs[:, None]
     result = tl.sum(total, 0)
     if BIAS:
         result += tl.load(bias + tl.minimum(row, out - 1)).to(tl.float32)
