@@ -2,15 +2,19 @@
 weights in its own file: it reads the very GGUF file that ours does, so its head and its embedding are in
 bfloat16 too, and both read as many bytes for a token.
 
-The model is random, in the shape of 1B models. Runs alternate, each in a process of its own; asserted
-are medians of ratios. Nothing else may run on the machine. llama.cpp is asked in an environment that has
-llama-cpp-python (`make interop` builds one); without it that column stays empty.
+The model is random, in the shape of 1B models, or `--model`'s, for which nothing is asserted. Runs
+alternate, each in a process of its own; asserted are medians of ratios. Nothing else may run on the
+machine. llama.cpp is asked in an environment that has llama-cpp-python (`make interop` builds one), and
+torchao's 4 bits in one that has torchao; without them those columns stay empty. Most processors have no
+AMX: `--without-amx` measures them on one that has, PyTorch's side too (llama.cpp as it was built).
 
-Run:  python benchmarks/decode.py --folder DIR [--python build/interop/llama-cpp/bin/python]
+Run:  python benchmarks/decode.py --folder DIR [--model MODEL] [--without-amx] [--float32]
+          [--python PYTHON] [--torchao PYTHON]
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,9 +42,12 @@ LEAST = {
 }
 
 OURS = """
-import json, sys
+import json, os, sys
 from fewbits.load import load
+from fewbits.native import library
 from fewbits.speed import measure_speed
+if "ONEDNN_MAX_CPU_ISA" in os.environ:  # --without-amx
+    assert library().use("avx512"), "no AVX-512"
 model = load(sys.argv[1], int8_inputs=sys.argv[2] == "8", compiled=sys.argv[7] == "compiled")
 speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[6]))
 print(json.dumps([speed.decode, speed.prefill]))
@@ -48,7 +55,8 @@ print(json.dumps([speed.decode, speed.prefill]))
 FLOAT = """
 import json, sys, torch, transformers
 from fewbits.speed import measure_speed
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+dtype = torch.float32 if sys.argv[2] == "32" else torch.bfloat16
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
 speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[6]))
 print(json.dumps([speed.decode, speed.prefill]))
 """
@@ -68,17 +76,42 @@ for _ in range(int(sys.argv[6])):
     decode = 1 / statistics.median(time_of([17 + i]) for i in range(int(sys.argv[4])))
 print(json.dumps([decode, prefill]))
 """
+TORCHAO = """
+import json, statistics, sys, time, torch, transformers
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import quantize_
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+head = model.get_output_embeddings()
+kept = None if sys.argv[2] == "4" else head
+takes = lambda module, name: type(module) is torch.nn.Linear and module is not kept
+quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128), takes)
+prompt = torch.arange(int(sys.argv[3]))[None] * 7919 % model.config.vocab_size
+def time_of(ids, cache):
+    began = time.perf_counter()
+    found = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - began, found
+with torch.inference_mode():
+    for _ in range(int(sys.argv[6])):
+        taken, found = time_of(prompt, None)
+        prefill, steps = prompt.shape[1] / taken, []
+        for _ in range(int(sys.argv[4])):
+            taken, found = time_of(found.logits[:, -1:].argmax(-1), found.past_key_values)
+            steps.append(taken)
+print(json.dumps([1 / statistics.median(steps), prefill]))
+"""
 
 
-def make(folder: Path) -> Path:
-    """The random model, and what is made of it, unless they are there."""
+def make(folder: Path, model: Path | None, schemes: list[str]) -> Path:
+    """The random model unless one is given, and what is made of it, unless they are there."""
     import fewbits
     from memory import make_checkpoint
 
-    model = folder / "float"
-    if not model.is_dir():
-        make_checkpoint(model, 16)
-    for name, (bits, group, head) in SCHEMES.items():
+    if model is None:
+        model = folder / "float"
+        if not model.is_dir():
+            make_checkpoint(model, 16)
+    for name in schemes:
+        bits, group, head = SCHEMES[name]
         out = folder / name
         if not out.is_dir():
             scheme = fewbits.QuantScheme(bits, "group", group)
@@ -102,13 +135,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--python", default=None, help="of an environment with llama-cpp-python")
+    parser.add_argument("--torchao", default=None, help="of an environment with torchao")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="a float model instead of the random one"
+    )
+    parser.add_argument("--float32", action="store_true", help="transformers in float32 too")
+    parser.add_argument("--without-amx", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     args = parser.parse_args()
+    if args.without_amx:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    model, rest = make(folder), (PROMPT, NEW, args.threads, REPEATS)
+    model, rest = make(folder, args.model, args.schemes), (args.prompt, NEW, args.threads, REPEATS)
     failed = []
     for name in args.schemes:
         ours = (sys.executable, OURS, folder / name)
@@ -118,6 +160,10 @@ def main() -> None:
         who["compiled, " + list(who)[-1]] = (*list(who.values())[-1][:-1], "compiled")
         fastest = list(who)[-1]
         who["bfloat16"] = (sys.executable, FLOAT, model, 16, *rest)
+        if args.float32:
+            who["float32"] = (sys.executable, FLOAT, model, 32, *rest)
+        if args.torchao and name in ("w4-g128", "w4-g128-head4"):
+            who["torchao"] = (args.torchao, TORCHAO, model, 4 if "head4" in name else 16, *rest)
         if args.python and "Q" in name:
             who["llama.cpp"] = (args.python, THEIRS, folder / name / "model.gguf", 0, *rest)
         taken: dict[str, list[tuple[float, float]]] = {each: [] for each in who}
@@ -128,7 +174,7 @@ def main() -> None:
             decode, prefill = (statistics.median(values) for values in zip(*speeds, strict=True))
             print(f"{name}: {each}: decodes {decode:.1f} tokens/s, reads {prefill:.0f}", flush=True)
         for own in [each for each in who if each.endswith("inputs")]:
-            for other in ("bfloat16", "llama.cpp"):
+            for other in ("bfloat16", "float32", "torchao", "llama.cpp"):
                 if other not in taken:
                     continue
                 pairs = zip(taken[own], taken[other], strict=True)
@@ -137,7 +183,7 @@ def main() -> None:
                 print(
                     f"{name}: {own} over {other}: {decode:.2f} in decoding, {prefill:.2f} in the prompt"
                 )
-                least = LEAST.get((name, other), (0, 0))
+                least = LEAST.get((name, other), (0, 0)) if args.model is None else (0, 0)
                 if own == fastest and (decode < least[0] or prefill < least[1]):
                     failed.append(
                         f"{name}: {own} over {other}: {decode:.2f}, {prefill:.2f}, least {least}"

@@ -3,14 +3,16 @@ PyTorch's bfloat16 where there are several rows.
 
 Weights rotate over more memory than any cache holds, as in a model, and few rows are multiplied as a
 step of `generate()` does it: with threads that stay awake from one product to the next. Asserted are
-ratios of this run, each the median of several taken in turn. Nothing else may run on the machine.
+ratios of this run, each the median of several taken in turn. Nothing else may run on the machine. Most
+processors have no AMX: `--without-amx` measures them on one that has, PyTorch's side too.
 
-Run:  python benchmarks/kernels.py [--threads 2] [--json OUT]
+Run:  python benchmarks/kernels.py [--threads 2] [--without-amx] [--json OUT] [--plot OUT.svg]
 """
 
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -124,7 +126,8 @@ def measure() -> list[dict[str, object]]:
                 share, rate = share_of_stream(kernels, one, memory)
                 row: dict[str, object] = {
                     "shape": f"{shape[0]} x {shape[1]}", "scheme": label, "kernel": name,
-                    "share of the streaming read": round(share, 3), "GB/s": round(rate / 1e9, 1),
+                    "threads": torch.get_num_threads(), "share of the streaming read": round(share, 3),
+                    "GB/s": round(rate / 1e9, 1),
                 }  # fmt: skip
                 if label.startswith("w4") and shape == SHAPES[0]:
                     for rows in ROWS:
@@ -150,18 +153,64 @@ def failures(found: list[dict[str, object]]) -> list[str]:
     return failed
 
 
+def plot(found: list[dict[str, object]], to: Path) -> None:
+    """Shares of the read at one row, and how many times as fast as bfloat16 more rows are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (roof, rows) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    first = [row for row in found if row["shape"] == found[0]["shape"]]
+    labels = list(dict.fromkeys(str(row["scheme"]) for row in first))
+    for i, name in enumerate(KERNELS):
+        own = {str(row["scheme"]): row for row in first if row["kernel"] == name}
+        at = [labels.index(label) + 0.4 * i - 0.2 for label in own]
+        shares = [float(str(row["share of the streaming read"])) for row in own.values()]
+        bars = roof.bar(at, shares, 0.4, label=name)
+        roof.bar_label(bars, [f"{row['GB/s']}" for row in own.values()], fontsize=7)
+        many = [(n, float(str(own["w4-g128"][f"{n} rows"]))) for n in ROWS]
+        rows.plot(*zip(*many, strict=True), marker="o", label=f"w4-g128, {name}")
+    roof.axhline(1, color="black", linewidth=0.8)
+    roof.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    roof.set_title(f"One row, {found[0]['shape']}: share of the streaming read (GB/s)")
+    rows.plot(
+        *zip(*((n, limit[0]) for n, limit in LEAST_SPEED.items()), strict=True), "k:", label="aim (int8)"
+    )
+    rows.axhline(1, color="black", linewidth=0.8)
+    rows.set_xscale("log", base=2)
+    rows.set_xticks(ROWS, [str(n) for n in ROWS])
+    rows.set_xlabel("rows of inputs")
+    rows.set_title("Times as fast as PyTorch in bfloat16")
+    for axes in (roof, rows):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+    figure.savefig(to)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--without-amx", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if library() is None:
+    own = library()
+    if own is None:
         sys.exit(f"the native library {why_absent()}")
+    if args.without_amx:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = (
+            "AVX512_CORE_BF16"  # which PyTorch asks when it first multiplies
+        )
+        if not own.use("avx512"):
+            sys.exit("this processor has no AVX-512")
     print(f"native library: {summary()}; {args.threads} threads; torch {torch.__version__}")
     found = measure()
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+    if args.plot:
+        plot(found, args.plot)
     sys.exit("\n".join(failures(found)) or None)
 
 
