@@ -88,14 +88,14 @@ quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128), takes)
 prompt = torch.arange(int(sys.argv[3]))[None] * 7919 % model.config.vocab_size
 def time_of(ids, cache):
     began = time.perf_counter()
-    found = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
     return time.perf_counter() - began, found
 with torch.inference_mode():
     for _ in range(int(sys.argv[6])):
         taken, found = time_of(prompt, None)
         prefill, steps = prompt.shape[1] / taken, []
         for _ in range(int(sys.argv[4])):
-            taken, found = time_of(found.logits[:, -1:].argmax(-1), found.past_key_values)
+            taken, found = time_of(found.logits[:, -1:].argmax(-1), found.cache)
             steps.append(taken)
 print(json.dumps([1 / statistics.median(steps), prefill]))
 """

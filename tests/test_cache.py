@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from fewbits.cache import GrowingLayer, use_growing_cache
+from fewbits.structure import cache_of
 from models import VOCABULARY, tiny_model
 
 
@@ -106,4 +107,4 @@ def test_models_write_the_same_words(arguments):
         torch.manual_seed(1)
         results.append(each.generate(ids, max_new_tokens=20, return_dict_in_generate=True, **arguments))
     assert torch.equal(results[0].sequences, results[1].sequences)
-    assert all(type(layer) is GrowingLayer for layer in results[1].past_key_values.layers)
+    assert all(type(layer) is GrowingLayer for layer in cache_of(results[1]).layers)

@@ -16,6 +16,7 @@ from fewbits.linear import FloatLinear
 from fewbits.native import operators
 from fewbits.native.library import Library, library
 from fewbits.speed import measure_speed
+from fewbits.structure import cache_argument, cache_of
 from models import VOCABULARY, tiny_checkpoint
 
 IDS = torch.arange(1, 17)[None] * 7 % VOCABULARY
@@ -74,14 +75,15 @@ def test_generation_writes_the_same_and_every_step_is_a_graph(quantized, graphs,
 def test_prompts_gradients_and_growing_caches_are_left_alone(quantized, graphs):
     model = load(quantized("llama"), compiled=True)
     with torch.no_grad():
-        cache = model(input_ids=IDS, past_key_values=fixed_cache(model, 20)).past_key_values
-        grown = model(input_ids=IDS, use_cache=True).past_key_values
-        model(input_ids=IDS[:, :1], past_key_values=grown)
-        model(input_ids=IDS[:, :2], past_key_values=cache)
+        name = cache_argument(model)
+        cache = cache_of(model(input_ids=IDS, **{name: fixed_cache(model, 20)}))
+        grown = cache_of(model(input_ids=IDS, use_cache=True))
+        model(input_ids=IDS[:, :1], **{name: grown})
+        model(input_ids=IDS[:, :2], **{name: cache})
         assert graphs == []
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], **{name: cache})
     assert graphs == [1]
-    model(input_ids=IDS[:, :1], past_key_values=cache)
+    model(input_ids=IDS[:, :1], **{name: cache})
     assert graphs == [1]
     assert fixed_cache(load(quantized("llama")), 20) is None
 
@@ -93,8 +95,9 @@ def test_a_copy_runs_its_own_weights(quantized, graphs):
     with torch.no_grad():
         other.lm_head.weight.zero_()
         for each in (model, other):
-            cache = each(input_ids=IDS, past_key_values=fixed_cache(each, 20)).past_key_values
-            logits = each(input_ids=IDS[:, :1], past_key_values=cache).logits
+            name = cache_argument(each)
+            cache = cache_of(each(input_ids=IDS, **{name: fixed_cache(each, 20)}))
+            logits = each(input_ids=IDS[:, :1], **{name: cache}).logits
             assert bool((logits == 0).all()) == (each is other)
     assert graphs == [1, 1]
 
@@ -104,7 +107,7 @@ def test_prompts_attend_in_the_library_as_without(quantized):
         pytest.skip("the native library has no products of bfloat16 here")
     plain, compiled = load(quantized("llama")), load(quantized("llama"), compiled=True)
     with torch.no_grad():
-        logits = compiled(input_ids=IDS, past_key_values=fixed_cache(compiled, 30)).logits
+        logits = compiled(input_ids=IDS, **{cache_argument(compiled): fixed_cache(compiled, 30)}).logits
         assert torch.equal(logits, plain(input_ids=IDS, use_cache=True).logits)
 
 

@@ -24,7 +24,7 @@ from fewbits.outlook import look_ahead
 from fewbits.plan import make_plan, survey
 from fewbits.recipe import parse_method
 from fewbits.scheme import InputScheme
-from fewbits.structure import skeleton, text_config
+from fewbits.structure import cache_of, skeleton, text_config
 from fewbits.tensor import Note
 from models import TINY, tiny_checkpoint, tiny_model
 
@@ -154,7 +154,7 @@ def test_a_scheme_that_does_not_fit_is_a_refused_row(tmp_path):
 @pytest.mark.parametrize("model_type", sorted(TINY.keys() - {"bloom"}))
 def test_the_cache_is_what_the_model_itself_keeps(model_type):
     model, length = tiny_model(model_type), 24
-    kept = model(torch.ones(1, length, dtype=torch.int64), use_cache=True).past_key_values
+    kept = cache_of(model(torch.ones(1, length, dtype=torch.int64), use_cache=True))
     elements = sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
     config = json.loads(model.config.to_json_string(use_diff=False))
     assert observe(skeleton(config), length).cache_elements == elements

@@ -20,6 +20,7 @@ from checks import fast_kernel
 from fewbits import InputError, QuantizedLinear, QuantScheme, VerificationError, load, quantize
 from fewbits.checkpoint import resolve
 from fewbits.load import check_forward, kernel_notes
+from fewbits.structure import cache_argument
 from models import TINY, VOCABULARY, tiny_checkpoint
 
 LABELS = ("w8-channel", "w4-g32", "w4-g32-asym")
@@ -569,8 +570,9 @@ def test_steps_with_a_static_cache_are_one_graph_that_computes_the_same(case):
     with torch.no_grad():
         for forward in (model, torch.compile(model.forward, backend="aot_eager", fullgraph=True)):
             past = StaticCache(config=model.config, max_cache_len=24)
-            model(IDS, past_key_values=past)
+            name = cache_argument(model)
+            model(IDS, **{name: past})
             for step in range(3):
-                given = {"past_key_values": past, "position_ids": torch.tensor([[16 + step]])}
+                given = {name: past, "position_ids": torch.tensor([[16 + step]])}
                 found.append(forward(torch.tensor([[5 + step]]), **given).logits)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))

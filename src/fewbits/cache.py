@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fewbits.structure import given_cache
+
 _LEAST = 64  # tokens that a room has beyond what is needed, and an eighth of that; not tuned
 
 
@@ -21,8 +23,8 @@ def use_growing_cache(model: nn.Module) -> None:
 
 def _replace_layers(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
     """What is exactly of transformers' own kinds; what it holds stays."""
-    cache = kwargs.get("past_key_values")
-    if type(cache) is not DynamicCache or torch.compiler.is_compiling():
+    cache = None if torch.compiler.is_compiling() else given_cache(kwargs)
+    if type(cache) is not DynamicCache:
         return
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:

@@ -19,6 +19,7 @@ from fewbits.errors import InputError
 from fewbits.kernels import Native
 from fewbits.linear import FloatLinear, QuantizedLinear
 from fewbits.native.library import library
+from fewbits.structure import given_cache
 
 # Python keeps what its functions hold in pieces of 16 KB. Where the end of one falls between a graph and
 # the operations that it calls, each call takes a new piece from the system: 41 ms a step instead of 33.
@@ -150,14 +151,12 @@ def _is_step(input_ids: Any = None, *_: Any, **__: Any) -> bool:
     return one and input_ids.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def _are_together(
-    model: Any, input_ids: torch.Tensor, *_: Any, past_key_values: Any = None, **__: Any
-) -> bool:
+def _are_together(model: Any, input_ids: torch.Tensor, *_: Any, **given: Any) -> bool:
     """Whether a step is run together. Windows of keys are moved at each step, by PyTorch: it is not."""
     most = model.__dict__.get("fewbits_together")
     if most is None:
         most = model.fewbits_together = texts_together(model)
-    windows = any(getattr(past_key_values, "is_sliding", ()))
+    windows = any(getattr(given_cache(given), "is_sliding", ()))
     return len(input_ids) <= most and attends_here(model) and not windows
 
 
@@ -165,4 +164,4 @@ def _find_fixed() -> Any:
     """What says of a call's arguments whether keys are in a cache that graphs can be made for."""
     from transformers import StaticCache
 
-    return lambda past_key_values=None, **_: type(past_key_values) is StaticCache
+    return lambda **given: type(given_cache(given)) is StaticCache

@@ -24,6 +24,7 @@ from fewbits.scheme import InputScheme, QuantScheme
 from fewbits.sizes import weight_file_bytes
 from fewbits.structure import (
     Matrix,
+    cache_of,
     find_blocks,
     is_conv1d,
     is_experts,
@@ -424,8 +425,9 @@ def _kept_elements(model: nn.Module, context: int) -> int:
     ids = torch.zeros(1, context, dtype=torch.int64, device="meta")
     with _without_values(model), quiet_transformers(), torch.no_grad():
         output = model(ids, use_cache=True)
-    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
-    kept = {id(t): t.numel() for t in _tensors(cache, 0) if t.is_floating_point() and t.ndim > 1}
+    kept = {
+        id(t): t.numel() for t in _tensors(cache_of(output), 0) if t.is_floating_point() and t.ndim > 1
+    }
     return sum(kept.values())
 
 

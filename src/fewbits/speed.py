@@ -20,7 +20,7 @@ from fewbits.ledger import read_ledger
 from fewbits.linear import QuantizedLinear
 from fewbits.load import open_model
 from fewbits.memory import STATUS
-from fewbits.structure import skeleton
+from fewbits.structure import cache_argument, cache_of, skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +170,15 @@ def _time_round(model: Any, ids: Tensor, new_tokens: int) -> _Round:
     ids = ids.to(model.device)
     began = time.perf_counter()
     fixed = fixed_cache(model, ids.shape[1] + new_tokens)
-    given = {} if fixed is None else {"past_key_values": fixed}
-    output = model(ids, use_cache=True, **given)
+    name = cache_argument(model)
+    output = model(ids, use_cache=True, **({} if fixed is None else {name: fixed}))
     token = output.logits[:, -1:].argmax(-1)
     _wait(model)
     prefill_s = time.perf_counter() - began
     steps = []
     for _ in range(new_tokens):
         began = time.perf_counter()
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **{name: cache_of(output)})
         token = output.logits[:, -1:].argmax(-1)
         _wait(model)
         steps.append(time.perf_counter() - began)

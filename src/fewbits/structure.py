@@ -7,6 +7,7 @@ parameters in which transformers keeps mixtures of experts; or the embedding, wh
 """
 
 import copy
+import inspect
 import json
 import linecache
 import logging
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -503,3 +504,25 @@ def _check_coverage(blocks: nn.Module, path: str, matrices: dict[str, Matrix]) -
             f"the blocks keep weights outside linears and known experts: {named}; "
             "such a model is not supported yet, and is not quantized by half"
         )
+
+
+# -- what a model keeps of a text --------------------------------------------------------------------
+
+_CACHES = ("cache", "past_key_values", "cache_params")  # of transformers 5.24 on; before
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the named arguments of a call; None where there is none."""
+    return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model gives; None where there is none."""
+    found = (getattr(output, name, None) for name in _CACHES)
+    return next((cache for cache in found if cache is not None), None)
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model takes its cache."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in taken), "past_key_values")
