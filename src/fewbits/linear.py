@@ -53,7 +53,9 @@ class QuantizedLinear(nn.Linear):
         self.kernel = KERNELS[self.kernel_name](weight, dtype, device)
         self.order: Tensor | None
         self.register_buffer("order", None if weight.order is None else weight.order.to(device))
-        own = None if bias is None else nn.Parameter(bias.to(device), requires_grad=False)
+        if bias is not None and not bias.is_meta:  # of those on "meta" the values are yet to come
+            bias = bias.to(device)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", own)
 
     @classmethod
