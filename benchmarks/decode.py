@@ -69,7 +69,7 @@ def time_of(ids):
     began = time.perf_counter()
     model.eval(ids)
     return time.perf_counter() - began
-prompt = [5 + 7919 * i % 31000 for i in range(int(sys.argv[3]))]
+prompt = [7919 * i % model.n_vocab() for i in range(int(sys.argv[3]))]
 for _ in range(int(sys.argv[6])):
     model.reset()
     prefill = len(prompt) / time_of(prompt)
