@@ -42,12 +42,13 @@ LEAST = {
 }
 
 OURS = """
-import json, os, sys
+import json, os, sys, torch
 from fewbits.load import load
 from fewbits.native import library
 from fewbits.speed import measure_speed
 if "ONEDNN_MAX_CPU_ISA" in os.environ:  # --without-amx
     assert library().use("avx512"), "no AVX-512"
+torch.set_num_threads(int(sys.argv[5]))
 model = load(sys.argv[1], int8_inputs=sys.argv[2] == "8", compiled=sys.argv[7] == "compiled")
 speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[6]))
 print(json.dumps([speed.decode, speed.prefill]))
@@ -55,6 +56,7 @@ print(json.dumps([speed.decode, speed.prefill]))
 FLOAT = """
 import json, sys, torch, transformers
 from fewbits.speed import measure_speed
+torch.set_num_threads(int(sys.argv[5]))
 dtype = torch.float32 if sys.argv[2] == "32" else torch.bfloat16
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
 speed = measure_speed(model, int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[6]))
@@ -77,39 +79,39 @@ for _ in range(int(sys.argv[6])):
 print(json.dumps([decode, prefill]))
 """
 TORCHAO = """
-import json, statistics, sys, time, torch, transformers
+import inspect, json, statistics, sys, time, torch, transformers
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import quantize_
+torch.set_num_threads(int(sys.argv[5]))
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
 head = model.get_output_embeddings()
 kept = None if sys.argv[2] == "4" else head
 takes = lambda module, name: type(module) is torch.nn.Linear and module is not kept
 quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128), takes)
 prompt = torch.arange(int(sys.argv[3]))[None] * 7919 % model.config.vocab_size
+name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 def time_of(ids, cache):
     began = time.perf_counter()
-    found = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+    found = model(ids, use_cache=True, **{name: cache})
     return time.perf_counter() - began, found
 with torch.inference_mode():
     for _ in range(int(sys.argv[6])):
         taken, found = time_of(prompt, None)
         prefill, steps = prompt.shape[1] / taken, []
         for _ in range(int(sys.argv[4])):
-            taken, found = time_of(found.logits[:, -1:].argmax(-1), found.cache)
+            taken, found = time_of(found.logits[:, -1:].argmax(-1), getattr(found, name))
             steps.append(taken)
 print(json.dumps([1 / statistics.median(steps), prefill]))
 """
 
 
-def make(folder: Path, model: Path | None, schemes: list[str]) -> Path:
-    """The random model unless one is given, and what is made of it, unless they are there."""
+def make(folder: Path, model: Path, schemes: list[str]) -> None:
+    """The random model, and what is made of it, unless they are there."""
     import fewbits
     from memory import make_checkpoint
 
-    if model is None:
-        model = folder / "float"
-        if not model.is_dir():
-            make_checkpoint(model, 16)
+    if not model.is_dir():
+        make_checkpoint(model, 16)
     for name in schemes:
         bits, group, head = SCHEMES[name]
         out = folder / name
@@ -120,7 +122,6 @@ def make(folder: Path, model: Path | None, schemes: list[str]) -> Path:
                 overrides = (("lm_head", fewbits.QuantScheme.parse(head)),)
             kind = "gguf" if "Q" in name else "fewbits"
             fewbits.quantize(model, out, scheme=scheme, overrides=overrides, format=kind)
-    return model
 
 
 def run(python: str, code: str, *arguments: object) -> tuple[float, float]:
@@ -150,7 +151,12 @@ def main() -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    model, rest = make(folder, args.model, args.schemes), (args.prompt, NEW, args.threads, REPEATS)
+    model, rest = args.model or folder / "float", (args.prompt, NEW, args.threads, REPEATS)
+    if args.model is not None:  # each has its own, or another's would be measured
+        folder = folder / "-".join(args.model.resolve().parts[1:])
+        if not model.is_dir():
+            parser.error(f"--model {model}: no such folder")
+    make(folder, model, args.schemes)
     failed = []
     for name in args.schemes:
         ours = (sys.executable, OURS, folder / name)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from fewbits.cache import GrowingLayer, use_growing_cache
@@ -108,3 +109,16 @@ def test_models_write_the_same_words(arguments):
         results.append(each.generate(ids, max_new_tokens=20, return_dict_in_generate=True, **arguments))
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert all(type(layer) is GrowingLayer for layer in cache_of(results[1]).layers)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_found_by_both_of_its_names(name):
+    class Model(nn.Module):
+        def forward(self, **given):
+            return given
+
+    model, cache = Model(), DynamicCache()
+    cache.update(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), 0)
+    use_growing_cache(model)
+    model(**{name: cache})
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer]

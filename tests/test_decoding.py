@@ -5,13 +5,14 @@ import gc
 import pickle
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fewbits import InputError, QuantScheme, load, quantize
 from fewbits.attention import attend
-from fewbits.decoding import fixed_cache, texts_together
+from fewbits.decoding import _are_together, _find_fixed, fixed_cache, texts_together
 from fewbits.linear import FloatLinear
 from fewbits.native import operators
 from fewbits.native.library import Library, library
@@ -221,3 +222,15 @@ def test_what_fails_together_fails_as_alone():
 
 def _interrupt():
     raise KeyboardInterrupt("now")
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_fixed_size_and_windows_are_known_by_both_names(quantized, name):
+    from transformers import DynamicCache, StaticCache
+
+    model = load(quantized("llama"))
+    assert _find_fixed()(**{name: StaticCache(config=model.config, max_cache_len=8)})
+    assert not _find_fixed()(**{name: DynamicCache()})
+    windows = SimpleNamespace(is_sliding=[False, True])
+    assert _are_together(model, IDS[:, :1], **{name: DynamicCache()})
+    assert not _are_together(model, IDS[:, :1], **{name: windows})

@@ -107,14 +107,14 @@ class Timed(nn.Module):
         self.config = SimpleNamespace(vocab_size=11, max_position_embeddings=64)
         self.config.get_text_config = lambda: self.config
 
-    def forward(self, ids, use_cache, past_key_values=None):
-        first = past_key_values is None
+    def forward(self, ids, use_cache, cache=None):
+        first = cache is None
         if first:
             self.clock.order.append(self.name)
             self.rounds += 1
         seconds = self.prefill_s if first else self.step_s
         self.clock.now += seconds * self.clock.slowness(self.rounds)
-        return SimpleNamespace(logits=torch.zeros(*ids.shape, 11), past_key_values="cache")
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, 11), cache="cache")
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,12 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.errors import InputError
 from fewbits.structure import (
     Matrix,
+    cache_argument,
+    cache_of,
     find_blocks,
     find_head,
     find_matrices,
+    given_cache,
     is_conv1d,
     is_experts,
     is_linear,
@@ -325,3 +330,16 @@ def test_slices_are_the_matrices_as_out_by_in():
     assert torch.equal(torch.stack(list(across.slices(stored))), stored.mT)
     single = Matrix("x", "x", "weight", "conv1d", (3, 4), transposed=True)
     assert torch.equal(next(single.slices(stored[0])), stored[0].t())
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_is_known_by_each_name_that_transformers_has_had(name):
+    cache, others = [], dict.fromkeys(("cache", "past_key_values", "cache_params"))
+    assert given_cache(others | {name: cache, "use_cache": True}) is cache
+    assert given_cache({name: cache}) is cache
+    assert given_cache(others) is given_cache({}) is None
+    assert cache_of(SimpleNamespace(logits=1, **(others | {name: cache}))) is cache
+    assert cache_of(SimpleNamespace(logits=1)) is None
+    scope = {}
+    exec(f"def forward(ids, {name}=None, use_cache=True): pass", scope)
+    assert cache_argument(SimpleNamespace(forward=scope["forward"])) == name
