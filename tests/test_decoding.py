@@ -113,10 +113,8 @@ def test_prompts_attend_in_the_library_as_without(quantized):
 
 
 def test_models_that_cannot_be_one_graph_are_refused(quantized):
-    for kind, name in (
-        ("mixtral", "Mixtral"),
-        ("gpt_oss", "GptOss"),
-    ):  # experts apart, and as one tensor
+    # Experts apart, and as one tensor.
+    for kind, name in (("mixtral", "Mixtral"), ("gpt_oss", "GptOss")):
         with pytest.raises(InputError, match=f"compiled steps of {name}ForCausalLM: which experts run"):
             load(quantized(kind), compiled=True)
     model = load(quantized("llama"))
@@ -224,6 +222,7 @@ def _interrupt():
     raise KeyboardInterrupt("now")
 
 
+@pytest.mark.skipif(not operators.available(), reason="there is no native library here")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_of_fixed_size_and_windows_are_known_by_both_names(quantized, name):
     from transformers import DynamicCache, StaticCache

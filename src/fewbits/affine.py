@@ -161,9 +161,8 @@ def _choose_trellis(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> 
     rows = slices(len(weight), weight.shape[1], scheme, _SLICE)
     squares = [parts_of(weight[r], scheme).to(working_dtype(weight)).square().mean(-1) for r in rows]
     exact = torch.cat(squares).sqrt_()
-    exact.div_(
-        exact.new_tensor(trellis.UNIT[scheme.bits])
-    )  # a number's inverse is multiplied by, on CUDA
+    # By a tensor: CUDA multiplies by the inverse of a number.
+    exact.div_(exact.new_tensor(trellis.UNIT[scheme.bits]))
     scale = _round_scale(exact, exact / 2, dtype) * (exact > 0)
     return scale, torch.zeros_like(scale, dtype=torch.uint8)
 

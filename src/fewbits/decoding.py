@@ -85,10 +85,8 @@ class _Forward:
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (
-            self._model(),
-            "forward",
-        )  # once it was unpickled, its class's
+        # Once it was unpickled, its class's.
+        return getattr, (self._model(), "forward")
 
 
 def check_compiled(network: nn.Module, device: torch.device, mixture: bool) -> None:
